@@ -1,0 +1,1 @@
+"""Exact sparse prefix caching for recurrent and hybrid language models."""
