@@ -1,0 +1,228 @@
+"""Where new checkpoints go: one small class a policy, one verb, `place`.
+
+A policy sees one prompt and answers with positions. It may answer with more than it needs to: the request drops what
+is not a cut or lies at or before the resumed position.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .segmentation import Positions, Tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a policy may look at.
+
+    Attributes:
+        ids: tokens of shape `(N,)`.
+        cuts: where checkpoints may sit, ascending.
+        overlap: tokens shared with earlier prompts.
+        resumed: position the prefill resumes at; only cuts behind it can be captured.
+        path_ends: ends of the tree's edges on the shared path (the last one may lie behind `overlap`).
+        path_passes: number of earlier prompts along the whole of each such edge.
+        limit: most new checkpoints, or None.
+    """
+
+    ids: Tokens
+    cuts: Positions
+    overlap: int
+    resumed: int
+    path_ends: NDArray[np.int64]
+    path_passes: NDArray[np.int64]
+    limit: int | None = None
+
+    @property
+    def open_cuts(self) -> Positions:
+        """The cuts that this prefill passes: those behind the resumed position."""
+        return self.cuts[np.searchsorted(self.cuts, self.resumed, side="right") :]
+
+    def snap(self, positions: Iterable[float]) -> list[int]:
+        """The deepest open cut at or before each position, ascending and distinct; none where there is none."""
+        cuts = self.open_cuts
+        index = np.unique(np.searchsorted(cuts, np.fromiter(positions, dtype=np.float64), side="right")) - 1
+        found: list[int] = cuts[index[index >= 0]].tolist()
+        return found
+
+
+class Policy:
+    """Base of all policies: `place` is the verb; `observe` sees the prompt again when its request closed well."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """Returns the positions to capture."""
+        raise NotImplementedError
+
+    def observe(self, prompt: Prompt) -> None:
+        """Learns from a prompt; most policies do not."""
+
+
+class NoCheckpoints(Policy):
+    """`none`: never stores anything."""
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """No position."""
+        return []
+
+
+class Block(Policy):
+    """`block`: every `size` tokens, in blocks doubled until they are few enough."""
+
+    def __init__(self, size: int = 512) -> None:
+        super().__init__()
+        self.size = size
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """Multiples of the block."""
+        limit, size = prompt.limit, self.size
+        if limit == 0:
+            return []
+        while limit is not None and len(prompt.ids) // size - prompt.resumed // size > limit:
+            size *= 2
+        return prompt.snap(range(size, len(prompt.ids) + 1, size))
+
+
+class Balanced(Policy):
+    """`balanced`: equal spans from the resumed position to the end."""
+
+    default_limit = 8
+
+    def count(self, prompt: Prompt) -> int:
+        """Number of checkpoints when the caller sets no limit."""
+        return self.default_limit
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """The inner borders of `count + 1` equal spans."""
+        count = self.count(prompt) if prompt.limit is None else min(prompt.limit, self.count(prompt))
+        span = (len(prompt.ids) - prompt.resumed) / (count + 1)
+        return prompt.snap(prompt.resumed + span * (i + 1) for i in range(count))
+
+
+class Sqrt(Balanced):
+    """`sqrt`: as many equal spans as the square root of the number of cuts."""
+
+    def count(self, prompt: Prompt) -> int:
+        """The square root of the cuts this prefill passes."""
+        return math.isqrt(len(prompt.open_cuts))
+
+
+class Dyadic(Policy):
+    """`dyadic`: at a half, three quarters, seven eighths ... of the prompt, so that late divergence costs least."""
+
+    default_limit = 8
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """`N (1 - 2**-i)`."""
+        count = self.default_limit if prompt.limit is None else prompt.limit
+        span = len(prompt.ids) - prompt.resumed
+        return prompt.snap(prompt.resumed + span * (1 - 0.5**i) for i in range(1, count + 1))
+
+
+class Boundary(Policy):
+    """`boundary`: the ends of the prompt's segments, found by the tokens that end them; the deepest if too many."""
+
+    default_limit = 8
+
+    def __init__(self, cut_ids: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.cut_ids = np.unique(np.fromiter(cut_ids, dtype=np.int64))
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """Cuts at or just before the segment ends, and the last cut."""
+        ends = np.flatnonzero(np.isin(prompt.ids, self.cut_ids)) + 1
+        positions = prompt.snap([*ends.tolist(), len(prompt.ids)])
+        count = self.default_limit if prompt.limit is None else prompt.limit
+        return positions[len(positions) - min(count, len(positions)) :]
+
+
+class Last(Policy):
+    """`last`: the end of the prompt."""
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """The last cut."""
+        return prompt.snap([len(prompt.ids)]) if prompt.limit != 0 else []
+
+
+class Junction(Policy):
+    """`junction`: where this prompt leaves the stored path, and its end."""
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """The last cut, and the deepest cut of the overlap when the limit leaves room for it."""
+        limit = 2 if prompt.limit is None else prompt.limit
+        return prompt.snap([len(prompt.ids), prompt.overlap][:limit])
+
+
+class HistogramDP(Policy):
+    """`dp`: the paper's planner (arXiv 2605.05219): an exact plan on one decayed histogram of absolute depths.
+
+    A small uniform mass makes it work before anything was learned; without observations the plan is the balanced one.
+    """
+
+    default_limit = 16
+
+    def __init__(self, decay: float = 0.99, bin_tokens: int = 16, prior: float = 0.1) -> None:
+        super().__init__()
+        self.decay, self.bin_tokens, self.prior = decay, bin_tokens, prior
+        self._weights = np.zeros(64)
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """Plans the open cuts for the depths that this prompt can share."""
+        from .planner import plan_checkpoints
+
+        cuts = prompt.open_cuts
+        limit = self.default_limit if prompt.limit is None else prompt.limit
+        if not len(cuts) or not limit:
+            return []
+        bins = np.arange(len(self._weights)) * self.bin_tokens
+        index = np.searchsorted(cuts, bins[bins <= len(prompt.ids)], side="right")
+        weights = np.bincount(index, self._weights[: len(index)], minlength=len(cuts) + 1)
+        spans = np.diff(np.concatenate([[prompt.resumed], cuts, [len(prompt.ids)]]))
+        weights = weights + self.prior * spans / spans.sum()
+        cost = np.concatenate([[0.0], (cuts - prompt.resumed).astype(np.float64)])
+        plan = plan_checkpoints(weights, limit, prefill_cost=cost)
+        return [int(cuts[i - 1]) for i in plan.positions]
+
+    def observe(self, prompt: Prompt) -> None:
+        """Adds the overlap depth to the histogram."""
+        self._weights *= self.decay
+        if prompt.overlap:
+            index = prompt.overlap // self.bin_tokens
+            if index >= len(self._weights):
+                grown = np.zeros(2 * index)
+                grown[: len(self._weights)] = self._weights
+                self._weights = grown
+            self._weights[index] += 1.0
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "dp": HistogramDP,
+    "block": Block,
+    "balanced": Balanced,
+    "sqrt": Sqrt,
+    "dyadic": Dyadic,
+    "boundary": Boundary,
+    "last": Last,
+    "junction": Junction,
+    "none": NoCheckpoints,
+}
+
+
+def make_policy(name: str, cut_ids: Iterable[int] = ()) -> Policy:
+    """Builds a policy by name; `cut_ids` are the tokens that end a segment, for the policies that look at them.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"policy={name!r} is unknown; choose one of {', '.join(POLICIES)}, or pass a Policy object")
+    kind = POLICIES[name]
+    return kind(cut_ids) if issubclass(kind, Boundary) else kind()

@@ -1,0 +1,223 @@
+"""One request against the store, start to end: match, plan, capture, remember.
+
+The live cache and the simulator both go through `open_request`, so they cannot differ:
+
+```python
+with open_request(store, policy, ids, cut_positions(ids, grid), space=fingerprint) as request:
+    if request.checkpoint is not None:               # pinned until the request closes
+        restore(request.checkpoint.state, request.kv_payloads())
+    for position in request.planned:                 # ascending, each one of the cuts behind request.resumed_tokens
+        state = prefill_up_to(position)              # the store holds no lock meanwhile
+        request.add(position, state, kv)             # kv(start, end) is asked for each cut-to-cut span not stored yet
+```
+
+Closing counts the prompt in the tree and lets the policy observe it; leaving the block by an exception only unpins,
+and everything added before stays valid. `add` may be called for any cut of the prompt (a mark, say), planned or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from .policies import Policy, Prompt
+from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .store import CheckpointStore, Span
+from .tree import Checkpoint, Node, Payload
+
+KVCapture = Callable[[int, int], Payload]
+
+
+class Request:
+    """What one prompt reuses and adds. Open it with `open_request`, close it by leaving the `with` block.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        overlap_tokens: tokens shared with earlier prompts of the space, remembered or stored.
+        resumed_tokens: position of `checkpoint`, 0 when cold.
+        checkpoint: deepest stored checkpoint on the path that leaves at least 2 tokens to compute, or None.
+        planned: positions to capture, ascending.
+        captured: positions stored so far by this request.
+        reason: why it resumed where it did, one sentence of a closed set.
+        plan_seconds: time spent deciding.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        policy: Policy,
+        ids: Tokens,
+        cuts: Positions,
+        space: str,
+        max_checkpoints: int | None,
+    ) -> None:
+        started = time.perf_counter()
+        self._store, self._policy, self._ids, self._cuts, self._space = store, policy, ids, cuts, space
+        self._held = ExitStack()
+        self._closed = False
+        self.prompt_tokens = len(ids)
+        self.captured: list[int] = []
+        with store.lock:
+            store.clock += 1
+            match = store.match(ids, space)
+            self.overlap_tokens = match.overlap
+            usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
+            stored = match.checkpoints(usable)
+            self.checkpoint: Checkpoint | None = stored[-1] if stored else None
+            self.resumed_tokens = self.checkpoint.position if self.checkpoint else 0
+            if self.checkpoint is not None:
+                store.pin(self.checkpoint)
+                self.checkpoint.hits += 1
+                self.checkpoint.last_used = store.clock
+                if self.checkpoint.kv is not None:
+                    self._held.enter_context(store.holding(self.checkpoint.kv))
+            store.eviction.passed(match.path, match.overlap, self.checkpoint, store.clock)
+            self.reason = (
+                "resumed" if self.checkpoint else _why_cold(match.path, match.overlap, match.known, usable, cuts)
+            )
+            ends = np.asarray([node.end for node in match.path], dtype=np.int64)
+            passes = np.asarray([node.passes for node in match.path], dtype=np.int64)
+        self._prompt = Prompt(ids, cuts, match.overlap, self.resumed_tokens, ends, passes, max_checkpoints)
+        try:
+            with policy.lock:
+                wanted = policy.place(self._prompt)
+        except BaseException:
+            self._release()
+            raise
+        fresh = cuts[np.isin(cuts, np.asarray(wanted, dtype=np.int64)) & (cuts > self.resumed_tokens)]
+        limit = len(fresh) if max_checkpoints is None else min(max_checkpoints, len(fresh))
+        self.planned: list[int] = fresh.tolist()[len(fresh) - limit :]
+        self.plan_seconds = time.perf_counter() - started
+
+    def kv_payloads(self) -> list[Payload]:
+        """The KV segments below `checkpoint`, shallow to deep; empty when cold or without full attention."""
+        payloads: list[Payload] = []
+        segment = self.checkpoint.kv if self.checkpoint is not None else None
+        while segment is not None:
+            payloads.append(segment.payload)
+            segment = segment.parent
+        return payloads[::-1]
+
+    def add(self, position: int, state: Payload, kv: KVCapture | None = None) -> bool:
+        """Stores a checkpoint at one cut of the prompt.
+
+        Args:
+            position: one of the prompt's cuts.
+            state: the fixed-size payload, with `.nbytes`.
+            kv: called with `(start, end)` for each cut-to-cut span up to `position` not stored yet, with no lock
+                held; None when the model has no full attention layers.
+
+        Returns:
+            True if the checkpoint is stored now, False if there was no room for it.
+
+        Raises:
+            ValueError: if `position` is not a cut of this prompt, or the request is closed.
+        """
+        if self._closed:
+            raise ValueError(f"add({position}) on a closed request; call it inside the with block")
+        index = int(np.searchsorted(self._cuts, position))
+        if index == len(self._cuts) or self._cuts[index] != position:
+            raise ValueError(f"position={position} is not a cut of this prompt; choose one of its cuts")
+        spans: list[Span] = []
+        new: dict[Span, Payload] = {}
+        if kv is not None:
+            ends = self._cuts[: index + 1].tolist()
+            spans = list(zip([0, *ends[:-1]], ends, strict=True))
+            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
+        with self._store.lock:
+            checkpoint = self._store.put(self._ids, position, state, spans, new, self._space)
+            if checkpoint is None:
+                return False
+            if checkpoint.kv is not None:  # later checkpoints of this prompt chain to it, even if this one is evicted
+                self._held.enter_context(self._store.holding(checkpoint.kv))
+        self.captured.append(position)
+        return True
+
+    def close(self) -> None:
+        """Counts the prompt in the tree, lets the policy observe it, and unpins. Closing twice is harmless."""
+        if self._closed:
+            return
+        try:
+            self._store.remember(self._ids, self._space)
+            with self._policy.lock:
+                self._policy.observe(self._prompt)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._closed = True
+        self._held.close()
+        if self.checkpoint is not None:
+            self._store.unpin(self.checkpoint)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif not self._closed:
+            self._release()
+
+
+def open_request(
+    store: CheckpointStore,
+    policy: Policy,
+    ids: Tokens,
+    cuts: Positions,
+    *,
+    space: str = "",
+    max_checkpoints: int | None = None,
+) -> Request:
+    """Opens a request: matches the prompt, pins the deepest usable checkpoint, plans what to capture.
+
+    Args:
+        store: where checkpoints live.
+        policy: where new ones go.
+        ids: the prompt's tokens, int32 of shape `(N,)`; not changed, and not to be changed while the request is open.
+        cuts: its cuts, from `cut_positions`.
+        space: fingerprint and namespace; nothing of one space is ever matched from another.
+        max_checkpoints: most new checkpoints for this prompt; None leaves it to the policy.
+
+    Raises:
+        ValueError: if `ids` is not a one-dimensional array of integers or `max_checkpoints` is negative.
+    """
+    ids = np.ascontiguousarray(ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"ids must be integers of shape (N,), got {ids.dtype} {ids.shape}; pass one prompt")
+    if max_checkpoints is not None and max_checkpoints < 0:
+        raise ValueError(f"max_checkpoints must be at least 0 or None, got {max_checkpoints}")
+    return Request(store, policy, ids.astype(np.int32, copy=False), cuts, space, max_checkpoints)
+
+
+def _why_cold(path: list[Node], overlap: int, known: bool, usable: int, cuts: Positions) -> str:
+    """The reason of a miss; the wording of this closed set is part of the interface."""
+    if not known:
+        return "nothing stored"
+    if not len(cuts) or cuts[0] > usable:
+        return f"diverges at token {overlap}"
+    if any(0 < node.lost <= usable for node in path):
+        return "evicted"
+    ahead = _first_ahead(path)
+    if ahead is not None:
+        return f"overlap of {overlap} tokens ends before the first checkpoint at {ahead}"
+    return f"never captured: the policy placed no checkpoint on the first {usable} tokens"
+
+
+def _first_ahead(path: list[Node], limit: int = 256) -> int | None:
+    """The shallowest checkpoint at or below the last node of a path, looking at `limit` nodes at most."""
+    level, first = path[-1:], None
+    while level and limit > 0:
+        found = [position for node in level for position in node.checkpoints]
+        if found:
+            first = min([*found, first] if first is not None else found)
+        limit -= len(level)
+        level = [child for node in level if not node.checkpoints for child in node.children.values()]
+    return first

@@ -1,0 +1,59 @@
+"""Cuts: where a prefill may be split, as a pure and causal function of the prompt's own tokens.
+
+A cold run and a resumed run execute the same segments only when both find the same cuts, so nothing but the tokens up
+to a cut may decide about it (DESIGN section 3). Every checkpoint sits on a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
+Positions = NDArray[np.int64]
+
+MIN_SUFFIX_TOKENS = 2  # a resumed run always computes at least this many: one-token steps are not a prefill
+
+
+def cut_positions(ids: Tokens, grid: int, cut_ids: Iterable[int] = (), min_distance: int | None = None) -> Positions:
+    """Returns the cuts of a prompt, ascending.
+
+    Candidates are the multiples of `grid` and the positions just after a token of `cut_ids`; one is accepted when it
+    lies at least `min_distance` tokens behind the previous accepted cut (or the start). The cuts of a prefix are the
+    cuts of the whole prompt up to the prefix's own limit.
+
+    Args:
+        ids: token ids of shape `(N,)`.
+        grid: distance in tokens between the regular cuts, a multiple of the model's kernel chunk.
+        cut_ids: token ids after which a prompt may be cut as well (end of message and the like).
+        min_distance: least number of tokens in a segment; default `max(2, grid // 4)`, never more than `grid`.
+
+    Returns:
+        int64 positions of shape `(C,)`, each `1 <= c <= N - 2`.
+
+    Raises:
+        ValueError: if `grid` or `min_distance` is out of range.
+    """
+    if grid < 1:
+        raise ValueError(f"grid must be at least 1 token, got {grid}; use a multiple of the model's kernel chunk")
+    if min_distance is None:
+        min_distance = min(grid, max(2, grid // 4))
+    if not 1 <= min_distance <= grid:
+        raise ValueError(f"min_distance must be 1 to grid ({grid}), got {min_distance}; leave it out for a default")
+    limit = len(ids) - MIN_SUFFIX_TOKENS
+    regular: Positions = np.arange(grid, limit + 1, grid, dtype=np.int64)
+    special_ids = np.unique(np.fromiter(cut_ids, dtype=np.int64))
+    if limit < 1 or special_ids.size == 0:
+        return regular
+    special = np.flatnonzero(np.isin(ids[:limit], special_ids)) + 1
+    if special.size == 0:
+        return regular
+    accepted: list[int] = []
+    previous = 0
+    for position in np.union1d(regular, special).tolist():
+        if position - previous >= min_distance:
+            accepted.append(position)
+            previous = position
+    return np.asarray(accepted, dtype=np.int64)

@@ -1,0 +1,218 @@
+"""The radix tree over prompt tokens: what was seen, how often, and where checkpoints and KV segments hang.
+
+A node owns one edge, the tokens `start .. end` of every prompt that passes it. Tokens are compared, never only hashed.
+A node remembers its prompts after their states are gone, so that overlap depths and junctions can still be learned.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from .segmentation import Tokens
+
+
+class Payload(Protocol):
+    """Anything that knows its own size; the store never looks inside."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class KVSegment:
+    """Keys and values of the tokens `start .. end`, chained by `parent` down to position 0.
+
+    `refs` counts the checkpoints, child segments and open requests that need it.
+    """
+
+    __slots__ = ("start", "end", "payload", "parent", "refs", "node", "nbytes")
+
+    def __init__(self, start: int, end: int, payload: Payload, parent: KVSegment | None, node: Node) -> None:
+        self.start, self.end, self.payload, self.parent, self.node = start, end, payload, parent, node
+        self.refs = 0
+        self.nbytes = int(payload.nbytes)
+
+
+class Checkpoint:
+    """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain."""
+
+    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "__weakref__", "note")
+
+    def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
+        self.position, self.state, self.kv, self.node = position, state, kv, node
+        self.pins = 0
+        self.hits = 0
+        self.last_used = now
+        self.nbytes = int(state.nbytes)
+        self.note: Any = None  # room for the eviction's own record
+
+
+class Node:
+    """One edge of the tree: `tokens` cover the positions `start + 1 .. end` of the path."""
+
+    __slots__ = (
+        "tokens",
+        "start",
+        "end",
+        "parent",
+        "children",
+        "checkpoints",
+        "segments",
+        "passes",
+        "last_used",
+        "lost",
+        "note",
+    )
+
+    def __init__(self, tokens: Tokens, start: int, parent: Node | None) -> None:
+        self.tokens, self.start, self.parent = tokens, start, parent
+        self.end = start + len(tokens)
+        self.children: dict[int, Node] = {}
+        self.checkpoints: dict[int, Checkpoint] = {}
+        self.segments: dict[tuple[int, int], KVSegment] = {}
+        self.passes = 0  # prompts that ran along the whole edge
+        self.last_used = 0
+        self.lost = 0  # shallowest position of this edge whose checkpoint was evicted; 0 when none was
+        self.note: Any = None  # room for what policies and evictions learn about this edge
+
+    def path_tokens(self) -> Tokens:
+        """All tokens from the root to this node's end."""
+        edges, node = [self.tokens], self.parent
+        while node is not None:
+            edges.append(node.tokens)
+            node = node.parent
+        return np.concatenate(edges[::-1])
+
+
+@dataclass
+class Match:
+    """What the tree knows of a prompt: the nodes on its path, and the tokens it shares with earlier prompts."""
+
+    path: list[Node]
+    overlap: int
+    known: bool  # whether the space held anything at all
+
+    def checkpoints(self, limit: int) -> list[Checkpoint]:
+        """Stored checkpoints on the path at positions up to `limit`, shallow to deep."""
+        limit = min(limit, self.overlap)
+        return [
+            node.checkpoints[position]
+            for node in self.path
+            if node.checkpoints
+            for position in sorted(node.checkpoints)
+            if position <= limit
+        ]
+
+
+class Forest:
+    """One tree of tokens a space (a fingerprint and a namespace), under one bound on what is remembered."""
+
+    def __init__(self) -> None:
+        self.roots: dict[str, Node] = {}
+        self.tokens = 0  # remembered tokens, summed over the edges
+        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used, tie, node): what to forget first
+        self._ties = 0
+
+    def walk(self, ids: Tokens, space: str) -> tuple[list[Node], int]:
+        """Follows `ids` as far as the space knows them.
+
+        Returns:
+            The nodes entered, shallow to deep, and the number of tokens shared; the last node may be shared in part.
+        """
+        path: list[Node] = []
+        depth, length = 0, len(ids)
+        node = self.roots.get(space)
+        while node is not None and depth < length:
+            child = node.children.get(int(ids[depth]))
+            if child is None:
+                break
+            path.append(child)
+            span = min(child.end, length) - depth
+            different = child.tokens[:span] != ids[depth : depth + span]
+            first = int(different.argmax())
+            if different[first]:
+                return path, depth + first
+            depth += span
+            if depth < child.end:
+                break
+            node = child
+        return path, depth
+
+    def insert(self, ids: Tokens, space: str, now: int) -> list[Node]:
+        """Makes the path of `ids` exist, with a node that ends exactly where they end, and returns its nodes."""
+        path, depth = self.walk(ids, space)
+        if path and depth < path[-1].end:
+            path[-1] = self._split(path[-1], depth)
+        if depth < len(ids):
+            parent = path[-1] if path else self._root(space)
+            leaf = Node(ids[depth:].astype(np.int32, copy=True), depth, parent)
+            leaf.last_used = now
+            parent.children[int(ids[depth])] = leaf
+            self.tokens += len(leaf.tokens)
+            self.offer(leaf)
+            path.append(leaf)
+        return path
+
+    def nodes(self, space: str) -> Iterator[Node]:
+        """Every node of a space but its root, parents before children."""
+        waiting = [self.roots[space]] if space in self.roots else []
+        while waiting:
+            children = waiting.pop().children.values()
+            yield from children
+            waiting.extend(children)
+
+    def _root(self, space: str) -> Node:
+        if space not in self.roots:
+            self.roots[space] = Node(np.empty(0, dtype=np.int32), 0, None)
+            self.roots[space].note = space
+        return self.roots[space]
+
+    def _split(self, node: Node, depth: int) -> Node:
+        """Splits an edge at `depth`; checkpoints and segments go to the half that holds their end."""
+        offset = depth - node.start
+        upper = Node(node.tokens[:offset].copy(), node.start, node.parent)
+        upper.passes, upper.last_used = node.passes, node.last_used
+        assert node.parent is not None
+        node.parent.children[int(upper.tokens[0])] = upper
+        node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper
+        upper.children[int(node.tokens[0])] = node
+        for position in [p for p in node.checkpoints if p <= depth]:
+            checkpoint = upper.checkpoints[position] = node.checkpoints.pop(position)
+            checkpoint.node = upper
+        for key in [k for k in node.segments if k[1] <= depth]:
+            segment = upper.segments[key] = node.segments.pop(key)
+            segment.node = upper
+        if 0 < node.lost <= depth:
+            upper.lost, node.lost = node.lost, 0
+        return upper
+
+    def offer(self, node: Node) -> None:
+        """Lets a leaf be forgotten when its turn comes; harmless for any other node."""
+        if not node.children and node.parent is not None:
+            self._ties += 1
+            heapq.heappush(self._leaves, (node.last_used, self._ties, node))
+
+    def forget(self, limit: int) -> None:
+        """Drops the least recently used tokens that no checkpoint needs until at most `limit` are left."""
+        while self.tokens > limit and self._leaves:
+            stamp, _, node = heapq.heappop(self._leaves)
+            if node.children or node.parent is None:
+                continue
+            if node.last_used != stamp:
+                self.offer(node)
+            elif node.checkpoints or node.segments:
+                keep = max([*node.checkpoints, *(end for _, end in node.segments)])
+                self.tokens -= node.end - keep
+                node.tokens, node.end = node.tokens[: keep - node.start].copy(), keep
+            else:
+                parent = node.parent
+                del parent.children[int(node.tokens[0])]
+                node.parent = None
+                self.tokens -= len(node.tokens)
+                self.offer(parent)
+                if parent.parent is None and not parent.children:
+                    del self.roots[parent.note]

@@ -1,0 +1,252 @@
+"""The store against the naive list: same matches, same bytes, nothing orphaned, budget and pins respected."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from reference_store import LIVE, Blob, NaiveStore, Prefix
+
+from hf_sparse_cache.eviction import FIFO, LRU
+from hf_sparse_cache.policies import NoCheckpoints, make_policy
+from hf_sparse_cache.request import Request, open_request
+from hf_sparse_cache.segmentation import cut_positions
+from hf_sparse_cache.sizes import parse_bytes
+from hf_sparse_cache.store import CheckpointStore
+
+GRID = 2
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
+SPACES = st.sampled_from(["", "b"])
+
+
+def begin(store: CheckpointStore, ids: list[int], space: str = "") -> Request:
+    tokens = np.asarray(ids, dtype=np.int32)
+    return open_request(store, NoCheckpoints(), tokens, cut_positions(tokens, GRID), space=space)
+
+
+def run(store: CheckpointStore, ids: list[int], positions: list[int], kv: int = 0) -> Request:
+    with begin(store, ids) as request:
+        for position in positions:
+            if position > request.resumed_tokens:
+                request.add(position, Blob(10), (lambda a, b: Blob(kv * (b - a))) if kv else None)
+    return request
+
+
+class StoreMachine(RuleBasedStateMachine):
+    @initialize(budget=st.integers(10, 120), lru=st.booleans(), kv=st.sampled_from([0, 0, 1, 3]))
+    def start(self, budget: int, lru: bool, kv: int) -> None:
+        gc.collect()
+        LIVE.clear()
+        self.store = CheckpointStore(budget, LRU() if lru else FIFO(), None)
+        self.naive = NaiveStore(budget, lru, 10, kv)
+        self.kv = kv
+        self.open: list[tuple[Request, Prefix]] = []
+
+    def begin(self, key: Prefix) -> Request:
+        request = begin(self.store, list(key[1]), key[0])
+        assert request.overlap_tokens == self.naive.overlap(key)
+        assert request.resumed_tokens == self.naive.deepest(key)
+        if request.checkpoint is not None:
+            prefix = (key[0], key[1][: request.resumed_tokens])
+            self.naive.pins.append(prefix)
+            self.naive.held.append(prefix)
+            self.naive.use(prefix)
+            assert request.checkpoint.state.label == prefix
+            covered = [payload.label for payload in request.kv_payloads()]
+            assert covered == [(prefix[1][:end], start) for start, end in self.naive.spans[prefix]]
+        return request
+
+    def end(self, request: Request, key: Prefix, added: list[Prefix]) -> None:
+        prefix = (key[0], key[1][: request.resumed_tokens])
+        if prefix[1]:
+            self.naive.pins.remove(prefix)
+            self.naive.held.remove(prefix)
+        for held in added:
+            self.naive.held.remove(held)
+
+    @rule(ids=PROMPTS, space=SPACES, picks=st.sets(st.integers(1, 6)))
+    def serve(self, ids: list[int], space: str, picks: set[int]) -> None:
+        key: Prefix = (space, tuple(ids))
+        request, added = self.begin(key), []
+        kv = (lambda a, b: Blob(self.kv * (b - a), (key[1][:b], a))) if self.kv else None
+        for position in sorted(GRID * pick for pick in picks):
+            if request.resumed_tokens < position <= len(ids) - 2:
+                prefix = (space, key[1][:position])
+                spans = [(p - GRID, p) for p in range(GRID, position + 1, GRID)] if self.kv else []
+                stored = request.add(position, Blob(10, prefix), kv)
+                assert stored == self.naive.add(prefix, key, spans)
+                added += [prefix] if stored else []
+        request.close()
+        self.naive.seen.append(key)
+        self.end(request, key, added)
+
+    @precondition(lambda self: len(self.open) < 3)
+    @rule(ids=PROMPTS, space=SPACES)
+    def hold(self, ids: list[int], space: str) -> None:
+        key: Prefix = (space, tuple(ids))
+        self.open.append((self.begin(key), key))
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def fail(self) -> None:
+        request, key = self.open.pop(0)
+        with pytest.raises(KeyError), request:
+            raise KeyError
+        self.end(request, key, [])
+
+    @precondition(lambda self: not self.open)
+    @rule()
+    def clear(self) -> None:
+        self.store.clear()
+        self.naive.entries, self.naive.seen = [], []
+        assert self.store.remembered_tokens == 0
+        assert not self.store.forest.roots
+
+    @invariant()
+    def same_bytes(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        assert self.store.used_bytes == self.naive.used() <= self.naive.max_memory
+        stored = sorted((space, tuple(path.tolist())) for space, path, _ in self.store.checkpoints())
+        assert stored == sorted(self.naive.entries)
+        assert len(self.store) == len(stored)
+        assert sum(blob.nbytes for blob in LIVE) == self.store.used_bytes
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_document_is_stored_once() -> None:
+    document = list(range(100, 1100))
+    one, many = CheckpointStore(None, "lru"), CheckpointStore(None, "lru")
+    run(one, [*document, 1, 2, 3, 4], [500, 1000], kv=8)
+    for question in range(100):
+        run(many, [*document, question, 1, 2, 3], [500, 1000], kv=8)
+    assert many.kv_bytes == one.kv_bytes == 1000 * 8
+    assert many.remembered_tokens == 1000 + 100 * 4
+
+
+def test_kv_above_the_deepest_checkpoint_is_freed() -> None:
+    store = CheckpointStore(None, "lru")
+    run(store, list(range(12)), [4, 10], kv=1)
+    shallow, deep = sorted((item for _, _, item in store.checkpoints()), key=lambda item: item.position)
+    assert store.kv_bytes == 10
+    store.evict(deep)
+    assert store.kv_bytes == 4
+    store.evict(shallow)
+    assert store.used_bytes == 0
+
+
+def test_evicting_a_middle_checkpoint_keeps_the_kv_below_the_deeper_one() -> None:
+    store = CheckpointStore(None, "lru")
+    run(store, list(range(12)), [4, 10], kv=1)
+    store.evict(min((item for _, _, item in store.checkpoints()), key=lambda item: item.position))
+    assert store.kv_bytes == 10
+    assert len(store) == 1
+
+
+def test_remembered_tokens_are_bounded_and_checkpoints_survive() -> None:
+    store = CheckpointStore(None, "lru", max_remembered_tokens=50)
+    for start in range(40):
+        run(store, [start, *range(1000, 1019)], [6] if start == 0 else [])
+        assert store.remembered_tokens <= 50
+    assert run(store, [0, *range(1000, 1019)], []).resumed_tokens == 6
+
+
+def test_reasons() -> None:
+    store = CheckpointStore(10, "lru")
+    first = list(range(20))
+    other = [*first[:5], *range(50, 70)]
+    assert run(store, first, [8]).reason == "nothing stored"
+    assert run(store, first, []).reason == "resumed"
+    assert run(store, [0, 99, 98, 97, 96], []).reason == "diverges at token 1"
+    assert run(store, other, []).reason == "overlap of 5 tokens ends before the first checkpoint at 8"
+    run(store, other, [20])
+    assert run(store, first, []).reason == "evicted"
+    fresh = CheckpointStore(10, "lru")
+    run(fresh, first, [])
+    assert run(fresh, first, []).reason == "never captured: the policy placed no checkpoint on the first 18 tokens"
+
+
+def test_an_error_inside_the_block_keeps_what_was_added_and_pins_nothing() -> None:
+    store = CheckpointStore(None, "lru")
+    run(store, list(range(12)), [4])
+    with pytest.raises(RuntimeError), begin(store, list(range(12))) as request:
+        request.add(8, Blob(10))
+        raise RuntimeError
+    assert run(store, list(range(12)), []).resumed_tokens == 8
+    assert all(not item.pins for _, _, item in store.checkpoints())
+
+
+def test_pinned_checkpoints_stay() -> None:
+    store = CheckpointStore(10, "lru")
+    run(store, list(range(12)), [4])
+    with begin(store, list(range(12))) as request:
+        assert request.checkpoint is not None
+        assert not request.add(8, Blob(10))
+        with pytest.raises(ValueError, match="pinned"):
+            store.evict(request.checkpoint)
+    assert run(store, list(range(12)), [8]).resumed_tokens == 4
+
+
+SIZES = [("2GiB", 2**31), ("500MB", 5 * 10**8), ("1.5 KiB", 1536), (7, 7), ("12", 12), (None, None)]
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES)
+def test_sizes(text: int | str | None, size: int | None) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["2 gigs", "", "-1GB", -1, True, 1.5])
+def test_bad_sizes_name_the_argument(text: int | str) -> None:
+    with pytest.raises(ValueError, match="max_memory="):
+        parse_bytes(text)
+
+
+BAD_CALLS: list[Callable[[], object]] = [
+    lambda: CheckpointStore(eviction="best"),
+    lambda: CheckpointStore(max_remembered_tokens=0),
+    lambda: make_policy("best"),
+    lambda: open_request(CheckpointStore(), NoCheckpoints(), np.zeros((1, 4), np.int32), np.zeros(0, np.int64)),
+    lambda: run(CheckpointStore(), list(range(9)), [3]),
+]
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_errors_say_what_to_do(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="choose|at least|pass"):
+        call()
+
+
+def test_threads_share_one_store() -> None:
+    store = CheckpointStore(400, "lru", max_remembered_tokens=2000)
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        try:
+            for _ in range(200):
+                ids = [int(generator.integers(3)), int(generator.integers(3)), *range(int(generator.integers(4, 40)))]
+                request = run(store, ids, list(range(2, len(ids) - 1, 6)), kv=1)
+                assert store.used_bytes <= 400
+                assert request.resumed_tokens <= request.overlap_tokens
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    store.clear()
+    assert store.used_bytes == 0
