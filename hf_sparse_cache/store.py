@@ -204,6 +204,13 @@ class CheckpointStore:
                     self.evict(checkpoint)
             self.forest.forget(0)
 
+    def drop(self, space: str) -> None:
+        """Evicts every checkpoint of one space that no open request uses."""
+        with self.lock:
+            for _, _, checkpoint in self.checkpoints(space):
+                if not checkpoint.pins:
+                    self.evict(checkpoint)
+
     @contextmanager
     def holding(self, segment: KVSegment | None) -> Iterator[KVSegment | None]:
         """Keeps a KV chain from being freed while a caller builds on it."""
