@@ -83,8 +83,8 @@ class Call:
         reason: "" when a prefix must be resumed, else a part of `last_request.reason` that says why none was.
         refused: why transformers itself does not allow it on this model, "" when it does.
         core: runs on every family in every session, not on the representative ones alone.
+        slow: runs on one family in every session.
         reference: the call to compare with where it is not the same call without the handle.
-        compare_tokens: whether warm must choose the same tokens as stock in float32.
     """
 
     name: str
@@ -92,6 +92,7 @@ class Call:
     reason: str = ""
     refused: Callable[[PreTrainedModel], str] = field(default=lambda model: "")
     core: bool = False
+    slow: bool = False
     reference: Callable[["Bench", SparsePrefixCache | None], Outcome] | None = None
 
 
