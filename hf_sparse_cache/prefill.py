@@ -17,7 +17,7 @@ import torch
 from . import states
 from .live import LiveCache
 from .request import Request
-from .segmentation import Positions
+from .segmentation import MIN_SUFFIX_TOKENS, Positions
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def prefill_row(
     start = live.length = request.resumed_tokens
     forward = _uncompiled(model)
     output = None
-    for end in (*cuts[cuts > start].tolist(), len(ids)):
+    ahead = cuts[(cuts >= start + MIN_SUFFIX_TOKENS) & (cuts < len(ids))].tolist()
+    for end in (*ahead, len(ids)):
         inputs = model.prepare_inputs_for_generation(
             row[:, :end],
             next_sequence_length=end - start,
