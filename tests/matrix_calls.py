@@ -1,5 +1,6 @@
 """Every way of calling `generate()`: the columns of the exactness matrix."""
 
+import inspect
 import threading
 from typing import Any
 
@@ -158,10 +159,18 @@ def _turns(bench: Bench, handle: Handle) -> Outcome:
     """Three turns, each with the previous reply appended; the reply itself is prefilled anew, exactly."""
     ids, logits = bench.prompt(1), ()
     for turn in range(3):
-        outcome = bench.generate(ids, handle, max_new_tokens=bench.step)
+        # Replies of random weights hold pad tokens, and without a mask transformers would mask them.
+        outcome = bench.generate(ids, handle, max_new_tokens=16, attention_mask=torch.ones_like(ids))
         logits += outcome.logits
         ids = torch.cat([outcome.tokens, bench.prompt(4 + turn)[:, -7:]], dim=1)
-    return Outcome(outcome.tokens, logits[-bench.step :])
+    return Outcome(outcome.tokens, logits[-16:])
+
+
+def _pad_token_inside(bench: Bench, handle: Handle) -> Outcome:
+    """Without a mask, transformers masks the pad token in the middle of a prompt."""
+    ids = bench.prompt(1)
+    ids[0, 5] = PAD
+    return bench.generate(ids, handle)
 
 
 def _tiny_prompts(bench: Bench, handle: Handle) -> Outcome:
@@ -220,6 +229,11 @@ def _stateful(model: PreTrainedModel) -> str:
     return "transformers refuses assisted decoding for stateful models" if model._is_stateful else ""
 
 
+def _no_embeddings(model: PreTrainedModel) -> str:
+    taken = "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
+    return "" if taken else "transformers does not forward inputs_embeds for this model"
+
+
 def _without_attention(model: PreTrainedModel) -> str:
     return "the output of this model has no attentions" if "attentions" not in _output_fields(model) else ""
 
@@ -244,7 +258,7 @@ CALLS = [
     Call("pipeline, batched", lambda bench, handle: _pipeline(bench, handle, [bench.prompt(1), bench.prompt(3)], batch_size=2)),
     Call("prefill_chunk_size", _options(prefill_chunk_size=11), reference=_greedy),
     Call("use_cache=False", _options(use_cache=False), reason="use_cache=False"),
-    Call("inputs_embeds", _embeddings, reason="inputs_embeds"),
+    Call("inputs_embeds", _embeddings, reason="inputs_embeds", refused=_no_embeddings),
     Call("output_hidden_states", _hidden, reason="output_hidden_states"),
     Call("output_attentions", _options(output_attentions=True), reason="output_attentions", refused=_without_attention),
     Call("scores and logits", _scores),
@@ -259,6 +273,7 @@ CALLS = [
         refused=_stateful,
     ),
     Call("multi-turn", _turns),
+    Call("pad token inside, no mask", _pad_token_inside, reason="attention_mask leaves out"),
     Call("prompts of 1, 2 and 3 tokens", _tiny_prompts, reason="diverges at token"),
     Call("no prompt", _no_prompt, reason="diverges at token"),
     Call("prompt equal to a stored one", _equal),
