@@ -134,7 +134,7 @@ def build_model(
         model = model_class(config)
     draw_weights(model, seed)
     model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
+    return model.to(dtype).eval()  # type: ignore[arg-type]  # transformers wraps `to`
 
 
 def parameter_count(name: str, vocab_size: int = 8192) -> int:

@@ -9,7 +9,8 @@ import math
 import zlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 # Step sizes of the state space layers and gates of the delta rules, log-uniform as in Mamba (arXiv 2312.00752, 3.6).
 STEP_MIN, STEP_MAX = 1e-3, 1e-1
@@ -17,19 +18,19 @@ STEP_MIN, STEP_MAX = 1e-3, 1e-1
 RATE_MIN, RATE_MAX = 1.0, 4.0
 
 
-def draw_weights(model: nn.Module, seed: int = 0, embedding_scale: float = 1.0) -> nn.Module:
+def draw_weights(model: PreTrainedModel, seed: int = 0, embedding_scale: float = 1.0) -> PreTrainedModel:
     """Redraw the weights of `model` in place.
 
     Every parameter has its own generator, seeded by `seed` and the parameter's name, so the values depend neither on
     the order of construction nor on the global generator.
 
     Args:
-        model (`torch.nn.Module`): any language model of transformers, in any floating dtype.
+        model (`PreTrainedModel`): any language model, in any floating dtype.
         seed (`int`): the same seed gives the same weights.
         embedding_scale (`float`): standard deviation of the input embeddings.
 
     Returns:
-        `torch.nn.Module`: the model itself.
+        `PreTrainedModel`: the model itself.
     """
     inputs = model.get_input_embeddings().weight
     with torch.no_grad():
