@@ -44,6 +44,28 @@ def draw_weights(model: PreTrainedModel, seed: int = 0, embedding_scale: float =
     return model
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast a model in place as `from_pretrained(dtype=...)` does: what its class keeps in float32 stays there.
+
+    Args:
+        model (`PreTrainedModel`): a model in float32.
+        dtype (`torch.dtype`): a floating dtype.
+
+    Returns:
+        `PreTrainedModel`: the model itself.
+    """
+    kept: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():  # without the rotary frequencies, which stay float32
+        if tensor.is_floating_point() and not any(f".{module}." in f".{name}." for module in kept):
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor | None:
     """New float32 values for one parameter, or None where the architecture's own initial values are right."""
     shape, last = parameter.shape, name.rsplit(".", 1)[-1]
