@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from .random_weights import draw_weights
+from .random_weights import cast_weights, draw_weights
 
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS]  # ids 0, 1 and 2
@@ -134,7 +134,7 @@ def build_model(
         model = model_class(config)
     draw_weights(model, seed)
     model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
+    return cast_weights(model, dtype).eval()
 
 
 def parameter_count(name: str, vocab_size: int = 8192) -> int:
