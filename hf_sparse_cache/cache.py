@@ -285,6 +285,13 @@ class SparsePrefixCache(Cache):
 
     update_conv_state = update_recurrent_state = update_indexer = get_mask_sizes = has_previous_state = update
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # copy.copy, copy.deepcopy, pickle and torch.save all come here.
+        raise TypeError(
+            "A SparsePrefixCache cannot be copied or pickled, and generate() never changes the one it is given: pass the "
+            "same handle to every call. For another model make SparsePrefixCache(model, store=cache.store)."
+        )
+
     def _refuse(self) -> None:
         state = "is attached to" if self._finalizer.alive else "was detached from"
         raise ValueError(

@@ -204,7 +204,7 @@ ROWS = [
                 "index_topk": 32,
                 "index_kpool": 4,
                 "index_head_dim": 16,
-                "index_n_heads": 16,
+                "index_n_heads": 16,  # with few heads pools tie at score 0, and which one wins depends on the width
                 "linear_head_dim": 16,
                 "linear_num_heads": 4,
                 "hc_mult": 2,
