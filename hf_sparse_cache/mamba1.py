@@ -103,7 +103,7 @@ def scan_from(
     return_last_state: bool = False,
     **_: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The sequential scan started from a state, in the arithmetic and order of the stock torch loop.
+    """The sequential scan started from a state, in the order of the stock torch loop, multiply and add fused.
 
     Args:
         h: state `(B, D, N)` to start from; not modified.
