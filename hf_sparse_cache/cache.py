@@ -16,11 +16,12 @@ from transformers.utils import logging
 
 from . import generation, mamba1, prefill, states
 from .calls import check_ids, unpadded_rows
+from .config import SparseCacheConfig
 from .families import Family, family_of
 from .live import LiveCache
 from .policies import Policy, make_policy
 from .request import open_request
-from .segmentation import cut_positions
+from .segmentation import Positions, Tokens, cut_positions, with_free_cuts
 from .stats import CacheStats, RequestInfo, format_bytes
 from .store import CheckpointStore
 from .weights import identity
@@ -39,13 +40,10 @@ class SparsePrefixCache(Cache):
     Args:
         model: a causal language model of a supported family.
         tokenizer: optional; prompts may then also be cut after its special tokens, where chats and agents diverge.
-        max_memory: bytes that may be stored, as an integer or such as "2GiB". Not used when `store` is given.
-        max_checkpoints: most new checkpoints a prompt; None leaves it to the policy.
-        exactness: "bitwise": a resumed run equals a cold run bit for bit.
-        grid: distance in tokens between cuts, a multiple of the model's kernel chunk. Default 256, or the chunk.
-        policy: where checkpoints go (see `policies`).
-        store: a `CheckpointStore` to share with other handles.
-        namespace: a tenant; nothing stored under one is ever matched from another.
+        max_memory, max_checkpoints, exactness, grid, namespace: see `SparseCacheConfig`.
+        policy: where checkpoints go: a name (see `policies`) or a `Policy` object.
+        store: a `CheckpointStore` to share with other handles; it has a budget of its own, in place of `max_memory`.
+        config: all settings at once, in place of the keywords.
 
     Raises:
         UnsupportedModelError: The model's state cannot be captured exactly.
@@ -64,24 +62,22 @@ class SparsePrefixCache(Cache):
         policy: str | Policy = "dp",
         store: CheckpointStore | None = None,
         namespace: str = "",
+        config: SparseCacheConfig | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.family: Family = family_of(model)
-        self.model = model
+        name = policy if isinstance(policy, str) else type(policy).__name__
+        given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
+        if config is not None and given != SparseCacheConfig():
+            raise ValueError("config holds all settings: give either config or single keywords, not both.")
+        self.config = given if config is None else config
+        self.model, self.tokenizer = model, tokenizer
         self._config = model.config.get_text_config(decoder=True)
         states.check_layers(LiveCache(self._config), type(model).__name__)
-        if exactness != "bitwise":
-            raise ValueError(f"exactness must be 'bitwise', not {exactness!r}.")
-        if max_checkpoints is not None and max_checkpoints < 0:
-            raise ValueError(f"max_checkpoints must be None or at least 0, not {max_checkpoints}.")
-        self.grid = self._checked_grid(grid)
-        self.namespace = namespace
-        self.tokenizer = tokenizer
-        self.max_checkpoints = max_checkpoints
-        self.exactness = exactness
+        self.grid = self._checked_grid(self.config.grid)
         self._cut_ids: Collection[int] = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
-        self.policy = make_policy(policy, self._cut_ids) if isinstance(policy, str) else policy
-        self.store = CheckpointStore(max_memory) if store is None else store
+        self.policy = make_policy(self.config.policy, self._cut_ids) if isinstance(policy, str) else policy
+        self.store = CheckpointStore(self.config.max_memory) if store is None else store
         self.size = states.measure(model, LiveCache(self._config), self.family.cache_name)
         self._check_budget()
         # Called with the live cache at the end of each prefill; `check_exactness` looks at the states there.
@@ -134,9 +130,7 @@ class SparsePrefixCache(Cache):
 
     def empty_twin(self) -> "SparsePrefixCache":
         """A handle with the same cuts and an empty store: what it serves first, it serves cold."""
-        return SparsePrefixCache(
-            self.model, self.tokenizer, max_memory=self.store.max_memory, grid=self.grid, policy="none"
-        )
+        return SparsePrefixCache(self.model, self.tokenizer, max_memory=None, grid=self.grid, policy="none")
 
     # -- what generate() asks -------------------------------------------------------------------------------------------
 
@@ -194,10 +188,10 @@ class SparsePrefixCache(Cache):
 
     def _serve_row(self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]) -> Any:
         tokens = ids.to("cpu", torch.int32).numpy()
-        cuts = cut_positions(tokens, self.grid, self._cut_ids)
         space, changed = self._space()
+        cuts = self._cuts(tokens, space)
         with open_request(
-            self.store, self.policy, tokens, cuts, space=space, max_checkpoints=self.max_checkpoints
+            self.store, self.policy, tokens, cuts, space=space, max_checkpoints=self.config.max_checkpoints
         ) as request:
             output, timing = prefill.prefill_row(
                 self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
@@ -212,6 +206,12 @@ class SparsePrefixCache(Cache):
         )
         self._record(info, timing)
         return output
+
+    def _cuts(self, tokens: Tokens, space: str) -> Positions:
+        cuts = cut_positions(tokens, self.grid, self._cut_ids)
+        if self.config.exactness == "bitwise":
+            return cuts
+        return with_free_cuts(cuts, (self.store.match(tokens, space).overlap, len(tokens)), len(tokens))
 
     def _record(self, info: RequestInfo, timing: prefill.Timing = prefill.Timing()) -> None:
         with self._lock:
@@ -240,14 +240,12 @@ class SparsePrefixCache(Cache):
 
     def _named(self, weights: str) -> str:
         segmentation = f"grid {self.grid}, cut ids {self._cut_ids}"
-        return "\x1f".join((weights, segmentation, self.exactness, self.namespace))
+        return "\x1f".join((weights, segmentation, self.config.exactness, self.config.namespace))
 
     def _checked_grid(self, grid: int | None) -> int:
         chunk = self.family.chunk(self._config)
         if grid is None:
             return self.family.grid(self._config)
-        if grid < 2:
-            raise ValueError(f"grid must be at least 2 tokens, not {grid}; leave it out for {self.family.grid(self._config)}.")
         if grid % chunk:
             logger.warning_once(
                 f"grid={grid} is not a multiple of the kernel chunk of {chunk} tokens of {type(self.model).__name__}: "

@@ -16,7 +16,7 @@ import torch
 from . import mamba1, states
 from .live import LiveCache
 from .request import Request
-from .segmentation import Positions
+from .segmentation import MIN_SUFFIX_TOKENS, Positions
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def prefill_row(
     start = live.length = request.resumed_tokens
     mamba1.announce(None)  # an exception in an earlier request could have left one
     output = None
-    for end in (*cuts[cuts > start].tolist(), len(ids)):
+    ahead = cuts[(cuts >= start + MIN_SUFFIX_TOKENS) & (cuts < len(ids))].tolist()
+    for end in (*ahead, len(ids)):
         inputs = model.prepare_inputs_for_generation(
             row[:, :end],
             next_sequence_length=end - start,
