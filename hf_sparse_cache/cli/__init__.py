@@ -85,7 +85,7 @@ def demo(
     results = []
     for name in names:
         own = None if tasks else sources.own_document()
-        loaded, tokenizer = sources.load(name, [task.prompt for task in tasks] or [own[0] if own else ""], dtype, device)
+        loaded, tokenizer = builtin.load(name, [task.prompt for task in tasks] or [own[0] if own else ""], dtype, device)
         asked = tasks or sources.about(sources.shorten(own[0], tokenizer, tokens), sources.QUESTIONS, own[1])
         options: dict[str, Any] = {"max_memory": max_memory, "grid": grid, **({"policy": policy} if policy else {})}
         results.append(work.run(name, loaded, tokenizer, asked, screen, uncached=uncached, **options))

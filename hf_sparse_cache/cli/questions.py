@@ -157,9 +157,9 @@ def _first_token(model: Any, prompt: torch.Tensor, **options: Any) -> float:
 
 
 def _spread(indices: list[int], count: int) -> list[int]:
-    """`count` of the indices, evenly spread, the last one among them."""
+    """`count` of the indices, evenly spread from the first to the last."""
     count = min(count, len(indices))
-    return [indices[(step + 1) * len(indices) // count - 1] for step in range(count)]
+    return [indices[step * (len(indices) - 1) // max(1, count - 1)] for step in range(count)]
 
 
 def _show(result: Result, screen: Screen) -> None:

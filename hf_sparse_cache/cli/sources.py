@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from .. import builtin
 
 
@@ -92,27 +89,6 @@ def shorten(document: str, tokenizer: Any, tokens: int) -> str:
         return document
     text: str = tokenizer.decode(ids[:tokens])
     return text[: text.rfind("\n\n")] if "\n\n" in text else text
-
-
-def load(name: str, texts: list[str], dtype: torch.dtype | str = "auto", device: str = "cpu") -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer.
-
-    Args:
-        name: a built-in model (see `builtin.SIZES`), a folder, or a Hub id.
-        texts: what the tokenizer of a built-in model learns from.
-        dtype: of the weights; "auto" takes the checkpoint's own, and float32 for built-in models.
-        device: where the model is put.
-    """
-    if name in builtin.SIZES:
-        model = builtin.build_model(name, torch.float32 if isinstance(dtype, str) else dtype)
-        return model.to(device), builtin.build_tokenizer(texts)
-    if "/" not in name and not Path(name).exists():
-        raise ValueError(
-            f"MODEL {name!r} is no built-in model, folder or Hub id; built in are {', '.join(builtin.SIZES)}."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval(), tokenizer
 
 
 def describe(name: str, model: Any) -> str:
