@@ -41,6 +41,7 @@ def _model_names(incomplete: str) -> list[str]:
 
 Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
 Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500MB or 2GiB.")]
+Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's choice.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
@@ -59,7 +60,7 @@ def demo(
     question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 6000,
     uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
-    policy: Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's.")] = None,
+    policy: Policy = None,
     max_memory: Memory = "2GiB",
     grid: Grid = None,
     dtype: Dtype = "auto",
@@ -92,6 +93,34 @@ def demo(
     passed = all(result.exactness.passed for result in results)
     screen.emit({"passed": passed, **_environment(), "models": [result.to_dict() for result in results]})
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)],
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each prompt; default: three grid steps.", min=8)] = None,
+    prompts: Annotated[int, typer.Option(help="How many prompts to check.", min=1, max=7)] = 3,
+    document: Annotated[Path | None, typer.Option(help="A text file to take the prompts from.")] = None,
+    policy: Policy = None,
+    grid: Grid = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Prove on this machine that reuse changes nothing: prompts run stock, cold and resumed. Exit code 1 if it does.
+
+    Example: `hf-sparse-cache verify jamba-3m`
+    """
+    from . import sources, verifying
+
+    screen = Screen(json)
+    _quiet()
+    text = document.read_text(encoding="utf-8") if document else sources.own_document()[0]
+    loaded, tokenizer = builtin.load(model, [text], dtype, device)
+    options = {"grid": grid, **({"policy": policy} if policy else {})}
+    report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
+    screen.emit({"model": model, **result, **_environment()})
+    raise typer.Exit(0 if report.passed else 1)
 
 
 def _tasks(workload: Path | None, documents: int, document: Path | None, question: list[str] | None) -> list[Any]:

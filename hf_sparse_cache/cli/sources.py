@@ -9,16 +9,16 @@ from .. import builtin
 
 
 # The project's own documents in the order in which the demo reads them; the questions are about the first ones.
-_DOCUMENTS = ("README.md", "docs/concepts.md", "docs/troubleshooting.md", "docs/comparison.md")
+_DOCUMENTS = ("README.md", "docs/concepts.md", "docs/exactness.md", "docs/troubleshooting.md")
 
 QUESTIONS = (
     "What is a checkpoint, and what does it hold?",
     "Why does the cache leave at least two tokens of every prompt to compute?",
-    "What does a resumed run have in common with a cold run, and on which condition?",
-    "Nothing hits although all my prompts begin alike: what should I look at first?",
-    "How does the project differ from copying a pre-filled cache before each question?",
-    "Which families of models are refused, and why?",
-    "When would another server or library be the better choice?",
+    "What do a resumed run and a cold run have in common, and on which condition?",
+    "Which models are refused, and why?",
+    "How does the exactness check make sure that it can fail?",
+    "Which policy suits text that is edited anywhere?",
+    "What is not there yet?",
 )
 
 
