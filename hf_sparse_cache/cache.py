@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from . import generation, mamba1, prefill, states
-from .calls import check_ids, unpadded_rows
+from .calls import check_ids, input_device, unpadded_rows
 from .config import SparseCacheConfig
 from .families import Family, family_of
 from .live import LiveCache
@@ -175,7 +175,7 @@ class SparsePrefixCache(Cache):
         positions = model_kwargs.get("position_ids")
         dims = () if positions is None else tuple(positions.shape[:-2])
         outputs = [
-            self._serve_row(caches[index], rows[order.index(index)].to(self.model.device), kwargs, dims)
+            self._serve_row(caches[index], rows[order.index(index)].to(input_device(self.model)), kwargs, dims)
             for index in range(len(distinct))
         ]
         if self.on_prefill is not None:
