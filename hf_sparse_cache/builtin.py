@@ -5,14 +5,21 @@ counts: each has the structure of its family at a few layers. A new size is one 
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from .random_weights import draw_weights
+from .random_weights import cast_weights, draw_weights
 
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS]  # ids 0, 1 and 2
@@ -90,8 +97,12 @@ def _qwen3_5(hidden_size: int, layers: int) -> dict[str, Any]:
 
 
 # name: class in transformers, maker of its config, hidden size, layers. A name counts parameters at vocab_size=8192.
-# The small ones prefill 6,000 tokens in seconds on two CPU cores; the others are for an accelerator, or for patience.
+# Those of 3 M are for examples and tests; those up to 30 M prefill 6,000 tokens in seconds on two CPU cores; the others are for an accelerator, or for patience.
 SIZES: dict[str, tuple[str, Callable[[int, int], dict[str, Any]], int, int]] = {
+    "mamba-3m": ("MambaForCausalLM", _mamba, 128, 4),
+    "jamba-3m": ("JambaForCausalLM", _jamba, 128, 4),
+    "zamba2-3m": ("Zamba2ForCausalLM", _zamba2, 128, 4),
+    "qwen3.5-3m": ("Qwen3_5ForCausalLM", _qwen3_5, 128, 4),
     "mamba-21m": ("MambaForCausalLM", _mamba, 640, 4),
     "jamba-30m": ("JambaForCausalLM", _jamba, 512, 4),
     "zamba2-30m": ("Zamba2ForCausalLM", _zamba2, 512, 6),
@@ -134,7 +145,32 @@ def build_model(
         model = model_class(config)
     draw_weights(model, seed)
     model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
+    return cast_weights(model, dtype).eval()
+
+
+def load(
+    name: str, texts: Iterable[str], dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, Any]:
+    """A model and its tokenizer, in evaluation mode, whether built in, in a folder or on the Hub.
+
+    Args:
+        name (`str`): one of `SIZES`, a folder, or a Hub id.
+        texts (`Iterable[str]`): what the tokenizer of a built-in model learns from; the others bring their own.
+        dtype (`torch.dtype` or `str`): of the weights; "auto" is the checkpoint's own, and float32 for built-in models.
+        device (`str`): where the model is put.
+
+    Raises:
+        ValueError: when `name` can be none of the three.
+    """
+    if name in SIZES:
+        named = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is not a dtype of torch; use auto, float32 or bfloat16")
+        return build_model(name, named).to(device), build_tokenizer(texts)
+    if "/" not in name and not Path(name).exists():
+        raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(SIZES)}")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def parameter_count(name: str, vocab_size: int = 8192) -> int:

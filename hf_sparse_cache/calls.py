@@ -101,3 +101,10 @@ def check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:
             f"input_ids contains {low if low < 0 else high}, outside the model's vocabulary 0..{vocabulary - 1}. "
             "Was the prompt made with another model's tokenizer?"
         )
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its ids. Offloaded weights lie on "meta" between calls, so `model.device` may not say it."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)

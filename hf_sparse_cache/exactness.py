@@ -13,6 +13,7 @@ import torch
 
 from . import states
 from .cache import SparsePrefixCache
+from .calls import input_device
 from .live import LiveCache
 from .report import table
 
@@ -156,7 +157,7 @@ def _as_ids(prompt: torch.Tensor | str, handle: SparsePrefixCache) -> torch.Tens
     ids = prompt[None] if prompt.dim() == 1 else prompt
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"prompts holds a tensor of shape {tuple(prompt.shape)}; give (length,) or (1, length).")
-    return ids.to(handle.model.device)
+    return ids.to(input_device(handle.model))
 
 
 def _check(model: Any, ids: torch.Tensor, handle: SparsePrefixCache, max_new_tokens: int) -> ExactnessRow:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .eviction import Terms
+from .overlap import Forecast, OverlapModel, shape_of
 from .segmentation import Positions, Tokens
+from .views import Floats, Shape
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompt:
     """What a policy may look at.
 
@@ -29,6 +32,10 @@ class Prompt:
         path_ends: ends of the tree's edges on the shared path (the last one may lie behind `overlap`).
         path_passes: number of earlier prompts along the whole of each such edge.
         limit: most new checkpoints, or None.
+        latest: shape of the latest prompt along the last of these edges, if the policy left one.
+        terms: what new checkpoints would earn and cost.
+        state_bytes, kv_bytes_per_token: sizes, averaged over what is stored; 0 before anything is.
+        shape, forecast: what the policy makes of the prompt, for the eviction and for later prompts.
     """
 
     ids: Tokens
@@ -38,11 +45,25 @@ class Prompt:
     path_ends: NDArray[np.int64]
     path_passes: NDArray[np.int64]
     limit: int | None = None
+    latest: Shape | None = None
+    terms: Terms = Terms()
+    state_bytes: float = 0.0
+    kv_bytes_per_token: float = 0.0
+    shape: Shape | None = None
+    forecast: Forecast | None = None
 
     @property
     def open_cuts(self) -> Positions:
         """The cuts that this prefill passes: those behind the resumed position."""
         return self.cuts[np.searchsorted(self.cuts, self.resumed, side="right") :]
+
+    def share(self, position: int, planned: list[int]) -> float:
+        """Of the prompts that will pass `position`, those expected to leave before the next planned checkpoint."""
+        if self.forecast is None:
+            return 1.0
+        passing = self.forecast.mass(position)
+        after = next((other for other in planned if other > position), None)
+        return self.forecast.mass(position, after) / passing if passing > 1e-9 else 0.0
 
     def snap(self, positions: Iterable[float]) -> list[int]:
         """The deepest open cut at or before each position, ascending and distinct; none where there is none."""
@@ -203,7 +224,70 @@ class HistogramDP(Policy):
             self._weights[index] += 1.0
 
 
+class Learned(Policy):
+    """`learned`: an exact plan on the forecast for this very prompt, at the memory's current price.
+
+    Args:
+        prefill_cost: cost of prefilling to each of an array of positions; default the positions themselves. Give the model's
+            own, with the attention term or in measured seconds, when they are not proportional.
+    """
+
+    default_limit = 8
+
+    def __init__(self, prefill_cost: Callable[[Floats], Floats] | None = None) -> None:
+        super().__init__()
+        self.model = OverlapModel()
+        self.prefill_cost = prefill_cost
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """Minimises the expected recomputation by the next prompt that comes this way, plus the price of the memory."""
+        from .planner import plan_checkpoints
+
+        length = len(prompt.ids)
+        prompt.shape = shape_of(length, prompt.overlap, prompt.path_ends, prompt.path_passes, prompt.latest)
+        forecast = prompt.forecast = self.model.forecast(prompt.cuts, prompt.shape)
+        limit = self.default_limit if prompt.limit is None else prompt.limit
+        cuts = prompt.open_cuts
+        if not len(cuts) or not limit:
+            return []
+        first = len(prompt.cuts) - len(cuts)
+        below = np.append(forecast.below[first:], 1.0)
+        weights = np.diff(
+            np.append(forecast.below[first - 1] if first else 0.0, below)
+        )  # of the cells before each cut
+        split = int(np.searchsorted(cuts, prompt.overlap, side="right"))  # cells from here on are new
+        terms = prompt.terms
+        known, new = weights[: split + 1].sum(), weights[split + 1 :].sum()
+        weights[: split + 1] *= terms.known_rate / max(known + new, 1e-12)
+        weights[split + 1 :] *= terms.new_rate / max(new, 1e-12)
+        self._charge(weights, terms.price * prompt.kv_bytes_per_token)
+        cost = np.concatenate([[prompt.resumed], cuts]).astype(np.float64)
+        cost = cost - cost[0] if self.prefill_cost is None else self.prefill_cost(cost) - self.prefill_cost(cost[:1])
+        plan = plan_checkpoints(weights, limit, prefill_cost=cost, checkpoint_cost=terms.price * prompt.state_bytes)
+        return [int(cuts[index - 1]) for index in plan.positions]
+
+    @staticmethod
+    def _charge(weights: Floats, price_per_token: float) -> None:
+        """Takes the price of KV off the deepest weights.
+
+        KV costs the same for each token up to the deepest checkpoint, so it lowers the gain of every token gained, the
+        weight of all depths behind it, by one constant.
+        """
+        index = len(weights) - 1
+        while price_per_token > 0.0 and index >= 0:
+            taken = min(price_per_token, float(weights[index]))
+            weights[index] -= taken
+            price_per_token -= taken
+            index -= 1
+
+    def observe(self, prompt: Prompt) -> None:
+        """Tells the overlap model where this prompt left the latest one before it."""
+        if prompt.latest is not None:
+            self.model.learn(prompt.overlap, prompt.cuts, prompt.latest)
+
+
 POLICIES: dict[str, type[Policy]] = {
+    "learned": Learned,
     "dp": HistogramDP,
     "block": Block,
     "balanced": Balanced,

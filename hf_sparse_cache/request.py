@@ -80,9 +80,22 @@ class Request:
             self.reason = (
                 "resumed" if self.checkpoint else _why_cold(match.path, match.overlap, match.known, usable, cuts)
             )
+            terms = store.eviction.terms(match.path, match.overlap)
             ends = np.asarray([node.end for node in match.path], dtype=np.int64)
             passes = np.asarray([node.passes for node in match.path], dtype=np.int64)
-        self._prompt = Prompt(ids, cuts, match.overlap, self.resumed_tokens, ends, passes, max_checkpoints)
+            self._prompt = Prompt(
+                ids,
+                cuts,
+                match.overlap,
+                self.resumed_tokens,
+                ends,
+                passes,
+                max_checkpoints,
+                latest=match.path[-1].latest if match.path else None,
+                terms=terms,
+                state_bytes=store.checkpoint_bytes / max(store.checkpoint_count, 1),
+                kv_bytes_per_token=store.kv_bytes / max(store.kv_tokens, 1),
+            )
         try:
             with policy.lock:
                 wanted = policy.place(self._prompt)
@@ -130,7 +143,8 @@ class Request:
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
             new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
         with self._store.lock:
-            checkpoint = self._store.put(self._ids, position, state, spans, new, self._space)
+            share = self._prompt.share(position, self.planned)
+            checkpoint = self._store.put(self._ids, position, state, spans, new, self._space, share)
             if checkpoint is None:
                 return False
             if checkpoint.kv is not None:  # later checkpoints of this prompt chain to it, even if this one is evicted
@@ -143,7 +157,11 @@ class Request:
         if self._closed:
             return
         try:
-            self._store.remember(self._ids, self._space)
+            with self._store.lock:
+                path = self._store.remember(self._ids, self._space)
+                for node in path:
+                    node.latest = self._prompt.shape
+                self._store.eviction.settled(path, self._prompt.forecast, self._store.clock)
             with self._policy.lock:
                 self._policy.observe(self._prompt)
         finally:

@@ -14,6 +14,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
+from .calls import input_device
 from .errors import UnsupportedModelError
 
 
@@ -275,7 +276,7 @@ def measure(model: Any, cache: Cache, cache_name: str) -> StateSize:
 
     Sliding windows are counted as full, since they are once a prompt is long enough.
     """
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
     model(input_ids=ids, use_cache=True, **{cache_name: cache})
     state = 0
     for layer, held in zip(cache.layers, capture_state(cache).layers, strict=True):

@@ -48,6 +48,7 @@ class CheckpointStore:
         self.checkpoint_count = 0
         self.checkpoint_bytes = 0
         self.kv_bytes = 0
+        self.kv_tokens = 0
         self.peak_bytes = 0
         self.forest = Forest()
         self._held: list[KVSegment] = []  # chains that open requests build on
@@ -112,6 +113,7 @@ class CheckpointStore:
         spans: Sequence[Span] = (),
         new: Mapping[Span, Payload] | None = None,
         space: str = "",
+        share: float = 1.0,
     ) -> Checkpoint | None:
         """Stores a checkpoint after `position` tokens of `ids`, evicting others first when memory is short.
 
@@ -119,6 +121,7 @@ class CheckpointStore:
             state: the fixed-size payload.
             spans: the KV spans `(start, end)` from 0 to `position`, gapless, cut to cut; empty without full attention.
             new: KV payloads of the spans that are not stored yet.
+            share: of the prompts that will pass it, those expected to leave before the next checkpoint.
 
         Returns:
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
@@ -140,6 +143,7 @@ class CheckpointStore:
                 return None  # a shared segment was freed while the caller computed: nothing to chain to
             need = int(state.nbytes) + sum(int(new[span].nbytes) for span in wanted)
             checkpoint = Checkpoint(position, state, None, home, self.clock)
+            checkpoint.held, checkpoint.share = need, share
             with self.holding(chain[-1] if chain else None) as below:
                 if not self._make_room(need, checkpoint):
                     return None
@@ -170,11 +174,11 @@ class CheckpointStore:
             del node.checkpoints[checkpoint.position]
             self.checkpoint_count -= 1
             self.checkpoint_bytes -= checkpoint.nbytes
-            self.eviction.dropped(checkpoint)
             self.evictions += 1
             node.lost = min(node.lost or checkpoint.position, checkpoint.position)
             self._release(checkpoint.kv)
             checkpoint.kv = None
+            self.eviction.dropped(checkpoint)
             self.forest.offer(node)
 
     def pin(self, checkpoint: Checkpoint) -> None:
@@ -256,6 +260,7 @@ class CheckpointStore:
         if segment.parent is not None:
             segment.parent.refs += 1
         self.kv_bytes += segment.nbytes
+        self.kv_tokens += segment.end - segment.start
         return segment
 
     def _release(self, segment: KVSegment | None) -> None:
@@ -266,6 +271,7 @@ class CheckpointStore:
                 return
             del segment.node.segments[segment.start, segment.end]
             self.kv_bytes -= segment.nbytes
+            self.kv_tokens -= segment.end - segment.start
             self.forest.offer(segment.node)
             segment = segment.parent
 

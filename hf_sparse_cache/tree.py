@@ -40,7 +40,7 @@ class KVSegment:
 class Checkpoint:
     """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain."""
 
-    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "__weakref__", "note")
+    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "held", "share", "slot")
 
     def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
         self.position, self.state, self.kv, self.node = position, state, kv, node
@@ -48,7 +48,40 @@ class Checkpoint:
         self.hits = 0
         self.last_used = now
         self.nbytes = int(state.nbytes)
-        self.note: Any = None  # room for the eviction's own record
+        self.held = self.nbytes  # bytes that go if it goes: the state and the KV that only it needs
+        self.share = 1.0  # of the prompts that pass it, those expected to leave before the next checkpoint
+        self.slot = -1  # place in the eviction's tables
+
+    def held_bytes(self) -> int:
+        """Counts `held` anew: the state, and its KV chain down to the first segment that something else needs."""
+        total, segment = self.nbytes, self.kv
+        while segment is not None and segment.refs <= 1:
+            total += segment.nbytes
+            segment = segment.parent
+        return total
+
+    def above(self) -> Checkpoint | None:
+        """The nearest checkpoint nearer to the start of the prompt."""
+        node: Node | None = self.node
+        while node is not None:
+            found = [position for position in node.checkpoints if position < self.position]
+            if found:
+                return node.checkpoints[max(found)]
+            node = node.parent
+        return None
+
+    def below(self, limit: int = 16) -> list[Checkpoint]:
+        """The next checkpoints on every path that runs on from here, looking at `limit` nodes at most."""
+        found = [position for position in self.node.checkpoints if position > self.position]
+        if found:
+            return [self.node.checkpoints[min(found)]]
+        nearest: list[Checkpoint] = []
+        level = list(self.node.children.values())
+        while level and limit > 0:
+            limit -= len(level)
+            nearest += [node.checkpoints[min(node.checkpoints)] for node in level if node.checkpoints]
+            level = [child for node in level if not node.checkpoints for child in node.children.values()]
+        return nearest
 
 
 class Node:
@@ -64,6 +97,7 @@ class Node:
         "segments",
         "passes",
         "last_used",
+        "latest",
         "lost",
         "note",
     )
@@ -76,6 +110,7 @@ class Node:
         self.segments: dict[tuple[int, int], KVSegment] = {}
         self.passes = 0  # prompts that ran along the whole edge
         self.last_used = 0
+        self.latest: Any = None  # the policies' description of the latest prompt that came this way
         self.lost = 0  # shallowest position of this edge whose checkpoint was evicted; 0 when none was
         self.note: Any = None  # room for what policies and evictions learn about this edge
 
@@ -175,7 +210,7 @@ class Forest:
         """Splits an edge at `depth`; checkpoints and segments go to the half that holds their end."""
         offset = depth - node.start
         upper = Node(node.tokens[:offset].copy(), node.start, node.parent)
-        upper.passes, upper.last_used = node.passes, node.last_used
+        upper.passes, upper.last_used, upper.latest = node.passes, node.last_used, node.latest
         assert node.parent is not None
         node.parent.children[int(upper.tokens[0])] = upper
         node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper

@@ -1,0 +1,104 @@
+"""p(d | this prefix): where the next prompt that follows this one will leave it, learned online.
+
+A mixture of views. Each observed overlap depth is credited to the views in proportion to how well they foresaw it (one step
+of online EM), so the mixture's shares follow the kinds of divergence a workload has, and each view learns only from what it
+explains. The shares depend on how the prompt itself met the tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .segmentation import Positions
+from .views import VIEWS, Floats, Shape
+
+FRESH, EXTENDS, BRANCHES, RETURNS = range(
+    4
+)  # nothing shared; longer than an earlier prompt; new junction; known junction
+NEAR_END_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The mixture on one prompt's cuts.
+
+    Attributes:
+        cuts: positions of shape `(C,)`.
+        below: P(next overlap < cut) of shape `(C,)`.
+    """
+
+    cuts: Positions
+    below: Floats
+
+    def mass(self, start: int, end: int | None = None) -> float:
+        """P(start <= next overlap < end) for two cuts; without `end`, to the end of the prompt."""
+        return self._at(end) - self._at(start)
+
+    def _at(self, position: int | None) -> float:
+        if position is None:
+            return 1.0
+        index = int(np.searchsorted(self.cuts, position))
+        return float(self.below[index]) if index < len(self.cuts) else 1.0
+
+
+class OverlapModel:
+    """The mixture, its shares by context, and its views.
+
+    Args:
+        decay: what a view keeps of its counts at each depth it fully explains.
+        rate: slowest speed at which the shares follow; they start faster.
+    """
+
+    def __init__(self, decay: float = 0.998, rate: float = 0.01) -> None:
+        self.decay, self.rate = decay, rate
+        self.views = [view() for view in VIEWS]
+        self.shares = np.full((4, len(self.views)), 1.0 / len(self.views))
+        self._seen = np.zeros(4)
+
+    def forecast(self, cuts: Positions, shape: Shape) -> Forecast:
+        """Predicts the next overlap with a prompt of this shape."""
+        return Forecast(cuts, self.shares[shape.kind] @ self._below(cuts.astype(np.float64), shape))
+
+    def learn(self, depth: int, cuts: Positions, previous: Shape) -> None:
+        """Learns that a prompt left an earlier one, of shape `previous`, at `depth`; `cuts` are the later prompt's."""
+        depth = min(depth, previous.length)
+        index = int(np.searchsorted(cuts, depth, side="right"))
+        low = float(cuts[index - 1]) if index else 0.0
+        high = float(min(cuts[index], previous.length + 1)) if index < len(cuts) else previous.length + 1.0
+        edges = self._below(np.asarray([low, high]), previous)
+        likelihood = np.maximum(edges[:, 1] - edges[:, 0], 1e-6)
+        credit = self.shares[previous.kind] * likelihood
+        credit /= credit.sum()
+        self._seen[previous.kind] += 1
+        step = max(1.0 / (self._seen[previous.kind] + 4.0), self.rate)
+        self.shares[previous.kind] += step * (credit - self.shares[previous.kind])
+        for view, amount in zip(self.views, credit.tolist(), strict=True):
+            if amount > 1e-3:
+                view.learn(depth, previous, amount, self.decay)
+
+    def _below(self, depths: Floats, shape: Shape) -> Floats:
+        return np.stack([view.below(depths, shape) for view in self.views])
+
+
+def shape_of(length: int, overlap: int, ends: Positions, passes: Positions, previous: Shape | None) -> Shape:
+    """Describes a prompt for the views.
+
+    Args:
+        length: tokens of the prompt.
+        overlap: tokens it shares with earlier prompts.
+        ends: ends of the edges on its path; the last may lie behind the overlap.
+        passes: earlier prompts along the whole of each edge.
+        previous: shape of the latest prompt along the last of these edges.
+    """
+    known = ends <= overlap
+    ends = ends[known]
+    stops = passes[known] - np.append(passes[1:], 0)[known]
+    if overlap == 0:
+        kind = FRESH
+    elif previous is not None and overlap >= previous.length - NEAR_END_TOKENS:
+        kind = EXTENDS
+    else:
+        kind = RETURNS if len(ends) and ends[-1] == overlap else BRANCHES
+    return Shape(length, overlap, ends, np.maximum(stops, 0), kind)

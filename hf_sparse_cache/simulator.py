@@ -1,0 +1,145 @@
+"""`simulate`: the live cache's store, cuts, policies and eviction, driven by token ids without a model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .eviction import Eviction
+from .policies import Policy, make_policy
+from .request import open_request
+from .segmentation import cut_positions
+from .store import CheckpointStore
+from .traces import load_trace
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A payload that holds nothing and only has a size."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What a trace would have reused.
+
+    Attributes:
+        requests: counted requests, those after the warm-up.
+        prompt_tokens: tokens of the counted prompts.
+        overlap_tokens: tokens they share with any earlier prompt of the trace, still stored or not: the dense limit.
+        resumed_tokens: tokens they skipped thanks to a checkpoint.
+        checkpoints: checkpoints captured over the whole run.
+        peak_bytes: most bytes stored at any time of the whole run.
+        evictions: checkpoints evicted over the whole run.
+        seconds: wall time of the whole run.
+        plan_seconds: the part of it spent deciding (matching, overlap model, plan).
+    """
+
+    requests: int
+    prompt_tokens: int
+    overlap_tokens: int
+    resumed_tokens: int
+    checkpoints: int
+    peak_bytes: int
+    evictions: int = 0
+    seconds: float = 0.0
+    plan_seconds: float = 0.0
+
+    @property
+    def resume_rate(self) -> float:
+        """Resumed tokens ÷ prompt tokens."""
+        return self.resumed_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def capture_rate(self) -> float:
+        """Resumed tokens ÷ overlap tokens; 1 when nothing could be shared."""
+        return self.resumed_tokens / self.overlap_tokens if self.overlap_tokens else 1.0
+
+    @property
+    def recomputed_tokens(self) -> float:
+        """Mean shared tokens that a counted request computed all the same."""
+        return (self.overlap_tokens - self.resumed_tokens) / self.requests if self.requests else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.requests:,} requests · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · resumed "
+            f"{self.resumed_tokens:,} ({self.resume_rate:.1%} of the prompt, {self.capture_rate:.1%} of the overlap) · "
+            f"{self.checkpoints:,} checkpoints, peak {self.peak_bytes:,} bytes"
+        )
+
+
+def simulate(
+    trace: Any,
+    *,
+    policy: str | Policy = "learned",
+    max_memory: int | str | None = None,
+    max_checkpoints: int | None = None,
+    state_bytes: int,
+    kv_bytes_per_token: int = 0,
+    grid: int = 64,
+    cut_ids: Iterable[int] = (),
+    warmup: float = 0.0,
+    eviction: str | Eviction = "learned",
+) -> SimulationResult:
+    """Serves a trace with the live cache's own parts and counts what it reuses.
+
+    Args:
+        trace: a workload folder, a `.jsonl` file, a `datasets.Dataset` with a column `input_ids`, or an iterable of token
+            arrays; requests are served in the order given.
+        policy: a policy by name, or an object.
+        max_memory: budget in bytes or as a string; None for no limit.
+        max_checkpoints: most new checkpoints a prompt; None leaves it to the policy.
+        state_bytes: size of one checkpoint's fixed-size state.
+        kv_bytes_per_token: size of keys and values a token; 0 for a pure recurrent model.
+        grid: distance of the regular cuts in tokens.
+        cut_ids: token ids after which a prompt may be cut as well.
+        warmup: leading fraction of the requests that is served but not counted.
+        eviction: "learned", "lru", "fifo", or an object.
+
+    Raises:
+        ValueError: if an argument is out of range or a name unknown.
+    """
+    if state_bytes < 1:
+        raise ValueError(f"state_bytes must be at least 1, got {state_bytes}; it is the size of one checkpoint")
+    if kv_bytes_per_token < 0:
+        raise ValueError(
+            f"kv_bytes_per_token must be at least 0, got {kv_bytes_per_token}; use 0 without full attention"
+        )
+    if not 0.0 <= warmup < 1.0:
+        raise ValueError(f"warmup must be a fraction in [0, 1), got {warmup}; 0.6 leaves 40 % of the requests counted")
+    specials = tuple(cut_ids)
+    place = make_policy(policy, specials) if isinstance(policy, str) else policy
+    store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)
+    prompts = load_trace(trace)
+    state = Sized(state_bytes)
+    kv = (lambda start, end: Sized((end - start) * kv_bytes_per_token)) if kv_bytes_per_token else None
+    first = int(len(prompts) * warmup)
+    counted = [0, 0, 0]
+    captured, planning, started = 0, 0.0, time.perf_counter()
+    progress = tqdm(prompts, desc="simulate", unit="req", disable=not sys.stderr.isatty(), leave=False)
+    for index, ids in enumerate(progress):
+        cuts = cut_positions(ids, grid, specials)
+        with open_request(store, place, ids, cuts, max_checkpoints=max_checkpoints) as request:
+            for position in request.planned:
+                request.add(position, state, kv)
+        captured += len(request.captured)
+        planning += request.plan_seconds
+        if index >= first:
+            counted[0] += request.prompt_tokens
+            counted[1] += request.overlap_tokens
+            counted[2] += request.resumed_tokens
+    return SimulationResult(
+        len(prompts) - first,
+        *counted,
+        captured,
+        store.peak_bytes,
+        store.evictions,
+        time.perf_counter() - started,
+        planning,
+    )

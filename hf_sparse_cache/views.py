@@ -1,0 +1,161 @@
+"""Views of an overlap depth: each one a guess at where later prompts leave this prompt, learned from where earlier ones did.
+
+A view answers with a distribution function over depths. It is one small class; a new one is one class and one row in
+`VIEWS`, and the mixture in `overlap.py` finds out what it is worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+LOG_EDGES: Floats = np.concatenate([[0.0], np.exp2(np.arange(0, 22))])  # distances 0, 1, 2-3, 4-7, ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the views may know of a prompt.
+
+    Attributes:
+        length: tokens of the prompt.
+        overlap: tokens it shared with earlier prompts.
+        ends: ends of the tree's edges below the overlap, ascending: junctions and ends of earlier prompts.
+        stops: how many prompts left the path or ended at each of them.
+        kind: how it met the tree, the context of the mixture's weights (see `overlap.py`).
+    """
+
+    length: int
+    overlap: int
+    ends: NDArray[np.int64]
+    stops: NDArray[np.int64]
+    kind: int
+
+
+class View:
+    """Base: `below` is the verb; `learn` gets each observed depth with the view's share of the credit."""
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """P(next overlap < depth) for ascending `depths` in `0 .. length + 1`."""
+        raise NotImplementedError
+
+    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
+        """Learns from a prompt that left one of this shape at `depth`."""
+
+
+class Histogram:
+    """Decayed counts over fixed edges, read as a piecewise linear distribution function."""
+
+    def __init__(self, edges: Floats, prior: float = 1.0) -> None:
+        self.edges = edges
+        self._counts = np.full(len(edges) - 1, prior / (len(edges) - 1))
+        self._total = np.concatenate([[0.0], np.cumsum(self._counts)])
+
+    def add(self, value: float, credit: float, decay: float) -> None:
+        """Counts one value; old counts fade by `decay` for each full unit of credit."""
+        index = min(int(np.searchsorted(self.edges, value, side="right")), len(self._counts)) - 1
+        self._counts *= decay**credit
+        self._counts[index] += credit
+        self._total[1:] = np.cumsum(self._counts)
+
+    def upto(self, values: Floats) -> Floats:
+        """Unnormalised mass below each value."""
+        mass: Floats = np.interp(values, self.edges, self._total)
+        return mass
+
+
+class Uniform(View):
+    """Anywhere: edited text."""
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """Even over the prompt."""
+        return depths / (shape.length + 1)
+
+
+class Absolute(View):
+    """Depth from the start: a prefix that all prompts share. The paper's histogram."""
+
+    def __init__(self) -> None:
+        self._seen = Histogram(np.concatenate([np.arange(0.0, 2**14, 32), np.exp2(np.arange(14, 22.01, 0.125))]), 4.0)
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """The histogram, cut off at the prompt's end."""
+        mass = self._seen.upto(depths)
+        return mass / max(float(self._seen.upto(np.asarray([shape.length + 1.0]))[0]), 1e-9)
+
+    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
+        """Counts the depth."""
+        self._seen.add(depth, credit, decay)
+
+
+class Ratio(View):
+    """Depth ÷ length: documents of one kind with a question at the end."""
+
+    def __init__(self) -> None:
+        self._seen = Histogram(np.linspace(0.0, 1.0, 129), 4.0)
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """The histogram, stretched to the prompt."""
+        return self._seen.upto(depths / (shape.length + 1)) / self._seen.upto(np.ones(1))[0]
+
+    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
+        """Counts the ratio."""
+        self._seen.add(depth / (shape.length + 1), credit, decay)
+
+
+class FromEnd(View):
+    """Distance from the end: a turn that follows, a question that is replaced, reasoning that is stripped."""
+
+    def __init__(self) -> None:
+        self._seen = Histogram(LOG_EDGES, 2.0)
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """Even inside each power of two of the distance."""
+        whole = self._seen.upto(np.asarray([shape.length + 1.0]))[0]
+        return 1.0 - self._seen.upto(shape.length + 1 - depths) / whole
+
+    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
+        """Counts the distance."""
+        self._seen.add(shape.length - depth, credit, decay)
+
+
+class Beyond(View):
+    """Distance behind the prompt's own overlap: how much of what was new is shared again."""
+
+    def __init__(self) -> None:
+        self._seen = Histogram(LOG_EDGES, 2.0)
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """Even inside each power of two of the distance; nothing before the overlap."""
+        whole = self._seen.upto(np.asarray([shape.length + 1.0 - shape.overlap]))[0]
+        return self._seen.upto(np.maximum(depths - shape.overlap, 0.0)) / max(whole, 1e-9)
+
+    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
+        """Counts the distance."""
+        if depth >= shape.overlap:
+            self._seen.add(depth - shape.overlap, credit, decay)
+
+
+class Again(View):
+    """Exactly where this prompt left the path: a junction that stays one."""
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """One step at the overlap."""
+        return (depths > shape.overlap).astype(np.float64)
+
+
+class Junctions(View):
+    """Where earlier prompts left this path or ended on it, by how often they did."""
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """A step at each junction; even over the prompt when there is none."""
+        total = shape.stops.sum()
+        if not total:
+            return depths / (shape.length + 1)
+        steps = np.concatenate([[0.0], np.cumsum(shape.stops) / total])
+        return steps[np.searchsorted(shape.ends, depths, side="left")]
+
+
+VIEWS: tuple[type[View], ...] = (Uniform, Absolute, Ratio, FromEnd, Beyond, Again, Junctions)
