@@ -29,18 +29,19 @@ class KVSegment:
     `refs` counts the checkpoints, child segments and open requests that need it.
     """
 
-    __slots__ = ("start", "end", "payload", "parent", "refs", "node", "nbytes")
+    __slots__ = ("start", "end", "payload", "parent", "refs", "node", "nbytes", "owner")
 
     def __init__(self, start: int, end: int, payload: Payload, parent: KVSegment | None, node: Node) -> None:
         self.start, self.end, self.payload, self.parent, self.node = start, end, payload, parent, node
         self.refs = 0
         self.nbytes = int(payload.nbytes)
+        self.owner: Any = None  # the account of its namespace
 
 
 class Checkpoint:
     """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain."""
 
-    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "__weakref__", "note")
+    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "__weakref__", "note", "owner")
 
     def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
         self.position, self.state, self.kv, self.node = position, state, kv, node
@@ -49,6 +50,7 @@ class Checkpoint:
         self.last_used = now
         self.nbytes = int(state.nbytes)
         self.note: Any = None  # room for the eviction's own record
+        self.owner: Any = None  # the account of its namespace
 
 
 class Node:
