@@ -167,10 +167,8 @@ def main():
         step = f"{row['exponent']:.2f}" if "exponent" in row else ""
         print(f"| {row['positions']:,} | {row['seconds']:.4f} | {step} |")
     print(f"| overall | | {overall:.2f} |")
-    each = used["bytes_per_position_and_checkpoint"]
-    print(
-        f"\nextra memory at N = {used['positions']:,}, M = 32: {used['extra_bytes'] / 2**20:.0f} MiB, {each:.1f} x N x M"
-    )
+    each, extra = used["bytes_per_position_and_checkpoint"], used["extra_bytes"] / 2**20
+    print(f"\nextra memory at N = {used['positions']:,}, M = 32: {extra:.0f} MiB, {each:.1f} bytes x N x M")
 
 
 if __name__ == "__main__":

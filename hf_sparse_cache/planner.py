@@ -150,7 +150,7 @@ def _search(place: Callable[[float], _Placement], few: _Placement, many: _Placem
             return _spliced(few.nodes, many.nodes, limit)
         few, many = (trial, many) if len(trial.nodes) < limit else (few, trial)
         trial_price = _price_between(few, many, limit, step)
-    # The solvers are precise relative to cost + price * k, and the price may dwarf the cost: ask at the lowest safe one.
+    # Solvers are precise relative to cost + price * k, and the price may dwarf the cost: ask at the lowest safe one.
     while 0 < trial.cost < trial.price and len((lower := place(trial.cost)).nodes) == limit:
         trial = lower
     return trial.nodes
