@@ -27,8 +27,9 @@ import numpy as np
 
 from .policies import Policy, Prompt
 from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
-from .store import CheckpointStore, Span
+from .store import CheckpointStore
 from .tree import Checkpoint, Node, Payload
+from .units import Span
 
 KVCapture = Callable[[int, int], Payload]
 
@@ -62,6 +63,7 @@ class Request:
         self._closed = False
         self.prompt_tokens = len(ids)
         self.captured: list[int] = []
+        store.lift(ids, space)
         with store.lock:
             store.clock += 1
             match = store.match(ids, space)
@@ -76,11 +78,17 @@ class Request:
                 self.checkpoint.last_used = store.clock
                 if self.checkpoint.kv is not None:
                     self._held.enter_context(store.holding(self.checkpoint.kv))
-            store.eviction.passed(match.path, match.overlap, self.checkpoint, store.clock)
+            store.passed(match, self.checkpoint, space)
             self.reason = (
                 "resumed" if self.checkpoint else _why_cold(match.path, match.overlap, match.known, usable, cuts)
             )
-            terms = store.eviction.terms(match.path, match.overlap)
+            state_bytes = store.checkpoint_bytes / max(store.checkpoint_count, 1)
+            kv_bytes = store.kv_bytes / max(store.kv_tokens, 1)
+            need = 0.0
+            if store.max_memory is not None:
+                need = state_bytes + kv_bytes * (len(ids) - self.resumed_tokens) + store.used_bytes - store.max_memory
+                need = max(need, 0.05 * store.max_memory) if need > 0 else 0.0
+            terms = store.eviction.terms(match.path, match.overlap, need)
             ends = np.asarray([node.end for node in match.path], dtype=np.int64)
             passes = np.asarray([node.passes for node in match.path], dtype=np.int64)
             self._prompt = Prompt(
@@ -93,8 +101,9 @@ class Request:
                 max_checkpoints,
                 latest=match.path[-1].latest if match.path else None,
                 terms=terms,
-                state_bytes=store.checkpoint_bytes / max(store.checkpoint_count, 1),
-                kv_bytes_per_token=store.kv_bytes / max(store.kv_tokens, 1),
+                state_bytes=state_bytes,
+                kv_bytes_per_token=kv_bytes,
+                resumed_bytes=self.checkpoint.nbytes if self.checkpoint else 0,
             )
         try:
             with policy.lock:
@@ -142,13 +151,14 @@ class Request:
             ends = self._cuts[: index + 1].tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
             new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
-        with self._store.lock:
-            share = self._prompt.share(position, self.planned)
-            checkpoint = self._store.put(self._ids, position, state, spans, new, self._space, share)
-            if checkpoint is None:
-                return False
-            if checkpoint.kv is not None:  # later checkpoints of this prompt chain to it, even if this one is evicted
-                self._held.enter_context(self._store.holding(checkpoint.kv))
+        share = self._prompt.share(position, self.planned)
+        refund = self._prompt.refund(position) if not self.captured else 0.0
+        # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.
+        stored = self._store.put(
+            self._ids, position, state, spans, new, self._space, share=share, refund=refund, hold=self._held
+        )
+        if stored is None:
+            return False
         self.captured.append(position)
         return True
 
