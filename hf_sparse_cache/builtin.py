@@ -1,0 +1,245 @@
+"""Built-in models of known size with seeded random weights, for demos and benchmarks that download nothing.
+
+The text they write means nothing. What they show is time, memory and exactness, for which only the architecture
+counts: each has the structure of its family at a few layers. A new size is one row in `SIZES`.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from .random_weights import cast_weights, draw_weights
+
+PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
+SPECIAL_TOKENS = [PAD, BOS, EOS]  # ids 0, 1 and 2
+LINEAR, FULL, HYBRID = "linear_attention", "full_attention", "hybrid"
+
+
+def _mamba(hidden_size: int, layers: int) -> dict[str, Any]:
+    """Selective scans only."""
+    return {"hidden_size": hidden_size, "num_hidden_layers": layers, "state_size": 16}
+
+
+def _jamba(hidden_size: int, layers: int) -> dict[str, Any]:
+    """Mamba-1, attention in one layer of four, four experts in every second layer."""
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * hidden_size,
+        "num_attention_heads": hidden_size // 64,
+        "num_key_value_heads": max(1, hidden_size // 256),
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 16,
+    }
+
+
+def _zamba2(hidden_size: int, layers: int) -> dict[str, Any]:
+    """Mamba-2 everywhere; in one layer of three, before it, one of two shared blocks of attention and feed-forward."""
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "layers_block_type": [HYBRID if index % 3 == 1 else LINEAR for index in range(layers)],
+        "intermediate_size": 2 * hidden_size,
+        "num_attention_heads": hidden_size // 64,
+        "num_mem_blocks": 2,
+        "adapter_rank": 32,
+        "use_shared_attention_adapter": True,
+        "use_mem_rope": True,
+        "n_mamba_heads": hidden_size // 32,
+        "mamba_d_state": 64,
+        "chunk_size": 128,
+    }
+
+
+def _bamba(hidden_size: int, layers: int) -> dict[str, Any]:
+    """Mamba-2, attention in one layer of four."""
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * hidden_size,
+        "num_attention_heads": hidden_size // 64,
+        "num_key_value_heads": max(1, hidden_size // 256),
+        "attn_layer_indices": list(range(2, layers, 4)),
+        "mamba_n_heads": hidden_size // 32,
+        "mamba_d_state": 64,
+        "mamba_chunk_size": 128,
+    }
+
+
+def _qwen3_5(hidden_size: int, layers: int) -> dict[str, Any]:
+    """Gated delta rule, gated attention in every fourth layer."""
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * hidden_size,
+        "num_attention_heads": hidden_size // 128,
+        "num_key_value_heads": max(1, hidden_size // 256),
+        "head_dim": 128,
+        "linear_num_key_heads": hidden_size // 128,
+        "linear_num_value_heads": hidden_size // 64,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    }
+
+
+# name: class in transformers, maker of its config, hidden size, layers. A name counts parameters at vocab_size=8192.
+# Those of 3 M are for examples and tests; those up to 30 M prefill 6,000 tokens in seconds on two CPU cores; the others are for an accelerator, or for patience.
+SIZES: dict[str, tuple[str, Callable[[int, int], dict[str, Any]], int, int]] = {
+    "mamba-3m": ("MambaForCausalLM", _mamba, 128, 4),
+    "jamba-3m": ("JambaForCausalLM", _jamba, 128, 4),
+    "zamba2-3m": ("Zamba2ForCausalLM", _zamba2, 128, 4),
+    "qwen3.5-3m": ("Qwen3_5ForCausalLM", _qwen3_5, 128, 4),
+    "mamba-21m": ("MambaForCausalLM", _mamba, 640, 4),
+    "jamba-30m": ("JambaForCausalLM", _jamba, 512, 4),
+    "zamba2-30m": ("Zamba2ForCausalLM", _zamba2, 512, 6),
+    "bamba-27m": ("BambaForCausalLM", _bamba, 512, 6),
+    "qwen3.5-29m": ("Qwen3_5ForCausalLM", _qwen3_5, 512, 8),
+    "mamba-130m": ("MambaForCausalLM", _mamba, 1024, 17),
+    "jamba-134m": ("JambaForCausalLM", _jamba, 768, 10),
+    "zamba2-131m": ("Zamba2ForCausalLM", _zamba2, 768, 14),
+    "bamba-137m": ("BambaForCausalLM", _bamba, 1024, 10),
+    "qwen3.5-143m": ("Qwen3_5ForCausalLM", _qwen3_5, 1024, 12),
+    "mamba-294m": ("MambaForCausalLM", _mamba, 1536, 18),
+    "jamba-273m": ("JambaForCausalLM", _jamba, 1024, 12),
+    "zamba2-275m": ("Zamba2ForCausalLM", _zamba2, 1024, 18),
+    "bamba-300m": ("BambaForCausalLM", _bamba, 1024, 24),
+    "qwen3.5-269m": ("Qwen3_5ForCausalLM", _qwen3_5, 1024, 24),
+}
+
+
+def build_model(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, vocab_size: int = 8192
+) -> PreTrainedModel:
+    """Build a model from config, with seeded random weights, in evaluation mode on the CPU.
+
+    Args:
+        name (`str`): one of `SIZES`.
+        dtype (`torch.dtype`): floating dtype of the weights; they are drawn in float32 and then rounded.
+        seed (`int`): the same seed gives the same weights on every machine.
+        vocab_size (`int`): rows of the embeddings; at least the length of the tokenizer in use.
+
+    Returns:
+        `PreTrainedModel`: a causal language model of transformers. Ids 0, 1 and 2 pad, begin and end a text, as in
+        `build_tokenizer`; `generate()` does not stop at the end token, which random weights would draw at random.
+
+    Raises:
+        ValueError: for an unknown name, or one whose family the installed transformers does not have.
+    """
+    model_class, config = _config(name, vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for the few values that draw_weights leaves as the family initialises them
+        model = model_class(config)
+    draw_weights(model, seed)
+    model.generation_config.eos_token_id = None
+    return cast_weights(model, dtype).eval()
+
+
+def load(
+    name: str, texts: Iterable[str], dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, Any]:
+    """A model and its tokenizer, in evaluation mode, whether built in, in a folder or on the Hub.
+
+    Args:
+        name (`str`): one of `SIZES`, a folder, or a Hub id.
+        texts (`Iterable[str]`): what the tokenizer of a built-in model learns from; the others bring their own.
+        dtype (`torch.dtype` or `str`): of the weights; "auto" is the checkpoint's own, and float32 for built-in models.
+        device (`str`): where the model is put.
+
+    Raises:
+        ValueError: when `name` can be none of the three.
+    """
+    if name in SIZES:
+        named = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is not a dtype of torch; use auto, float32 or bfloat16")
+        return build_model(name, named).to(device), build_tokenizer(texts)
+    if "/" not in name and not Path(name).exists():
+        raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(SIZES)}")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def parameter_count(name: str, vocab_size: int = 8192) -> int:
+    """Parameters of a built-in model, counted without allocating them."""
+    model_class, config = _config(name, vocab_size)
+    with torch.device("meta"):
+        return model_class(config).num_parameters()
+
+
+def describe_model(name: str, vocab_size: int = 8192) -> str:
+    """One line for a screen or a report: what the model is, and that its weights are random."""
+    class_name = _config(name, vocab_size)[0].__name__
+    return f"{name}: {class_name}, {parameter_count(name, vocab_size) / 1e6:.1f} M parameters, seeded random weights"
+
+
+def _config(name: str, vocab_size: int) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    if name not in SIZES:
+        raise ValueError(f"name={name!r} is not a built-in model; choose one of {', '.join(SIZES)}")
+    class_name, make_config, hidden_size, layers = SIZES[name]
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        raise ValueError(
+            f"name={name!r} needs {class_name}, which transformers {transformers.__version__} does not have; upgrade "
+            "transformers, or choose another model"
+        )
+    config = model_class.config_class(
+        vocab_size=vocab_size,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        **make_config(hidden_size, layers),
+    )
+    config.name_or_path = name
+    return model_class, config
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on `texts`: deterministic, seconds for a few MB, and able to encode any text.
+
+    Args:
+        texts (`Iterable[str]`): what to learn from; the text to be encoded itself is a good choice.
+        vocab_size (`int`): upper bound on its size; short texts give fewer tokens.
+
+    Returns:
+        `PreTrainedTokenizerFast`: pads on the left, adds no special tokens by itself.
+
+    Raises:
+        ValueError: when `vocab_size` cannot hold the 256 bytes and the special tokens.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size} cannot hold every byte and special token; use {smallest} or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -1,0 +1,97 @@
+"""What a call to `generate()` asks for: its prompts, and whether their prefill can reuse a prefix."""
+
+from typing import Any
+
+import torch
+
+
+# Keywords that do not change what a prefill computes, or are checked on their own.
+_PLAIN = frozenset({"use_cache", "logits_to_keep", "attention_mask", "position_ids", "past_key_values", "cache_params"})
+
+
+def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]) -> str:
+    """Why the prefill of this call cannot reuse a prefix, or an empty string when it can."""
+    if kwargs.get("inputs_embeds") is not None:
+        return "inputs_embeds has no tokens to match"
+    if model.training:
+        return "the model is in training mode"
+    if getattr(generation_config, "is_assistant", False):
+        return "an assistant model rolls its cache back"
+    for name, value in kwargs.items():
+        empty = value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value)
+        if name not in _PLAIN and not empty:
+            return f"{name} changes what the prefill computes, or asks for the outputs of every token"
+    if not isinstance(kwargs.get("logits_to_keep", 1), int) or kwargs.get("logits_to_keep", 1) != 1:
+        return "logits_to_keep asks for the logits of skipped tokens"
+    if not _positions_are_plain(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids")):
+        return "position_ids do not count the tokens from 0"
+    if _has_holes(kwargs.get("attention_mask")):
+        return "attention_mask leaves out tokens inside a prompt (generate() makes such a mask from pad tokens in it)"
+    return ""
+
+
+def _has_holes(attention_mask: torch.Tensor | None) -> bool:
+    """Whether a row whose last token counts leaves out an earlier one; right-padding is another matter, and refused."""
+    if attention_mask is None:
+        return False
+    kept = attention_mask != 0
+    ends = kept[:, :-1] & ~kept[:, 1:]
+    return bool((ends.any(-1) & kept[:, -1]).any())
+
+
+def _positions_are_plain(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> bool:
+    """Whether every token's position is its index in its row; `position_ids` is `(..., batch, width)`."""
+    if position_ids is None:
+        return True
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+    expected = (mask.long().cumsum(-1) - 1).to(position_ids.device)
+    kept = (mask != 0).to(position_ids.device)
+    return bool(((position_ids == expected) | ~kept).all())
+
+
+def unpadded_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """The rows of a left-padded batch without their padding.
+
+    Args:
+        input_ids: `(batch, width)`.
+        attention_mask: `(batch, width)` of 0 and 1, or None when nothing is padded.
+
+    Raises:
+        ValueError: A row is padded on the right, or is nothing but padding.
+    """
+    if attention_mask is None:
+        return list(input_ids)
+    kept = attention_mask.to(input_ids.device) != 0
+    rows = []
+    for index, (ids, mask) in enumerate(zip(input_ids, kept, strict=True)):
+        length = int(mask.sum())
+        if length == 0 or not bool(mask[-length:].all()):
+            raise ValueError(
+                f"attention_mask row {index} is not left-padded: after the first 1 every entry must be 1, as the "
+                "recurrent state would otherwise consume the padding. Pad on the left (tokenizer.padding_side='left')."
+            )
+        rows.append(ids[-length:])
+    return rows
+
+
+def check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:
+    """Refuse ids for which the model has no embedding, before anything runs.
+
+    Raises:
+        ValueError: Names the id and the valid range.
+    """
+    low, high = (int(bound) for bound in torch.aminmax(input_ids))
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"input_ids contains {low if low < 0 else high}, outside the model's vocabulary 0..{vocabulary - 1}. "
+            "Was the prompt made with another model's tokenizer?"
+        )
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its ids. Offloaded weights lie on "meta" between calls, so `model.device` may not say it."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)

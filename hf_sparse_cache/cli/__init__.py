@@ -1,0 +1,172 @@
+"""The command line: `hf-sparse-cache --help`. One function a command; the work is in the modules beside this one."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import builtin
+from .screen import Screen, fail
+
+
+app = typer.Typer(
+    name="hf-sparse-cache",
+    help="Exact prefix reuse for recurrent and hybrid language models in Hugging Face transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _group(
+    version: Annotated[bool, typer.Option("--version", help="Write the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("hf-sparse-cache"))
+        raise typer.Exit
+
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")]
+
+
+def _model_names(incomplete: str) -> list[str]:
+    return [name for name in builtin.SIZES if name.startswith(incomplete)]
+
+
+Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
+Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500MB or 2GiB.")]
+Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's choice.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Built-in model, folder or Hub id; repeat for more.", autocompletion=_model_names),
+    ] = None,
+    workload: Annotated[
+        Path | None, typer.Option(help="Folder with texts.jsonl and requests.jsonl: real documents and questions.")
+    ] = None,
+    documents: Annotated[int, typer.Option(help="Documents to take from the workload.", min=1)] = 1,
+    document: Annotated[Path | None, typer.Option(help="A text file of your own, with --question.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 6000,
+    uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
+    policy: Policy = None,
+    max_memory: Memory = "2GiB",
+    grid: Grid = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Ask questions about one long document, with the cache and without it, and check that nothing changed.
+
+    Example: `hf-sparse-cache demo --model mamba-21m`
+    """
+    from . import questions as work
+    from . import sources
+
+    screen = Screen(json)
+    names = list(model) if model else ["mamba-21m", "jamba-30m", "zamba2-30m"]
+    tasks = _tasks(workload, documents, document, question)
+    _quiet()
+    if any(name in builtin.SIZES for name in names):
+        screen.say(
+            "Built-in models have random weights: what they would answer means nothing and is not shown. What is shown "
+            "is time to first token, memory and exactness, which depend on the architecture alone.\n"
+        )
+    results = []
+    for name in names:
+        own = None if tasks else sources.own_document()
+        loaded, tokenizer = builtin.load(name, [task.prompt for task in tasks] or [own[0] if own else ""], dtype, device)
+        asked = tasks or sources.about(sources.shorten(own[0], tokenizer, tokens), sources.QUESTIONS, own[1])
+        options: dict[str, Any] = {"max_memory": max_memory, "grid": grid, **({"policy": policy} if policy else {})}
+        results.append(work.run(name, loaded, tokenizer, asked, screen, uncached=uncached, **options))
+    passed = all(result.exactness.passed for result in results)
+    screen.emit({"passed": passed, **_environment(), "models": [result.to_dict() for result in results]})
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)],
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each prompt; default: three grid steps.", min=8)] = None,
+    prompts: Annotated[int, typer.Option(help="How many prompts to check.", min=1, max=7)] = 3,
+    document: Annotated[Path | None, typer.Option(help="A text file to take the prompts from.")] = None,
+    policy: Policy = None,
+    grid: Grid = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Prove on this machine that reuse changes nothing: prompts run stock, cold and resumed. Exit code 1 if it does.
+
+    Example: `hf-sparse-cache verify jamba-3m`
+    """
+    from . import sources, verifying
+
+    screen = Screen(json)
+    _quiet()
+    text = document.read_text(encoding="utf-8") if document else sources.own_document()[0]
+    loaded, tokenizer = builtin.load(model, [text], dtype, device)
+    options = {"grid": grid, **({"policy": policy} if policy else {})}
+    report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
+    screen.emit({"model": model, **result, **_environment()})
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _tasks(workload: Path | None, documents: int, document: Path | None, question: list[str] | None) -> list[Any]:
+    from . import sources
+
+    if workload is not None and document is not None:
+        raise ValueError("--workload and --document are both given; choose one.")
+    if workload is not None:
+        return sources.read_workload(workload, documents)
+    if document is not None:
+        if not question or len(question) < 2:
+            raise ValueError("--document needs at least two --question options: the first one pays for the others.")
+        return sources.about(document.read_text(encoding="utf-8"), question, document.name)
+    return []
+
+
+def _quiet() -> None:
+    """Leave out what transformers says about kernels and padding: the screen belongs to the result."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    """Run the command line; what goes wrong becomes one line on standard error and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("HF_SPARSE_CACHE_DEBUG"):
+            raise
+        usage = getattr(error, "format_message", None)  # typer's own errors have it; it brings its copy of click
+        expected = isinstance(error, (ValueError, OSError, ImportError))
+        fail(usage() if usage else str(error) if expected else f"{type(error).__name__}: {error}")
+        sys.exit(2)

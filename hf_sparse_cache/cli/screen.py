@@ -1,0 +1,93 @@
+"""What a command writes: rich tables on a terminal, Markdown in a pipe, one JSON object with `--json`.
+
+Progress goes to standard error and only to a terminal, so that what is piped is the result and nothing else.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..report import table as markdown_table
+
+
+class Screen:
+    """Where one command writes.
+
+    Args:
+        as_json: only `emit` writes then.
+    """
+
+    def __init__(self, as_json: bool = False) -> None:
+        self._json = as_json
+        self._out = Console(highlight=False)  # obeys NO_COLOR and TERM=dumb
+        self._progress = Console(stderr=True)
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """A line or a paragraph; `style` shows on a colour terminal only."""
+        if self._json:
+            return
+        if self._out.is_terminal:
+            self._out.print(text, style=style, markup=False)
+        else:
+            print(text, flush=True)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table; on a terminal every column but the first is aligned to the right."""
+        if self._json:
+            return
+        if not self._out.is_terminal:
+            self.say(f"{title}\n\n{markdown_table(columns, rows)}\n" if title else f"{markdown_table(columns, rows)}\n")
+            return
+        drawn = Table(title=title or None, title_justify="left", header_style="bold")
+        for index, column in enumerate(columns):
+            drawn.add_column(column, justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            drawn.add_row(*row)
+        self._out.print(drawn)
+
+    def emit(self, result: dict[str, Any]) -> None:
+        """The result of the command as JSON, when that was asked for."""
+        if self._json:
+            print(json.dumps(result, indent=2, default=str), flush=True)
+
+    @contextmanager
+    def progress(self, total: float, what: str) -> Iterator["Steps"]:
+        """A bar that `Steps.step` moves; silent without a terminal."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=self._progress,
+            transient=True,
+            disable=not self._progress.is_terminal,
+        )
+        with bar:
+            yield Steps(bar, total, what)
+
+
+class Steps:
+    """A bar in motion: announce what comes next, then say how much of the work it was."""
+
+    def __init__(self, bar: Progress, total: float, what: str) -> None:
+        self._bar, self._task = bar, bar.add_task(what, total=total)
+
+    def now(self, what: str) -> None:
+        """Name the step that begins."""
+        self._bar.update(self._task, description=what)
+
+    def done(self, amount: float) -> None:
+        """Move the bar."""
+        self._bar.advance(self._task, amount)
+
+
+def fail(message: str) -> None:
+    """One line on standard error, whatever the message was."""
+    line = " ".join(message.split())
+    print(f"hf-sparse-cache: {line}", file=sys.stderr, flush=True)

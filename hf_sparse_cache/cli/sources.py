@@ -1,0 +1,99 @@
+"""What the commands run on: a model by name, and questions about a long text."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import builtin
+
+
+# The project's own documents in the order in which the demo reads them; the questions are about the first ones.
+_DOCUMENTS = ("README.md", "docs/concepts.md", "docs/exactness.md", "docs/troubleshooting.md")
+
+QUESTIONS = (
+    "What is a checkpoint, and what does it hold?",
+    "Why does the cache leave at least two tokens of every prompt to compute?",
+    "What do a resumed run and a cold run have in common, and on which condition?",
+    "Which models are refused, and why?",
+    "How does the exactness check make sure that it can fail?",
+    "Which policy suits text that is edited anywhere?",
+    "What is not there yet?",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question about one document; `prompt` is what the model reads."""
+
+    document: str
+    question: str
+    prompt: str
+
+
+def own_document() -> tuple[str, str]:
+    """A long text that we wrote, and its name: the project's documentation, or its source where that is not installed."""
+    package = Path(__file__).resolve().parents[1]
+    root = package.parent
+    files = [root / name for name in _DOCUMENTS if (root / name).is_file()]
+    name = "the project's documentation"
+    if len(files) < len(_DOCUMENTS):
+        files, name = sorted(package.glob("*.py")), "the project's source"
+    else:
+        files += sorted(path for path in (root / "docs").glob("*.md") if path not in files)
+    return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in files), name
+
+
+def about(document: str, questions: tuple[str, ...] | list[str], name: str) -> list[Task]:
+    """Tasks that share their document."""
+    return [Task(name, question, f"{document}\n\nQuestion: {question}\nAnswer:") for question in questions]
+
+
+def read_workload(folder: Path, groups: int) -> list[Task]:
+    """The first groups of a workload of documents and questions.
+
+    Args:
+        folder: holds `texts.jsonl` (`id`, `text`) and `requests.jsonl` (`group_id`, `segments`: ids of the texts that
+            make up a prompt, the last one the question).
+        groups: how many documents to take.
+
+    Raises:
+        ValueError: The folder does not hold such a workload.
+    """
+    missing = [name for name in ("texts.jsonl", "requests.jsonl") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"--workload {folder}: no {' and no '.join(missing)} there; give a folder that has both.")
+    texts = {text["id"]: text["text"] for text in _lines(folder / "texts.jsonl")}
+    tasks: list[Task] = []
+    seen: dict[str, None] = {}
+    for request in _lines(folder / "requests.jsonl"):
+        segments = request.get("segments")
+        if not segments:
+            raise ValueError(f"--workload {folder}: requests.jsonl has no 'segments', so there is no text to read.")
+        seen.setdefault(request["group_id"])
+        if len(seen) > groups:
+            break
+        *before, question = (texts[segment] for segment in segments)
+        tasks.append(Task(f"{folder.name}/{request['group_id']}", question.strip(), "".join(before) + question))
+    return tasks
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def shorten(document: str, tokenizer: Any, tokens: int) -> str:
+    """The first paragraphs of a text, as many as fit into a number of tokens."""
+    ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+    if len(ids) <= tokens:
+        return document
+    text: str = tokenizer.decode(ids[:tokens])
+    return text[: text.rfind("\n\n")] if "\n\n" in text else text
+
+
+def describe(name: str, model: Any) -> str:
+    """One line that says what a model is."""
+    if name in builtin.SIZES:
+        return builtin.describe_model(name)
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
+    return f"{name}: {model.num_parameters() / 1e6:.1f} M parameters in {layers} layers"

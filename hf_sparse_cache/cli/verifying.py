@@ -1,0 +1,81 @@
+"""The exactness badge: a table of prompts that ran stock, cold and resumed, and a verdict."""
+
+import platform
+from typing import Any
+
+import torch
+import transformers
+
+from ..cache import SparsePrefixCache
+from ..exactness import ExactnessReport, check_exactness
+from .screen import Screen
+from .sources import QUESTIONS, describe
+
+
+def run(
+    name: str, model: Any, tokenizer: Any, text: str, screen: Screen, *, tokens: int | None, prompts: int, **options: Any
+) -> tuple[ExactnessReport, dict[str, Any]]:
+    """Check one model and write the badge.
+
+    Args:
+        name: what the model was called on the command line.
+        text: what the prompts begin with.
+        tokens: about how many tokens a prompt has; None for three grid steps.
+        prompts: how many prompts, each with its own ending.
+        options: for `SparsePrefixCache`.
+
+    Returns:
+        The report, and the same as plain values.
+
+    Raises:
+        ValueError: The text is too short to resume anything.
+    """
+    screen.say(describe(name, model), style="bold")
+    with SparsePrefixCache(model, tokenizer, **options) as cache:
+        wanted = 3 * cache.grid + 32 if tokens is None else tokens
+        common = tokenizer(text, add_special_tokens=False)["input_ids"][:wanted]
+        if len(common) < 2 * cache.grid:
+            raise ValueError(
+                f"the prompts have {len(common)} tokens, fewer than two grid steps of {cache.grid}: nothing could be "
+                "resumed. Give a longer --document, more --tokens or a smaller --grid."
+            )
+        endings = [tokenizer(question, add_special_tokens=False)["input_ids"] for question in QUESTIONS[:prompts]]
+        ids = [torch.tensor(common + ending) for ending in endings]
+        with screen.progress(len(ids), name) as steps:
+            rows = []
+            for index, prompt in enumerate(ids):
+                steps.now(f"{name}: prompt {index + 1} of {len(ids)}")
+                report = check_exactness(model, [prompt], cache=cache)
+                rows += report.rows
+                steps.done(1)
+        report = ExactnessReport(tuple(rows), report.tolerance)
+    columns = ("prompt", "resumed", "logits = cold", "states = cold", "max |Δ logit| to stock", "same tokens")
+    yes = {True: "yes", False: "NO"}
+    cells = [
+        (
+            f"{row.prompt_tokens:,}",
+            f"{row.resumed_tokens:,}",
+            yes[row.logits_bitwise],
+            yes[row.states_bitwise],
+            f"{row.max_abs_logit_diff:.1e}",
+            yes[row.tokens_equal],
+        )
+        for row in report.rows
+    ]
+    screen.table(columns, cells)
+    # ExactnessReport says the verdict in its last line.
+    screen.say(str(report).rsplit("\n", 1)[-1], style="green" if report.passed else "bold red")
+    screen.say(
+        f"{model.dtype} on {model.device}, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    return report, {
+        "passed": report.passed,
+        "bitwise": report.bitwise,
+        "max_abs_logit_diff": report.max_abs_logit_diff,
+        "tokens_equal": report.tokens_equal,
+        "resumed_tokens": report.resumed_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "prompts": [vars(row) for row in report.rows],
+    }

@@ -1,0 +1,102 @@
+"""What a handle reports: totals over its life, and the last request."""
+
+import threading
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RequestInfo:
+    """One prompt's way through the cache.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, padding left out.
+        overlap_tokens: tokens that the prompt shares with earlier prompts, whether or not states are still stored.
+        resumed_tokens: tokens skipped thanks to a checkpoint.
+        computed_tokens: tokens run through the model.
+        captured: positions of the checkpoints this request stored.
+        reason: why not more was resumed, or "resumed".
+    """
+
+    prompt_tokens: int
+    overlap_tokens: int = 0
+    resumed_tokens: int = 0
+    computed_tokens: int = 0
+    captured: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Totals of one handle; what is stored is the store's, shared by every handle on it.
+
+    Attributes:
+        requests: prompts served; every row of a batch counts.
+        prompt_tokens, overlap_tokens, resumed_tokens, computed_tokens: sums over the requests (see `RequestInfo`).
+        checkpoints: checkpoints stored now.
+        checkpoint_bytes: bytes of their fixed-size states.
+        kv_bytes: bytes of the KV segments they need.
+        evictions: checkpoints evicted so far.
+        capture_seconds, restore_seconds: time spent cloning states and KV out of, and into, live caches.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    overlap_tokens: int = 0
+    resumed_tokens: int = 0
+    computed_tokens: int = 0
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+    kv_bytes: int = 0
+    evictions: int = 0
+    capture_seconds: float = 0.0
+    restore_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        skipped = 100 * self.resumed_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        return (
+            f"{self.requests} requests · prompts {self.prompt_tokens:,} tokens · resumed {self.resumed_tokens:,} "
+            f"({skipped:.1f} %) · recomputed {self.computed_tokens:,} · {self.checkpoints} checkpoints, "
+            f"{format_bytes(self.checkpoint_bytes + self.kv_bytes)} · {self.evictions} evictions"
+        )
+
+
+class Recorder:
+    """Sums requests up as they finish, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._totals = CacheStats()
+        self.last: RequestInfo | None = None
+
+    def totals(self, **stored: int) -> CacheStats:
+        """The sums so far, with what the store holds now filled in."""
+        return replace(self._totals, **stored)
+
+    def add(self, info: RequestInfo, capture_seconds: float = 0.0, restore_seconds: float = 0.0) -> None:
+        """Count one finished request."""
+        with self._lock:
+            self.last = info
+            totals = self._totals
+            self._totals = replace(
+                totals,
+                requests=totals.requests + 1,
+                prompt_tokens=totals.prompt_tokens + info.prompt_tokens,
+                overlap_tokens=totals.overlap_tokens + info.overlap_tokens,
+                resumed_tokens=totals.resumed_tokens + info.resumed_tokens,
+                computed_tokens=totals.computed_tokens + info.computed_tokens,
+                capture_seconds=totals.capture_seconds + capture_seconds,
+                restore_seconds=totals.restore_seconds + restore_seconds,
+            )
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as people read them: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

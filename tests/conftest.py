@@ -1,0 +1,33 @@
+"""Shared by all tests: no network, one thread, tiny models built once."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+# The families of the name, for what need not run on all of them: pure Mamba-1 and 2, hybrids, shared attention.
+CORE_FAMILIES = ("Mamba", "Mamba2", "FalconMamba", "Jamba", "Zamba", "Zamba2")
+
+
+@pytest.fixture(params=CORE_FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A fresh tiny model of each core family: a test may attach to it and change it."""
+    return tiny_models.build(request.param)
+
+
+@pytest.fixture
+def jamba() -> PreTrainedModel:
+    """A fresh tiny hybrid, where one model is enough."""
+    return tiny_models.build("Jamba")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-matrix", action="store_true", help="run every cell of the exactness matrix, as make support")

@@ -1,0 +1,153 @@
+"""The command line: what it prints, in which form, and with which exit code."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_sparse_cache import cli, exactness
+from hf_sparse_cache.builtin import load
+from hf_sparse_cache.cli import questions, sources, verifying
+
+
+Run = Callable[..., tuple[int, str, str]]
+DEMO = ("demo", "--model", "jamba-3m", "--tokens", "600", "--grid", "64", "--uncached", "2")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line; returns exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-sparse-cache", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(left.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def test_help_names_the_commands_with_an_example(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("demo", "verify"):
+        assert command in out
+        assert "Example:" in run(command, "--help")[1]
+
+
+def test_demo_times_and_proves(run: Run) -> None:
+    code, out, err = run(*DEMO, "--json")
+    result = json.loads(out)
+    assert (code, err, result["passed"]) == (0, "", True)
+    (model,) = result["models"]
+    rows = model["questions"]
+    assert len(rows) >= 6
+    assert rows[0]["resumed_tokens"] == 0
+    assert all(row["resumed_tokens"] >= 256 for row in rows[2:])
+    assert all(row["prompt_tokens"] == row["resumed_tokens"] + row["computed_tokens"] for row in rows)
+    assert all(row["cached_seconds"] > 0 and row["checkpoints"] > 0 and row["stored_bytes"] > 0 for row in rows)
+    assert sum(row["uncached_seconds"] is not None for row in rows) == 2
+    assert model["ratio_lowest"] > 0
+    assert model["exactness"]["bitwise"] and 0 < model["exactness"]["max_abs_logit_diff"] <= 1e-4
+
+
+def test_demo_writes_markdown_into_a_pipe_and_says_that_weights_are_random(run: Run) -> None:
+    code, out, err = run(*DEMO)
+    assert (code, err) == (0, "")
+    assert "random weights" in out and "EXACT" in out and "\x1b" not in out
+    assert sum(line.startswith("| ") for line in out.splitlines()) == 1 + len(sources.QUESTIONS)
+
+
+def test_demo_reads_a_workload(run: Run, tmp_path: Path) -> None:
+    texts = [{"id": "story", "text": "Once upon a time there was a state. " * 60}]
+    texts += [{"id": f"q{i}", "text": f"\nWhat happened in part {i}?"} for i in range(6)]
+    requests = [{"group_id": "g", "request_id": str(i), "segments": ["story", f"q{i}"]} for i in range(6)]
+    for name, rows in (("texts.jsonl", texts), ("requests.jsonl", requests)):
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    code, out, _ = run(*DEMO[:3], "--grid", "64", "--workload", str(tmp_path), "--json")
+    (model,) = json.loads(out)["models"]
+    assert code == 0
+    assert [row["question"] for row in model["questions"]] == [f"What happened in part {i}?" for i in range(6)]
+    assert model["questions"][-1]["resumed_tokens"] > 0
+
+
+def test_demo_reads_a_document_and_a_model_from_a_folder(run: Run, tmp_path: Path) -> None:
+    text = "A state is a summary of everything read so far. " * 40
+    model, tokenizer = load("mamba-3m", [text])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    options = ("--model", str(tmp_path / "model"), "--document", str(tmp_path / "text.txt"), "--grid", "64")
+    code, out, _ = run("demo", *options, "--question", "What is a state?", "--question", "Of what?", "--json")
+    assert code == 0
+    assert json.loads(out)["models"][0]["questions"][1]["resumed_tokens"] > 0
+    code, _, err = run("demo", *options, "--question", "What is a state?")
+    assert code == 2 and "--question" in err
+
+
+def test_verify_is_a_badge(run: Run) -> None:
+    options = ("verify", "mamba-3m", "--grid", "32", "--tokens", "120", "--prompts", "2")
+    code, out, _ = run(*options)
+    assert code == 0 and "exact: " in out and "torch.float32" in out
+    code, out, _ = run(*options, "--json")
+    assert code == 0 and json.loads(out)["bitwise"] and len(json.loads(out)["prompts"]) == 2
+
+
+@pytest.mark.parametrize("command", [DEMO, ("verify", "mamba-3m", "--grid", "32", "--tokens", "120")])
+def test_a_difference_is_an_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    def differing(*arguments: Any, **options: Any) -> exactness.ExactnessReport:
+        report = exactness.check_exactness(*arguments, **options)
+        return replace(report, rows=tuple(replace(row, logits_bitwise=False) for row in report.rows))
+
+    for module in (questions, verifying):
+        monkeypatch.setattr(module, "check_exactness", differing)
+    code, out, _ = run(*command)
+    assert code == 1 and "NOT EXACT" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("verify", "no-such-model"), "no-such-model"),
+        (("demo", "--nonsense"), "--nonsense"),
+        (("demo", "--model", "mamba-3m", "--policy", "guess"), "guess"),
+        (("demo", "--model", "mamba-3m", "--max-memory", "1KiB"), "max_memory"),
+        (("demo", "--workload", "nowhere"), "nowhere"),
+        (("verify", "mamba-3m", "--tokens", "300"), "--grid"),
+        (("verify", "mamba-3m", "--dtype", "float7"), "float7"),
+    ],
+)
+def test_errors_are_one_line(run: Run, arguments: tuple[str, ...], named: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2 and named in err
+    assert err.startswith("hf-sparse-cache: ") and len(err.strip().splitlines()) == 1
+
+
+def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    options = ("verify", "mamba-3m", "--grid", "32", "--tokens", "120", "--prompts", "1")
+    assert "\x1b[32m" in run(*options)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = run(*options)[1]
+    assert "┃" in plain and "\x1b[3" not in plain
+
+
+def test_time_to_first_token_is_one_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Model:
+        def generate(self, prompt: torch.Tensor, **options: Any) -> None:
+            seen.append(options)
+
+    assert questions._first_token(Model(), torch.zeros((1, 3), dtype=torch.long)) >= 0
+    assert seen[0]["max_new_tokens"] == 1 and seen[0]["do_sample"] is False

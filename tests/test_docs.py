@@ -1,0 +1,50 @@
+"""Every Python block in README and docs runs, the links lead somewhere, and the demo has enough to read."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from hf_sparse_cache.builtin import build_tokenizer, load
+from hf_sparse_cache.cli.sources import own_document
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUESTIONS = ["\n\nWhat is a cut?", "\n\nWhat is a checkpoint?", "\n\nWho holds the handle?"]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (ROOT / "docs" / "exactness.md").read_text(encoding="utf-8")
+    model, tokenizer = load("jamba-3m", [document])
+    # A page may load a model from the Hub; here it gets the small one, and what it writes stays short.
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    model.generation_config.max_new_tokens = 2
+    names: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "document": document, "questions": QUESTIONS}
+    for index, block in enumerate(blocks(page)):
+        exec(compile(block, f"{page.name}, block {index + 1}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert sorted([*listed, "index.md"]) == sorted(page.name for page in PAGES[1:])
+
+
+def test_the_demo_has_enough_to_read() -> None:
+    text, name = own_document()
+    assert name == "the project's documentation"
+    assert len(build_tokenizer([text])(text)["input_ids"]) >= 5000

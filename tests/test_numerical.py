@@ -1,0 +1,42 @@
+"""Numerical mode: checkpoints anywhere, equal to stock to rounding."""
+
+import pytest
+import torch
+from tiny_models import build, random_ids
+
+from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache.segmentation import with_free_cuts
+
+
+DOCUMENT = random_ids(171, seed=1)  # not on any grid
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("family", ["Mamba", "Zamba2", "Qwen3.5", "Gemma3", "Llama"])
+def test_resumes_off_the_grid(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    if dtype == torch.float64 and family != "Mamba" and family != "Llama":
+        tolerance = 1e-4  # these families compute parts of a layer in float32 whatever the dtype
+    model = build(family, dtype=dtype)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with SparsePrefixCache(model, grid=64, policy="junction", exactness="numerical") as cache:
+        for seed in range(4):
+            prompt = torch.cat([DOCUMENT, random_ids(20 + seed, seed=2 + seed)], dim=1)
+            expected = torch.stack(model.generate(prompt, **options).logits)
+            got = torch.stack(model.generate(prompt, past_key_values=cache, **options).logits)
+            assert (got - expected).abs().max() <= tolerance
+        assert cache.last_request.resumed_tokens == 171  # the junction itself
+        for _, _, checkpoint in cache.store.checkpoints():
+            for layer in checkpoint.state.layers:
+                for value in layer.values():
+                    if torch.is_tensor(value):
+                        value.zero_()
+        wiped = torch.stack(model.generate(prompt, past_key_values=cache, **options).logits)
+        if family != "Llama":  # its checkpoints hold nothing but keys and values
+            assert (wiped - expected).abs().max() > 1e-3
+
+
+def test_free_cuts_leave_no_segment_of_one_token() -> None:
+    regular = torch.arange(64, 200, 64).numpy()
+    assert with_free_cuts(regular, (65, 200), 200).tolist() == [65, 128, 192, 200]
+    assert with_free_cuts(regular, (199, 1, 0), 200).tolist() == [64, 128, 192]
+    assert with_free_cuts(regular[:0], (2,), 2).tolist() == [2]
