@@ -104,7 +104,9 @@ def run(
     repeated = [index for index in range(1, len(tasks)) if tasks[index].document == tasks[index - 1].document]
     timed = _spread(repeated or list(range(len(tasks))), uncached)
     proved = _spread(repeated or list(range(len(tasks))), checked)
-    work = sum(prompt.shape[1] for prompt in (prompts[0], *(prompts[i] for i in timed), *(prompts[i] for i in proved * 2)))
+    work = sum(
+        prompt.shape[1] for prompt in (prompts[0], *(prompts[i] for i in timed), *(prompts[i] for i in proved * 2))
+    )
     screen.say(f"{describe(name, model)}", style="bold")
     answered = []
     with SparsePrefixCache(model, tokenizer, **options) as cache, screen.progress(work, name) as steps:
@@ -185,7 +187,9 @@ def _show(result: Result, screen: Screen) -> None:
             f"{max(result.ratios):.1f}× lower once the document is known."
         )
     report = result.exactness
-    sentence = "EXACT" if report.passed else "NOT EXACT" if report.resumed_tokens else "NOT PROVED, nothing was resumed"
+    sentence = (
+        "EXACT" if report.passed else "NOT EXACT" if report.resumed_tokens else "NOT PROVED, nothing was resumed"
+    )
     screen.say(
         f"{sentence}: {len(report.rows)} prompts run stock, cold and warm; {report.resumed_tokens:,} tokens resumed; "
         f"warm equals cold bit for bit: {'yes' if report.bitwise else 'NO'}; "

@@ -42,7 +42,9 @@ class Screen:
         if self._json:
             return
         if not self._out.is_terminal:
-            self.say(f"{title}\n\n{markdown_table(columns, rows)}\n" if title else f"{markdown_table(columns, rows)}\n")
+            self.say(
+                f"{title}\n\n{markdown_table(columns, rows)}\n" if title else f"{markdown_table(columns, rows)}\n"
+            )
             return
         drawn = Table(title=title or None, title_justify="left", header_style="bold")
         for index, column in enumerate(columns):

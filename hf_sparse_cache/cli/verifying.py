@@ -7,13 +7,21 @@ import torch
 import transformers
 
 from ..cache import SparsePrefixCache
-from ..exactness import ExactnessReport, check_exactness
+from ..exactness import ExactnessReport, ExactnessRow, check_exactness
 from .screen import Screen
 from .sources import QUESTIONS, describe
 
 
 def run(
-    name: str, model: Any, tokenizer: Any, text: str, screen: Screen, *, tokens: int | None, prompts: int, **options: Any
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    screen: Screen,
+    *,
+    tokens: int | None,
+    prompts: int,
+    **options: Any,
 ) -> tuple[ExactnessReport, dict[str, Any]]:
     """Check one model and write the badge.
 
@@ -42,7 +50,7 @@ def run(
         endings = [tokenizer(question, add_special_tokens=False)["input_ids"] for question in QUESTIONS[:prompts]]
         ids = [torch.tensor(common + ending) for ending in endings]
         with screen.progress(len(ids), name) as steps:
-            rows = []
+            rows: list[ExactnessRow] = []
             for index, prompt in enumerate(ids):
                 steps.now(f"{name}: prompt {index + 1} of {len(ids)}")
                 report = check_exactness(model, [prompt], cache=cache)
