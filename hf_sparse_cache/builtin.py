@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .random_weights import draw_weights
+from .random_weights import cast_weights, draw_weights
 
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS]  # ids 0, 1 and 2
@@ -145,7 +145,7 @@ def build_model(
         model = model_class(config)
     draw_weights(model, seed)
     model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
+    return cast_weights(model, dtype).eval()
 
 
 def load(

@@ -7,7 +7,6 @@ handle points to, so one handle serves any number of prompts, batches and thread
 import threading
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .live import LiveCache
 from .policies import Policy, make_policy
 from .request import open_request
 from .segmentation import Positions, Tokens, cut_positions, with_free_cuts
-from .stats import CacheStats, RequestInfo, format_bytes
+from .stats import CacheStats, Recorder, RequestInfo, format_bytes
 from .store import CheckpointStore
 from .weights import identity
 
@@ -84,8 +83,7 @@ class SparsePrefixCache(Cache):
         self.on_prefill: Callable[[LiveCache], None] | None = None
         self._lock = threading.Lock()
         self._weights = identity(model)
-        self._stats = CacheStats()
-        self._last_request: RequestInfo | None = None
+        self._recorder = Recorder()
         generation.attach(model)
         if mamba1.needs_hook(self._config.model_type):
             mamba1.install(self._config.model_type)
@@ -95,19 +93,17 @@ class SparsePrefixCache(Cache):
 
     def stats(self) -> CacheStats:
         """Totals since the handle was made, and what its store holds now."""
-        with self._lock:
-            return replace(
-                self._stats,
-                checkpoints=len(self.store),
-                checkpoint_bytes=self.store.checkpoint_bytes,
-                kv_bytes=self.store.kv_bytes,
-                evictions=self.store.evictions,
-            )
+        return self._recorder.totals(
+            checkpoints=len(self.store),
+            checkpoint_bytes=self.store.checkpoint_bytes,
+            kv_bytes=self.store.kv_bytes,
+            evictions=self.store.evictions,
+        )
 
     @property
     def last_request(self) -> RequestInfo | None:
         """The prompt served last; of a batch, its last row. None before the first."""
-        return self._last_request
+        return self._recorder.last
 
     def __repr__(self) -> str:
         return f"SparsePrefixCache({type(self.model).__name__}, grid={self.grid}: {self.stats()})"
@@ -155,7 +151,7 @@ class SparsePrefixCache(Cache):
         """Record a request that runs as if there were no handle, and say so once."""
         logger.warning_once(f"SparsePrefixCache is not used by this call, which runs uncached: {why}.")
         tokens = 0 if input_ids is None else input_ids.numel()
-        self._record(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
+        self._recorder.add(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
 
     def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Run the prefill of a request, reusing what is stored, and return the model's output with the live cache in it.
@@ -204,7 +200,7 @@ class SparsePrefixCache(Cache):
             captured=tuple(request.captured),
             reason="weights changed: what was stored of them was dropped" if changed else request.reason,
         )
-        self._record(info, timing)
+        self._recorder.add(info, timing.capture_seconds, timing.restore_seconds)
         return output
 
     def _cuts(self, tokens: Tokens, space: str) -> Positions:
@@ -212,21 +208,6 @@ class SparsePrefixCache(Cache):
         if self.config.exactness == "bitwise":
             return cuts
         return with_free_cuts(cuts, (self.store.match(tokens, space).overlap, len(tokens)), len(tokens))
-
-    def _record(self, info: RequestInfo, timing: prefill.Timing = prefill.Timing()) -> None:
-        with self._lock:
-            self._last_request = info
-            totals = self._stats
-            self._stats = replace(
-                totals,
-                requests=totals.requests + 1,
-                prompt_tokens=totals.prompt_tokens + info.prompt_tokens,
-                overlap_tokens=totals.overlap_tokens + info.overlap_tokens,
-                resumed_tokens=totals.resumed_tokens + info.resumed_tokens,
-                computed_tokens=totals.computed_tokens + info.computed_tokens,
-                capture_seconds=totals.capture_seconds + timing.capture_seconds,
-                restore_seconds=totals.restore_seconds + timing.restore_seconds,
-            )
 
     def _space(self) -> tuple[str, bool]:
         """Where this handle's prompts live in the store, and whether that has just changed with the weights."""
@@ -284,6 +265,13 @@ class SparsePrefixCache(Cache):
         self._refuse()
 
     update_conv_state = update_recurrent_state = update_indexer = get_mask_sizes = has_previous_state = update
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # copy.copy, copy.deepcopy, pickle and torch.save all come here.
+        raise TypeError(
+            "A SparsePrefixCache cannot be copied or pickled, and generate() never changes the one it is given: pass the "
+            "same handle to every call. For another model make SparsePrefixCache(model, store=cache.store)."
+        )
 
     def _refuse(self) -> None:
         state = "is attached to" if self._finalizer.alive else "was detached from"

@@ -25,7 +25,18 @@ def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kw
         return "logits_to_keep asks for the logits of skipped tokens"
     if not _positions_are_plain(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids")):
         return "position_ids do not count the tokens from 0"
+    if _has_holes(kwargs.get("attention_mask")):
+        return "attention_mask leaves out tokens inside a prompt (generate() makes such a mask from pad tokens in it)"
     return ""
+
+
+def _has_holes(attention_mask: torch.Tensor | None) -> bool:
+    """Whether a row whose last token counts leaves out an earlier one; right-padding is another matter, and refused."""
+    if attention_mask is None:
+        return False
+    kept = attention_mask != 0
+    ends = kept[:, :-1] & ~kept[:, 1:]
+    return bool((ends.any(-1) & kept[:, -1]).any())
 
 
 def _positions_are_plain(
@@ -48,7 +59,7 @@ def unpadded_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
         attention_mask: `(batch, width)` of 0 and 1, or None when nothing is padded.
 
     Raises:
-        ValueError: A row is padded on the right, or in the middle, or is nothing but padding.
+        ValueError: A row is padded on the right, or is nothing but padding.
     """
     if attention_mask is None:
         return list(input_ids)

@@ -10,6 +10,9 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from transformers.generation.utils import GenerationMode
+
+from . import mamba1
 from .calls import why_uncached
 from .live import LiveCache
 
@@ -30,7 +33,9 @@ class _Override:
         self._model = weakref.ref(model)
         self._name = name
         # Another library may have replaced the method on this object before us.
-        self._previous: Callable[..., Any] | None = model.__dict__.get(name)
+        previous = model.__dict__.get(name)
+        # A copy of an attached model carries a copied override, which has no handle to serve.
+        self._previous: Callable[..., Any] | None = previous._previous if isinstance(previous, _Override) else previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
@@ -99,11 +104,17 @@ def _validate_model_kwargs(model: Any, own: Callable[..., Any], model_kwargs: di
 
 
 def _prepare_cache_for_generation(
-    model: Any, own: Callable[..., Any], generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    model: Any,
+    own: Callable[..., Any],
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     handle = _handle_in(model_kwargs)
     if handle is None:
-        return own(generation_config, model_kwargs, *args, **kwargs)
+        return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
     if generation_config.cache_implementation is not None:
         raise ValueError(
             f"cache_implementation={generation_config.cache_implementation!r} cannot be combined with a "
@@ -114,7 +125,10 @@ def _prepare_cache_for_generation(
         model_kwargs.pop(name, None)
     if generation_config.use_cache is False:
         handle.note_unsupported(None, "use_cache=False keeps no state to resume from")
-        return own(generation_config, model_kwargs, *args, **kwargs)
+        return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+    if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        handle.note_unsupported(None, "assisted decoding runs the prompt and the first candidates in one pass")
+        return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
     model_kwargs[handle.family.cache_name] = handle.open_live_cache()
     return None
 
@@ -133,10 +147,14 @@ def _prefill(
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
     handle, live.handle = live.handle, None
     why_not = why_uncached(model, input_ids, generation_config, model_kwargs)
-    if why_not:
-        handle.note_unsupported(input_ids, why_not)
-        return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
-    return handle.serve(live, input_ids, model_kwargs)
+    try:
+        if why_not:
+            handle.note_unsupported(input_ids, why_not)
+            return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return handle.serve(live, input_ids, model_kwargs)
+    finally:
+        # Interrupted between announcing a state and the scan, this thread's next scan, even a stock one, would use it.
+        mamba1.announce(None)
 
 
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {

@@ -63,6 +63,7 @@ class LiveCache(DynamicCache):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        mamba1.announce(None)
+        if self._scan_forgets:
+            mamba1.announce(None)
         states: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return states

@@ -57,6 +57,8 @@ def uninstall(model_type: str) -> None:
             setattr(importlib.import_module(_MODULES[model_type]), _SCAN, _stock.pop(model_type))
 
 
+# Both are left out of compiled graphs, which would remember the state of the call that they were traced with.
+@torch.compiler.disable
 def announce(state: torch.Tensor | None) -> None:
     """Set (or with None clear) the state from which the next scan of this thread starts.
 
@@ -70,6 +72,7 @@ def announce(state: torch.Tensor | None) -> None:
 def _resuming(stock: Callable[..., Any]) -> Callable[..., Any]:
     """The stock scan, except that it starts from the announced state when there is one."""
 
+    @torch.compiler.disable
     def scan(
         x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **options: Any
     ) -> Any:

@@ -36,6 +36,11 @@ class Forecast:
         """P(start <= next overlap < end) for two cuts; without `end`, to the end of the prompt."""
         return self._at(end) - self._at(start)
 
+    def share(self, start: int, end: int | None) -> float:
+        """Of the prompts that share more than `start` tokens, those that leave before `end`."""
+        passing = self.mass(start)
+        return self.mass(start, end) / passing if passing > 1e-9 else 0.0
+
     def _at(self, position: int | None) -> float:
         if position is None:
             return 1.0

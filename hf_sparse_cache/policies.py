@@ -35,6 +35,7 @@ class Prompt:
         latest: shape of the latest prompt along the last of these edges, if the policy left one.
         terms: what new checkpoints would earn and cost.
         state_bytes, kv_bytes_per_token: sizes, averaged over what is stored; 0 before anything is.
+        resumed_bytes: size of the state the prefill resumes from.
         shape, forecast: what the policy makes of the prompt, for the eviction and for later prompts.
     """
 
@@ -49,6 +50,7 @@ class Prompt:
     terms: Terms = Terms()
     state_bytes: float = 0.0
     kv_bytes_per_token: float = 0.0
+    resumed_bytes: int = 0
     shape: Shape | None = None
     forecast: Forecast | None = None
 
@@ -61,9 +63,13 @@ class Prompt:
         """Of the prompts that will pass `position`, those expected to leave before the next planned checkpoint."""
         if self.forecast is None:
             return 1.0
-        passing = self.forecast.mass(position)
-        after = next((other for other in planned if other > position), None)
-        return self.forecast.mass(position, after) / passing if passing > 1e-9 else 0.0
+        return self.forecast.share(position, next((other for other in planned if other > position), None))
+
+    def refund(self, position: int) -> float:
+        """Bytes of the resumed state that a checkpoint at `position` makes superfluous."""
+        if self.forecast is None or not self.resumed:
+            return 0.0
+        return self.resumed_bytes * (1.0 - self.forecast.share(self.resumed, position))
 
     def snap(self, positions: Iterable[float]) -> list[int]:
         """The deepest open cut at or before each position, ascending and distinct; none where there is none."""
@@ -263,8 +269,15 @@ class Learned(Policy):
         self._charge(weights, terms.price * prompt.kv_bytes_per_token)
         cost = np.concatenate([[prompt.resumed], cuts]).astype(np.float64)
         cost = cost - cost[0] if self.prefill_cost is None else self.prefill_cost(cost) - self.prefill_cost(cost[:1])
-        plan = plan_checkpoints(weights, limit, prefill_cost=cost, checkpoint_cost=terms.price * prompt.state_bytes)
-        return [int(cuts[index - 1]) for index in plan.positions]
+        price = terms.price * prompt.state_bytes
+        plan = plan_checkpoints(weights, limit, prefill_cost=cost, checkpoint_cost=price).positions
+        if not plan and price > 0.0 and prompt.resumed:  # one that takes the resumed one's place may still pay
+            plan = plan_checkpoints(weights, 1, prefill_cost=cost).positions
+            if plan:
+                saved = cost[plan[0]] * weights[plan[0] :].sum()
+                if saved <= price - terms.price * prompt.refund(int(cuts[plan[0] - 1])):
+                    plan = ()
+        return [int(cuts[index - 1]) for index in plan]
 
     @staticmethod
     def _charge(weights: Floats, price_per_token: float) -> None:

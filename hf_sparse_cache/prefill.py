@@ -7,13 +7,14 @@ without its padding, and the rows are stacked afterwards.
 
 import inspect
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from . import mamba1, states
+from . import states
 from .live import LiveCache
 from .request import Request
 from .segmentation import MIN_SUFFIX_TOKENS, Positions
@@ -61,7 +62,7 @@ def prefill_row(
     planned = set(request.planned)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     start = live.length = request.resumed_tokens
-    mamba1.announce(None)  # an exception in an earlier request could have left one
+    forward = _uncompiled(model)
     output = None
     ahead = cuts[(cuts >= start + MIN_SUFFIX_TOKENS) & (cuts < len(ids))].tolist()
     for end in (*ahead, len(ids)):
@@ -74,7 +75,7 @@ def prefill_row(
             **kwargs,
             **({"position_ids": _positions(start, end, row, position_dims)} if takes_positions else {}),
         )
-        output = model(**inputs, return_dict=True)
+        output = forward(**inputs, return_dict=True)
         start = live.length = end
         if end in planned:
             clock = time.perf_counter()
@@ -99,6 +100,18 @@ def join_rows(
     logits = torch.cat([outputs[index].logits[:, -1:] for index in order])
     return type(outputs[0])(logits=logits, **{cache_name: live})
 
+
+def _uncompiled(model: Any) -> Callable[..., Any]:
+    """The model's call without `torch.compile`, which stays in use for decoding.
+
+    A compiled prefill would be compiled anew for segments of new lengths, and kernels of another specialisation round
+    differently, so that the result of a segment would depend on which lengths came before it.
+    """
+    original: Callable[..., Any] | None = getattr(model.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+    if original is not None:
+        return original
+    call: Callable[..., Any] = model if getattr(model, "_compiled_call_impl", None) is None else model._call_impl
+    return call
 
 
 def _positions(start: int, end: int, row: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

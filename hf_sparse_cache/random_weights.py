@@ -9,7 +9,8 @@ import math
 import zlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 # Step sizes of the state space layers and gates of the delta rules, log-uniform as in Mamba (arXiv 2312.00752, 3.6).
 STEP_MIN, STEP_MAX = 1e-3, 1e-1
@@ -17,19 +18,19 @@ STEP_MIN, STEP_MAX = 1e-3, 1e-1
 RATE_MIN, RATE_MAX = 1.0, 4.0
 
 
-def draw_weights(model: nn.Module, seed: int = 0, embedding_scale: float = 1.0) -> nn.Module:
+def draw_weights(model: PreTrainedModel, seed: int = 0, embedding_scale: float = 1.0) -> PreTrainedModel:
     """Redraw the weights of `model` in place.
 
     Every parameter has its own generator, seeded by `seed` and the parameter's name, so the values depend neither on
     the order of construction nor on the global generator.
 
     Args:
-        model (`torch.nn.Module`): any language model of transformers, in any floating dtype.
+        model (`PreTrainedModel`): any language model, in any floating dtype.
         seed (`int`): the same seed gives the same weights.
         embedding_scale (`float`): standard deviation of the input embeddings.
 
     Returns:
-        `torch.nn.Module`: the model itself.
+        `PreTrainedModel`: the model itself.
     """
     inputs = model.get_input_embeddings().weight
     with torch.no_grad():
@@ -40,6 +41,28 @@ def draw_weights(model: nn.Module, seed: int = 0, embedding_scale: float = 1.0) 
                 value = torch.randn(parameter.shape, generator=generator) * embedding_scale
             if value is not None:
                 parameter.copy_(value)
+    return model
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast a model in place as `from_pretrained(dtype=...)` does: what its class keeps in float32 stays there.
+
+    Args:
+        model (`PreTrainedModel`): a model in float32.
+        dtype (`torch.dtype`): a floating dtype.
+
+    Returns:
+        `PreTrainedModel`: the model itself.
+    """
+    kept: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():  # without the rotary frequencies, which stay float32
+        if tensor.is_floating_point() and not any(f".{module}." in f".{name}." for module in kept):
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
     return model
 
 

@@ -80,7 +80,13 @@ class Request:
             self.reason = (
                 "resumed" if self.checkpoint else _why_cold(match.path, match.overlap, match.known, usable, cuts)
             )
-            terms = store.eviction.terms(match.path, match.overlap)
+            state_bytes = store.checkpoint_bytes / max(store.checkpoint_count, 1)
+            kv_bytes = store.kv_bytes / max(store.kv_tokens, 1)
+            need = 0.0
+            if store.max_memory is not None:
+                need = state_bytes + kv_bytes * (len(ids) - self.resumed_tokens) + store.used_bytes - store.max_memory
+                need = max(need, 0.05 * store.max_memory) if need > 0 else 0.0
+            terms = store.eviction.terms(match.path, match.overlap, need)
             ends = np.asarray([node.end for node in match.path], dtype=np.int64)
             passes = np.asarray([node.passes for node in match.path], dtype=np.int64)
             self._prompt = Prompt(
@@ -93,8 +99,9 @@ class Request:
                 max_checkpoints,
                 latest=match.path[-1].latest if match.path else None,
                 terms=terms,
-                state_bytes=store.checkpoint_bytes / max(store.checkpoint_count, 1),
-                kv_bytes_per_token=store.kv_bytes / max(store.kv_tokens, 1),
+                state_bytes=state_bytes,
+                kv_bytes_per_token=kv_bytes,
+                resumed_bytes=self.checkpoint.nbytes if self.checkpoint else 0,
             )
         try:
             with policy.lock:
@@ -144,7 +151,8 @@ class Request:
             new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
         with self._store.lock:
             share = self._prompt.share(position, self.planned)
-            checkpoint = self._store.put(self._ids, position, state, spans, new, self._space, share)
+            refund = self._prompt.refund(position) if not self.captured else 0.0
+            checkpoint = self._store.put(self._ids, position, state, spans, new, self._space, share, refund)
             if checkpoint is None:
                 return False
             if checkpoint.kv is not None:  # later checkpoints of this prompt chain to it, even if this one is evicted

@@ -1,6 +1,7 @@
 """What a handle reports: totals over its life, and the last request."""
 
-from dataclasses import asdict, dataclass
+import threading
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -61,6 +62,35 @@ class CacheStats:
             f"({skipped:.1f} %) · recomputed {self.computed_tokens:,} · {self.checkpoints} checkpoints, "
             f"{format_bytes(self.checkpoint_bytes + self.kv_bytes)} · {self.evictions} evictions"
         )
+
+
+class Recorder:
+    """Sums requests up as they finish, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._totals = CacheStats()
+        self.last: RequestInfo | None = None
+
+    def totals(self, **stored: int) -> CacheStats:
+        """The sums so far, with what the store holds now filled in."""
+        return replace(self._totals, **stored)
+
+    def add(self, info: RequestInfo, capture_seconds: float = 0.0, restore_seconds: float = 0.0) -> None:
+        """Count one finished request."""
+        with self._lock:
+            self.last = info
+            totals = self._totals
+            self._totals = replace(
+                totals,
+                requests=totals.requests + 1,
+                prompt_tokens=totals.prompt_tokens + info.prompt_tokens,
+                overlap_tokens=totals.overlap_tokens + info.overlap_tokens,
+                resumed_tokens=totals.resumed_tokens + info.resumed_tokens,
+                computed_tokens=totals.computed_tokens + info.computed_tokens,
+                capture_seconds=totals.capture_seconds + capture_seconds,
+                restore_seconds=totals.restore_seconds + restore_seconds,
+            )
 
 
 def format_bytes(count: float) -> str:

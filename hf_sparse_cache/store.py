@@ -114,6 +114,7 @@ class CheckpointStore:
         new: Mapping[Span, Payload] | None = None,
         space: str = "",
         share: float = 1.0,
+        refund: float = 0.0,
     ) -> Checkpoint | None:
         """Stores a checkpoint after `position` tokens of `ids`, evicting others first when memory is short.
 
@@ -122,6 +123,7 @@ class CheckpointStore:
             spans: the KV spans `(start, end)` from 0 to `position`, gapless, cut to cut; empty without full attention.
             new: KV payloads of the spans that are not stored yet.
             share: of the prompts that will pass it, those expected to leave before the next checkpoint.
+            refund: bytes of checkpoints that it makes superfluous.
 
         Returns:
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
@@ -143,7 +145,7 @@ class CheckpointStore:
                 return None  # a shared segment was freed while the caller computed: nothing to chain to
             need = int(state.nbytes) + sum(int(new[span].nbytes) for span in wanted)
             checkpoint = Checkpoint(position, state, None, home, self.clock)
-            checkpoint.held, checkpoint.share = need, share
+            checkpoint.held, checkpoint.share, checkpoint.refund = need, share, refund
             with self.holding(chain[-1] if chain else None) as below:
                 if not self._make_room(need, checkpoint):
                     return None
@@ -222,14 +224,15 @@ class CheckpointStore:
             yield None
             return
         with self.lock:
-            segment.refs += 1
+            segment.holds += 1
             self._held.append(segment)
         try:
             yield segment
         finally:
             with self.lock:
                 self._held.remove(segment)
-                self._release(segment)
+                segment.holds -= 1
+                self._free_chain(segment)
 
     def _make_room(self, need: int, incoming: Checkpoint | None) -> bool:
         """Evicts one checkpoint at a time until `need` bytes fit; evicts nothing if they never can."""
@@ -240,7 +243,7 @@ class CheckpointStore:
         if incoming is not None and self._locked_bytes() + need > self.max_memory:
             return False
         while self.used_bytes + need > self.max_memory:
-            victim = self.eviction.victim(incoming)
+            victim = self.eviction.victim(incoming, self.used_bytes + need - self.max_memory)
             if victim is None:
                 return False
             self.evict(victim)
@@ -264,16 +267,21 @@ class CheckpointStore:
         return segment
 
     def _release(self, segment: KVSegment | None) -> None:
-        """Takes back one reference and frees every segment up the chain that nothing needs any more."""
-        while segment is not None:
+        """Takes back one reference."""
+        if segment is not None:
             segment.refs -= 1
-            if segment.refs:
-                return
+            self._free_chain(segment)
+
+    def _free_chain(self, segment: KVSegment | None) -> None:
+        """Frees every segment up the chain that nothing needs any more."""
+        while segment is not None and not segment.refs and not segment.holds:
             del segment.node.segments[segment.start, segment.end]
             self.kv_bytes -= segment.nbytes
             self.kv_tokens -= segment.end - segment.start
             self.forest.offer(segment.node)
             segment = segment.parent
+            if segment is not None:
+                segment.refs -= 1
 
 
 def _holder(path: list[Node], position: int) -> Node:

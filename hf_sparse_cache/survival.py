@@ -14,7 +14,7 @@ from .views import Floats
 
 PASS_EDGES = np.asarray([1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 29, 38, 50, 80, 150])
 LEVEL_EDGES = np.asarray([1, 2, 3, 5, 9])
-AGE_EDGES: Floats = np.unique(np.round(np.concatenate([[0, 1, 2, 3], np.geomspace(4, 2**14, 25)])))
+AGE_EDGES: Floats = np.unique(np.round(np.concatenate([[0], np.geomspace(4, 2**14, 22)])))
 WINDOW = 2**14
 PERIOD = 64
 
@@ -94,10 +94,13 @@ class SurvivalTables:
         """Hazards, each cell leaning on its pass count, that on all, that on a hazard that falls with age; then the index."""
         shape = (len(PASS_EDGES), len(LEVEL_EDGES), len(AGE_EDGES))
         events, exposure = self._events.reshape(shape), self._exposure.reshape(shape)
-        hazard: NDArray[np.float64] = 0.5 / (AGE_EDGES + 5.0)
-        for axes in ((0, 1), (1,), ()):
-            seen, time = events.sum(axis=axes, keepdims=True), exposure.sum(axis=axes, keepdims=True)
-            hazard = (seen + self.strength) / (time + self.strength / hazard)
+        prior, lean = 0.5 / (AGE_EDGES + 5.0), self.strength
+        prior = prior * (events.sum() + lean) / ((exposure * prior).sum() + lean)
+        hazard = (events.sum(axis=(0, 1)) + lean) / (exposure.sum(axis=(0, 1)) + lean / prior)
+        for axes in ((1, 2), (2,)):  # one factor a pass count, then one a cell
+            seen, foreseen = events.sum(axis=axes, keepdims=True), (exposure * hazard).sum(axis=axes, keepdims=True)
+            hazard = hazard * (seen + lean) / (foreseen + lean)
+        hazard = (events + 2 * lean) / (exposure + 2 * lean / hazard)
         hazard = np.clip(hazard.reshape(self.index.shape), 1e-7, 1.0)
         missed = np.exp(-hazard * _WIDTHS)
         time = (1.0 - missed) / hazard

@@ -26,21 +26,35 @@ class Payload(Protocol):
 class KVSegment:
     """Keys and values of the tokens `start .. end`, chained by `parent` down to position 0.
 
-    `refs` counts the checkpoints, child segments and open requests that need it.
+    `refs` counts the checkpoints and child segments that need it, `holds` the open requests that build on it.
     """
 
-    __slots__ = ("start", "end", "payload", "parent", "refs", "node", "nbytes")
+    __slots__ = ("start", "end", "payload", "parent", "refs", "holds", "node", "nbytes")
 
     def __init__(self, start: int, end: int, payload: Payload, parent: KVSegment | None, node: Node) -> None:
         self.start, self.end, self.payload, self.parent, self.node = start, end, payload, parent, node
         self.refs = 0
+        self.holds = 0
         self.nbytes = int(payload.nbytes)
 
 
 class Checkpoint:
     """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain."""
 
-    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "held", "share", "slot")
+    __slots__ = (
+        "position",
+        "state",
+        "kv",
+        "node",
+        "pins",
+        "hits",
+        "last_used",
+        "nbytes",
+        "held",
+        "share",
+        "refund",
+        "slot",
+    )
 
     def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
         self.position, self.state, self.kv, self.node = position, state, kv, node
@@ -50,6 +64,7 @@ class Checkpoint:
         self.nbytes = int(state.nbytes)
         self.held = self.nbytes  # bytes that go if it goes: the state and the KV that only it needs
         self.share = 1.0  # of the prompts that pass it, those expected to leave before the next checkpoint
+        self.refund = 0.0  # bytes of checkpoints that it makes superfluous
         self.slot = -1  # place in the eviction's tables
 
     def held_bytes(self) -> int:

@@ -27,3 +27,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def jamba() -> PreTrainedModel:
     """A fresh tiny hybrid, where one model is enough."""
     return tiny_models.build("Jamba")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-matrix", action="store_true", help="run every cell of the exactness matrix, as make support")

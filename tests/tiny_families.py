@@ -67,6 +67,7 @@ class Family:
     config: dict[str, Any] = field(repr=False)
     state: str = "recurrent"  # "recurrent" (with or without convolution), "conv" only, or "none"
     embedding_scale: float = 1.0
+    float64: bool = True  # whether transformers runs it in float64
 
     @property
     def available(self) -> bool:
@@ -173,7 +174,7 @@ ROWS = [
             "ngram_vocab_size_base": 100,
             "make_ngram_vocab_size_divisible_by": 8,
             "split_ngram_parts": 1,
-            "indexer_n_heads": 2,
+            "indexer_n_heads": 8,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 16,
             "indexer_budget": 32,
@@ -203,7 +204,7 @@ ROWS = [
                 "index_topk": 32,
                 "index_kpool": 4,
                 "index_head_dim": 16,
-                "index_n_heads": 2,
+                "index_n_heads": 16,  # with few heads pools tie at score 0, and which one wins depends on the width
                 "linear_head_dim": 16,
                 "linear_num_heads": 4,
                 "hc_mult": 2,
@@ -260,6 +261,7 @@ ROWS = [
         "Inkling2ForCausalLM",
         {**SIZE, **INKLING, "unpadded_vocab_size": VOCABULARY, "n_layers_per_attn_res_block": 2},
         state="conv",
+        float64=False,  # the router multiplies float32 activations by its weights
     ),
     Family("Llama", "LlamaForCausalLM", PLAIN, state="none"),
     Family("Qwen3", "Qwen3ForCausalLM", {**PLAIN, "head_dim": 16}, state="none"),

@@ -13,7 +13,7 @@ from tiny_families import FAMILIES, FIRST_WORD, LAST_WORD
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_sparse_cache.random_weights import draw_weights
+from hf_sparse_cache.random_weights import cast_weights, draw_weights
 
 
 def available_families() -> list[str]:
@@ -34,7 +34,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
         model = model_class(model_class.config_class(**family.config))
     draw_weights(model, seed, family.embedding_scale)
     model.generation_config.eos_token_id = None  # random decoding never stops early
-    return model.to(dtype).eval()
+    if dtype == torch.float64 and getattr(model.config, "_experts_implementation", "eager") != "eager":
+        model.set_experts_implementation("eager")  # the grouped matrix product has no float64
+    return cast_weights(model, dtype).eval()
 
 
 def random_ids(length: int, seed: int = 0, batch: int = 1) -> Tensor:
