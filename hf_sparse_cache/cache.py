@@ -16,6 +16,7 @@ from transformers.utils import logging
 from . import generation, mamba1, prefill, states
 from .calls import check_ids, input_device, unpadded_rows
 from .config import SparseCacheConfig
+from .cost import prefill_cost
 from .families import Family, family_of
 from .live import LiveCache
 from .policies import Policy, make_policy
@@ -58,7 +59,7 @@ class SparsePrefixCache(Cache):
         max_checkpoints: int | None = None,
         exactness: str = "bitwise",
         grid: int | None = None,
-        policy: str | Policy = "dp",
+        policy: str | Policy = "learned",
         store: CheckpointStore | None = None,
         namespace: str = "",
         config: SparseCacheConfig | None = None,
@@ -72,12 +73,14 @@ class SparsePrefixCache(Cache):
         self.config = given if config is None else config
         self.model, self.tokenizer = model, tokenizer
         self._config = model.config.get_text_config(decoder=True)
-        states.check_layers(LiveCache(self._config), type(model).__name__)
+        probe = LiveCache(self._config)
+        states.check_layers(probe, type(model).__name__)
         self.grid = self._checked_grid(self.config.grid)
         self._cut_ids: Collection[int] = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
-        self.policy = make_policy(self.config.policy, self._cut_ids) if isinstance(policy, str) else policy
+        cost = prefill_cost(model, probe.full_attention_layers)
+        self.policy = make_policy(self.config.policy, self._cut_ids, cost) if isinstance(policy, str) else policy
         self.store = CheckpointStore(self.config.max_memory) if store is None else store
-        self.size = states.measure(model, LiveCache(self._config), self.family.cache_name)
+        self.size = states.measure(model, probe, self.family.cache_name)
         self._check_budget()
         # Called with the live cache at the end of each prefill; `check_exactness` looks at the states there.
         self.on_prefill: Callable[[LiveCache], None] | None = None

@@ -313,8 +313,15 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def make_policy(name: str, cut_ids: Iterable[int] = ()) -> Policy:
-    """Builds a policy by name; `cut_ids` are the tokens that end a segment, for the policies that look at them.
+def make_policy(
+    name: str, cut_ids: Iterable[int] = (), prefill_cost: Callable[[Floats], Floats] | None = None
+) -> Policy:
+    """Builds a policy by name.
+
+    Args:
+        name: see `POLICIES`.
+        cut_ids: the tokens that end a segment, for the policies that look at them.
+        prefill_cost: G of the model, for the policies that weigh it; default the number of tokens.
 
     Raises:
         ValueError: if the name is unknown.
@@ -322,4 +329,6 @@ def make_policy(name: str, cut_ids: Iterable[int] = ()) -> Policy:
     if name not in POLICIES:
         raise ValueError(f"policy={name!r} is unknown; choose one of {', '.join(POLICIES)}, or pass a Policy object")
     kind = POLICIES[name]
-    return kind(cut_ids) if issubclass(kind, Boundary) else kind()
+    if issubclass(kind, Boundary):
+        return kind(cut_ids)
+    return kind(prefill_cost) if issubclass(kind, Learned) else kind()

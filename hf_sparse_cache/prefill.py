@@ -79,7 +79,7 @@ def prefill_row(
         start = live.length = end
         if end in planned:
             clock = time.perf_counter()
-            request.add(end, states.capture_state(live), partial(states.capture_kv, live) if live.has_full_attention else None)
+            request.add(end, states.capture_state(live), partial(states.capture_kv, live) if live.full_attention_layers else None)
             capture_seconds += time.perf_counter() - clock
     return output, Timing(capture_seconds, restore_seconds)
 
