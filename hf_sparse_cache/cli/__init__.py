@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import builtin
+from ..machine import describe_machine
 from .screen import Screen, fail
 
 
@@ -96,7 +97,7 @@ def demo(
         tasks = reading.tasks(tokenizer)
         results.append(work.run(name, loaded, tokenizer, tasks, screen, uncached=uncached, **options))
     passed = all(result.exactness.passed for result in results)
-    screen.emit({"passed": passed, **_environment(), "models": [result.to_dict() for result in results]})
+    screen.emit({"passed": passed, "machine": describe_machine(), "models": [result.to_dict() for result in results]})
     raise typer.Exit(0 if passed else 1)
 
 
@@ -126,7 +127,7 @@ def verify(
     loaded, tokenizer = builtin.load(model, [text], dtype, device)
     options = {"grid": grid, **({"policy": policy} if policy else {})}
     report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
-    screen.emit({"model": model, **result, **_environment()})
+    screen.emit({"model": model, **result, "machine": describe_machine()})
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -196,17 +197,6 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-
-
-def _environment() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def main() -> None:

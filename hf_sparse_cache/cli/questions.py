@@ -165,10 +165,10 @@ def _spread(indices: list[int], count: int) -> list[int]:
 
 
 def _show(result: Result, screen: Screen) -> None:
-    columns = ("question", "prompt", "overlap", "resumed", "computed", "first token", "uncached", "ratio", "stored")
+    columns = ("question", "prompt", "overlap", "resumed", "computed", "cached", "uncached", "ratio", "stored")
     rows = [
         (
-            row.question if len(row.question) <= 48 else row.question[:47] + "…",
+            row.question if len(row.question) <= 44 else row.question[:43] + "…",
             f"{row.prompt_tokens:,}",
             f"{row.overlap_tokens:,}",
             f"{row.resumed_tokens:,}",
@@ -176,15 +176,16 @@ def _show(result: Result, screen: Screen) -> None:
             f"{row.cached_seconds:.3f} s",
             "" if row.uncached_seconds is None else f"{row.uncached_seconds:.3f} s",
             "" if row.ratio is None else f"{row.ratio:.1f}×",
-            f"{row.checkpoints} checkpoints, {format_bytes(row.stored_bytes)}",
+            f"{row.checkpoints} · {format_bytes(row.stored_bytes)}",
         )
         for row in result.answered
     ]
     screen.table(columns, rows)
+    screen.say("In tokens; cached and uncached: time to first token; stored: checkpoints · bytes.")
     if result.ratios:
         screen.say(
-            f"Time to first token, side by side with stock generate(): {min(result.ratios):.1f}× to "
-            f"{max(result.ratios):.1f}× lower once the document is known."
+            f"Side by side with stock generate(), the first token came {min(result.ratios):.1f}× to "
+            f"{max(result.ratios):.1f}× sooner once the document was known."
         )
     report = result.exactness
     sentence = (

@@ -1,13 +1,12 @@
 """The exactness badge: a table of prompts that ran stock, cold and resumed, and a verdict."""
 
-import platform
 from typing import Any
 
 import torch
-import transformers
 
 from ..cache import SparsePrefixCache
 from ..exactness import ExactnessReport, ExactnessRow, check_exactness
+from ..machine import describe_machine
 from .screen import Screen
 from .sources import QUESTIONS, describe
 
@@ -73,9 +72,10 @@ def run(
     screen.table(columns, cells)
     # ExactnessReport says the verdict in its last line.
     screen.say(str(report).rsplit("\n", 1)[-1], style="green" if report.passed else "bold red")
+    where = describe_machine()
     screen.say(
-        f"{model.dtype} on {model.device}, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{model.dtype} on {model.device}; {where['cpu']}, {where['threads']} threads; torch {where['torch']}, "
+        f"transformers {where['transformers']}"
     )
     return report, {
         "passed": report.passed,
