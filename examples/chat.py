@@ -24,5 +24,7 @@ with SparsePrefixCache(model, tokenizer) as cache:
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
         info = cache.last_request
-        print(f"{turn:24} {info.prompt_tokens:,} tokens, of which {info.computed_tokens:,} were computed ({info.reason})")
+        print(
+            f"{turn:24} {info.prompt_tokens:,} tokens, of which {info.computed_tokens:,} were computed ({info.reason})"
+        )
     print(cache.stats())

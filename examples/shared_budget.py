@@ -1,4 +1,4 @@
-"""Several models under one budget of memory, and tenants that never see each other: python examples/shared_budget.py"""
+"""Several models under one budget of memory, and tenants that never meet: python examples/shared_budget.py"""
 
 import sys
 from pathlib import Path
@@ -19,5 +19,7 @@ for name in MODEL_IDS:
                 inputs = tokenizer(document + question, return_tensors="pt").to(model.device)
                 model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
                 info = cache.last_request
-                print(f"{name} for {tenant}: {info.resumed_tokens:,} of {info.prompt_tokens:,} resumed ({info.reason})")
+                print(
+                    f"{name} for {tenant}: {info.resumed_tokens:,} of {info.prompt_tokens:,} resumed ({info.reason})"
+                )
     print(f"the store holds {len(store)} checkpoints, {store.used_bytes:,} of {store.max_memory:,} bytes")

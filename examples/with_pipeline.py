@@ -18,5 +18,7 @@ write = pipeline("text-generation", model=model, tokenizer=tokenizer)
 with SparsePrefixCache(model, tokenizer) as cache:
     for question in ("\n\nWhat is promised?", "\n\nHow is it checked?", "\n\nWhat breaks it?"):
         torch.manual_seed(0)
-        result = write(document + question, past_key_values=cache, max_new_tokens=12, do_sample=True, return_full_text=False)
+        result = write(
+            document + question, past_key_values=cache, max_new_tokens=12, do_sample=True, return_full_text=False
+        )
         print(repr(result[0]["generated_text"]), "·", cache.last_request.resumed_tokens, "tokens resumed")
