@@ -14,10 +14,12 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from . import generation, mamba1, prefill, states
+from . import fingerprint, forks, generation, mamba1, prefill, states
 from .calls import check_ids, unpadded_rows
 from .families import Family, family_of
 from .live import LiveCache
+from .payloads import LayerTensors
+from .persistence import Persistent
 from .policies import Policy, make_policy
 from .request import open_request
 from .segmentation import cut_positions
@@ -29,7 +31,7 @@ from .weights import identity
 logger = logging.get_logger(__name__)
 
 
-class SparsePrefixCache(Cache):
+class SparsePrefixCache(Persistent, Cache):
     """Exact prefix reuse for one model: `model.generate(**inputs, past_key_values=SparsePrefixCache(model))`.
 
     Checkpoints of the model's state are kept at a few cuts of every prompt seen, chosen by dynamic programming over
@@ -87,25 +89,29 @@ class SparsePrefixCache(Cache):
         # Called with the live cache at the end of each prefill; `check_exactness` looks at the states there.
         self.on_prefill: Callable[[LiveCache], None] | None = None
         self._lock = threading.Lock()
-        self._weights = identity(model)
+        self._weights, self._space_name = identity(model), ""
+        for tier in self.store.tiers:
+            tier.reader = LayerTensors.from_bytes
         self._stats = CacheStats()
         self._last_request: RequestInfo | None = None
         generation.attach(model)
         if mamba1.needs_hook(self._config.model_type):
             mamba1.install(self._config.model_type)
         self._finalizer = weakref.finalize(self, _release, model, self._config.model_type)
+        forks.starts_clean(self)
 
     # -- what a user reads ----------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
-        """Totals since the handle was made, and what its store holds now."""
+        """Totals since the handle was made, and what its store holds of its namespace now, in the fastest tier."""
         with self._lock:
+            held = self.store.account(self.namespace)
             return replace(
                 self._stats,
-                checkpoints=len(self.store),
-                checkpoint_bytes=self.store.checkpoint_bytes,
-                kv_bytes=self.store.kv_bytes,
-                evictions=self.store.evictions,
+                checkpoints=held.checkpoints,
+                checkpoint_bytes=held.checkpoint_bytes,
+                kv_bytes=held.kv_bytes,
+                evictions=held.evictions,
             )
 
     @property
@@ -125,6 +131,11 @@ class SparsePrefixCache(Cache):
     def detach(self) -> None:
         """Give the model its own `generate()` methods back. What is stored stays; the handle can no longer be used."""
         self._finalizer()
+
+    def after_fork(self) -> None:
+        """In a child process: counted from zero, with locks of its own."""
+        self._lock, self._stats, self._last_request = threading.Lock(), CacheStats(), None
+        self.policy.lock = threading.Lock()
 
     def __enter__(self) -> "SparsePrefixCache":
         return self
@@ -233,14 +244,12 @@ class SparsePrefixCache(Cache):
         weights = identity(self.model)
         with self._lock:
             before, self._weights = self._weights, weights
+            old, self._space_name = self._space_name, fingerprint.space_of(self, weights)
+            new = self._space_name
         if before != weights:
-            self.store.drop(self._named(before))
+            self.store.drop(old)
             logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
-        return self._named(weights), before != weights
-
-    def _named(self, weights: str) -> str:
-        segmentation = f"grid {self.grid}, cut ids {self._cut_ids}"
-        return "\x1f".join((weights, segmentation, self.exactness, self.namespace))
+        return new, before != weights
 
     def _checked_grid(self, grid: int | None) -> int:
         chunk = self.family.chunk(self._config)

@@ -15,7 +15,8 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache
 
 from .errors import UnsupportedModelError
-from .payloads import LayerTensors, Tensors
+from .payloads import LayerTensors as LayerTensors  # what is captured, under the name it is known by
+from .payloads import Tensors
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class KVSegment:
 class Checkpoint:
     """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain."""
 
-    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "__weakref__", "note", "owner")
+    __slots__ = ("position", "state", "kv", "node", "pins", "hits", "last_used", "nbytes", "owner", "note", "__weakref__")
 
     def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
         self.position, self.state, self.kv, self.node = position, state, kv, node

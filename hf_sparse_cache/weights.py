@@ -1,14 +1,15 @@
 """Notice that a model is no longer the one whose states are stored."""
 
 import itertools
-import threading
 import weakref
 from typing import Any
 
 import torch
 
+from .forks import ForkSafeLock
 
-_lock = threading.Lock()
+
+_lock = ForkSafeLock()
 _serial = itertools.count()
 _known: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
