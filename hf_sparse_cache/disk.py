@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,10 @@ from . import files
 from .segmentation import Tokens
 from .tiers import Tier
 from .tree import Checkpoint, Payload
-from .units import MovablePayload, Span, Unit, chain_of, unit_of
+from .units import Span, Unit, chain_of, unit_of
 
 FORMAT = 1  # of the files; another number is not read
 NO_TOKENS = np.zeros(0, dtype=np.int32)
-Reader = Callable[[bytes], MovablePayload]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,18 +40,14 @@ class ChangedError(Exception):
 
 
 class DiskTier(Tier):
-    """A store whose payloads are files. Build it with `open`.
-
-    Attributes:
-        reader: makes a payload of a file's bytes; the handle that shares the store sets it.
-    """
+    """A store whose payloads are files. Build it with `open`."""
 
     durable = True
 
-    def __init__(self, folder: Path, max_memory: int | None) -> None:
+    def __init__(self, folder: Path, max_memory: int | None, read_only: bool = False) -> None:
         super().__init__("disk", max_memory)
         self.folder = folder
-        self.reader: Reader | None = None
+        self.read_only = read_only  # a saved cache is not changed by reading it
         self._trash: list[StoredFile] = []
         self._lock_file: int | None = None
 
@@ -78,6 +72,10 @@ class DiskTier(Tier):
         """The folder stays the parent's."""
         super().after_fork()
         self._trash = []
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process take the folder over."""
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
@@ -85,18 +83,27 @@ class DiskTier(Tier):
     # -- into the folder ----------------------------------------------------------------------------------------------
 
     def accept(self, unit: Unit) -> bool:
-        """Writes a unit's files; False, with one warning a kind, when the file system does not let it."""
+        """Writes a unit; False, with one warning a kind, when the file system does not let it."""
+        try:
+            return self.write(unit)
+        except (OSError, MemoryError, RuntimeError) as error:  # of memory, torch says RuntimeError
+            self.warn("write", f"A state could not be written to {self.folder}: {error}")
+            return False
+
+    def write(self, unit: Unit) -> bool:
+        """Writes a unit's files; False when there is no room for it.
+
+        Raises:
+            OSError: the file system does not let it; nothing is left behind.
+        """
         for _ in range(3):
             try:
-                return self._accept(unit)
+                return self._write(unit)
             except ChangedError:
                 continue
-            except (OSError, MemoryError, RuntimeError) as error:  # of memory, torch says RuntimeError
-                self.warn("write", f"A state could not be written to {self.folder}: {error}")
-                return False
         return False
 
-    def _accept(self, unit: Unit) -> bool:
+    def _write(self, unit: Unit) -> bool:
         spans = list(unit.kv)
         folder = self.folder_of(unit.space)
         with ExitStack() as stack:
@@ -158,7 +165,7 @@ class DiskTier(Tier):
         self._trash.append(_file(payload))
 
     def _unlink(self, trash: list[StoredFile]) -> None:
-        for item in trash:
+        for item in () if self.read_only else trash:
             try:
                 files.remove(item.path)
             except OSError as error:
@@ -226,7 +233,7 @@ class DiskTier(Tier):
                     checkpoint.pins = pins
         self.sweep()
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> list[Checkpoint]:
         """Finds the units of one folder again, least recently used first; deletes what nothing needs.
 
         Raises:
@@ -244,24 +251,26 @@ class DiskTier(Tier):
             try:
                 record, tokens = files.peek(path)
                 if record["format"] != FORMAT or record["position"] != len(tokens) or len(tokens) == 0:
-                    raise files.DamagedFileError(f"its format is {record['format']}, not {FORMAT}, or its tokens are cut")
+                    raise files.DamagedFileError(f"it has format {record['format']}, not {FORMAT}, or lacks tokens")
                 if any(kv_name not in sizes for _, _, kv_name in record["kv"]):
                     raise files.DamagedFileError("keys and values it builds on are gone")
                 found.append((path.stat().st_mtime, name, record, tokens))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.warn("load", f"A stored state is lost, as {path} cannot be used: {error}")
         payloads = {name: StoredFile(folder / name, size) for name, size in sizes.items()}
+        loaded: list[Checkpoint | None] = []
         for _, name, record, tokens in sorted(found, key=lambda item: item[:2]):
             spans = [(start, end) for start, end, _ in record["kv"]]
             new = {(start, end): payloads[kv_name] for start, end, kv_name in record["kv"]}
             chain = chain_of(self.match(tokens, record["space"]).path, spans)
             if any(segment.payload is not new[segment.start, segment.end] for segment in chain):
                 continue  # left over from before its keys and values were written anew
-            self.put(tokens, len(tokens), payloads[name], spans, new, record["space"], urgent=True)
+            loaded.append(self.put(tokens, len(tokens), payloads[name], spans, new, record["space"], urgent=True))
         with self.lock:
             self._trash, used = [], {id(payload) for payload in self.payloads()}
             self.forest.forget(0)
         self._unlink([payload for payload in payloads.values() if id(payload) not in used])
+        return [item for item in loaded if item is not None and id(item.state) in used]
 
     def payloads(self) -> list[Payload]:
         """Everything stored here."""

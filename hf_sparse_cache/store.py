@@ -6,7 +6,7 @@ It knows tokens, positions and payload sizes; it knows no model and no torch. Us
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from .ledger import Ledger
 from .segmentation import Positions, Tokens
 from .sizes import parse_bytes
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
-from .units import Demotion, Span, Unit, chain_of, holder, namespace_of, unit_of
+from .units import Demotion, MovablePayload, Span, Unit, chain_of, holder, namespace_of, unit_of
 
 if TYPE_CHECKING:
     from .tiers import Tier
@@ -40,6 +40,7 @@ class CheckpointStore(Ledger):
         ValueError: if a size cannot be read or the eviction's name is unknown.
     """
 
+    reader: Callable[[bytes], MovablePayload] | None = None  # makes a payload of a file; for the tiers that need it
     durable = False  # whether this very tier outlives the process
 
     def __init__(
@@ -226,6 +227,11 @@ class CheckpointStore(Ledger):
                 return
             except Demotion as wanted:
                 self._demote(wanted.victim)
+
+    def close(self) -> None:
+        """Lets another process take over the folder of the disk tier, which the store must not use any more."""
+        if self.below is not None:
+            self.below.close()
 
     def clear(self) -> None:
         """Forgets all prompts and every checkpoint that no open request uses, in every tier."""

@@ -53,7 +53,7 @@ class Tier(CheckpointStore):
         return stored is not None or (self.below is not None and self.below.accept(unit))
 
     def fetch(self, checkpoint: Checkpoint, unit: Unit, spans: list[Span]) -> Unit | None:
-        """The unit of a pinned checkpoint as the model's own memory wants it, with the KV of `spans`; None when lost."""
+        """A pinned checkpoint's unit as the model's own memory wants it, with the KV of `spans`; None when lost."""
         state = unit.state.moved_to("device")
         kv = {span: unit.kv[span].moved_to("device") for span in spans}
         return Unit(unit.space, unit.tokens, state, kv, unit.hits)
@@ -91,8 +91,8 @@ class Tier(CheckpointStore):
                 self.pin(found[-1])
             return (found[-1] if found else None), match.overlap
 
-    def copy_up(self, checkpoint: Checkpoint, upper: CheckpointStore, ids: Tokens) -> bool:
-        """Promotes a pinned checkpoint and unpins it; False when it turned out to be lost."""
+    def copy_up(self, checkpoint: Checkpoint, upper: CheckpointStore, ids: Tokens, space: str | None = None) -> bool:
+        """Promotes a pinned checkpoint, under another name of its space if given, and unpins it; False when lost."""
         try:
             with self.lock:
                 unit = unit_of(checkpoint)
@@ -100,15 +100,16 @@ class Tier(CheckpointStore):
                 checkpoint.hits += 1
                 self.passed(self.match(unit.tokens, unit.space), checkpoint, unit.space)
             spans = list(unit.kv)
+            space = unit.space if space is None else space
             try:
-                fetched = self.fetch(checkpoint, unit, list(upper.missing_spans(ids, spans, unit.space)))
+                fetched = self.fetch(checkpoint, unit, list(upper.missing_spans(ids, spans, space)))
             except (MemoryError, RuntimeError) as error:
                 self.warn("fetch", f"A state could not be brought up from the {self.name} tier: {error}")
                 return True  # it is still here; this request does without
             if fetched is None:
                 return False
             clears = upper.clears
-            stored = upper.put(ids, unit.position, fetched.state, spans, fetched.kv, unit.space, urgent=True)
+            stored = upper.put(ids, unit.position, fetched.state, spans, fetched.kv, space, urgent=True)
             upper._carry(stored, unit)
             if clears != upper.clears:
                 upper.clear()
