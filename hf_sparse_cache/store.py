@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from . import forks
 from .eviction import Eviction, make_eviction
 from .ledger import Ledger
-from .segmentation import Tokens
+from .segmentation import Positions, Tokens
 from .sizes import parse_bytes
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
 from .units import Demotion, Span, Unit, chain_of, holder, namespace_of, unit_of
@@ -233,6 +233,7 @@ class CheckpointStore(Ledger):
             self.below.clear()
         with self.lock:
             self.clears += 1
+            self._release_marks()
             for _, _, checkpoint in self.checkpoints():
                 if not checkpoint.pins:
                     self.evict(checkpoint)
@@ -243,9 +244,24 @@ class CheckpointStore(Ledger):
         if self.below is not None:
             self.below.drop(space)
         with self.lock:
+            self._release_marks(space)
             for _, _, checkpoint in self.checkpoints(space):
                 if not checkpoint.pins:
                     self.evict(checkpoint)
+
+    def mark(self, prefix: Tokens, cuts: Positions, space: str = "") -> None:
+        """Announces a prefix: the checkpoint at its last cut is kept from now on, or as soon as a prompt brings it.
+
+        Args:
+            prefix: int32 `(length,)`.
+            cuts: the cuts of a longer prompt that begins with it, up to `length`.
+        """
+        with self.lock:
+            self.marks.add(prefix, space)
+            wanted = self.marks.positions(prefix, cuts, space)
+            for checkpoint in self.match(prefix, space).checkpoints(len(prefix)):
+                if checkpoint.position in wanted:
+                    self.keep(checkpoint, space)
 
     def lift(self, ids: Tokens, space: str = "") -> None:
         """Brings a deeper checkpoint of this prompt up from the tiers below, where there is one."""
