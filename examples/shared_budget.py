@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.builtin import load
 
+
 MODEL_IDS = sys.argv[1:] or ["mamba-3m", "jamba-3m"]  # built in, with random weights; or any Hub ids or folders
 
 document = (Path(__file__).parents[1] / "docs" / "comparison.md").read_text(encoding="utf-8")
