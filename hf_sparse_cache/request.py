@@ -27,8 +27,9 @@ import numpy as np
 
 from .policies import Policy, Prompt
 from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
-from .store import CheckpointStore, Span
+from .store import CheckpointStore
 from .tree import Checkpoint, Node, Payload
+from .units import Span
 
 KVCapture = Callable[[int, int], Payload]
 
@@ -63,6 +64,7 @@ class Request:
         self._closed = False
         self.prompt_tokens = len(ids)
         self.captured: list[int] = []
+        store.lift(ids, space)
         with store.lock:
             store.clock += 1
             match = store.match(ids, space)
@@ -77,7 +79,7 @@ class Request:
                 self.checkpoint.last_used = store.clock
                 if self.checkpoint.kv is not None:
                     self._held.enter_context(store.holding(self.checkpoint.kv))
-            store.eviction.passed(match.path, match.overlap, self.checkpoint, store.clock)
+            store.passed(match, self.checkpoint, space)
             self.reason = (
                 "resumed" if self.checkpoint else _why_cold(match.path, match.overlap, match.known, usable, cuts)
             )
@@ -152,14 +154,14 @@ class Request:
             ends = self._cuts[: index + 1].tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
             new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
-        with self._store.lock:
-            share = self._prompt.share(position, self.planned)
-            refund = self._prompt.refund(position) if not self.captured else 0.0
-            checkpoint = self._store.put(self._ids, position, state, spans, new, self._space, share, refund)
-            if checkpoint is None:
-                return False
-            if checkpoint.kv is not None:  # later checkpoints of this prompt chain to it, even if this one is evicted
-                self._held.enter_context(self._store.holding(checkpoint.kv))
+        share = self._prompt.share(position, self.planned)
+        refund = self._prompt.refund(position) if not self.captured else 0.0
+        # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.
+        stored = self._store.put(
+            self._ids, position, state, spans, new, self._space, share=share, refund=refund, hold=self._held
+        )
+        if stored is None:
+            return False
         self.captured.append(position)
         return True
 

@@ -16,9 +16,7 @@ from transformers.cache_utils import Cache
 
 from .calls import input_device
 from .errors import UnsupportedModelError
-
-
-Tensors = dict[str, Any]
+from .payloads import LayerTensors, Tensors
 
 
 @dataclass(frozen=True)
@@ -210,17 +208,6 @@ def check_layers(cache: Cache, model_name: str) -> None:
                 f"{model_name} keeps its state in cache layers of class {name}, for which no capture rule is known; "
                 f"known are {', '.join(sorted(_RULES))}."
             )
-
-
-@dataclass(frozen=True)
-class LayerTensors:
-    """Tensors of every layer, in layer order, and the bytes they hold."""
-
-    layers: tuple[Tensors, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for layer in self.layers for value in layer.values() if torch.is_tensor(value))
 
 
 def capture_state(cache: Cache) -> LayerTensors:

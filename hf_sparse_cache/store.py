@@ -5,20 +5,25 @@ It knows tokens, positions and payload sizes; it knows no model and no torch. Us
 
 from __future__ import annotations
 
-import threading
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from . import forks
 from .eviction import Eviction, make_eviction
+from .ledger import Ledger
 from .segmentation import Tokens
 from .sizes import parse_bytes
-from .tree import Checkpoint, Forest, KVSegment, Match, Node, Payload
+from .tree import Checkpoint, KVSegment, Match, Node, Payload
+from .units import Demotion, Span, Unit, chain_of, holder, namespace_of, unit_of
 
-Span = tuple[int, int]
+if TYPE_CHECKING:
+    from .tiers import Tier
 
 
-class CheckpointStore:
+class CheckpointStore(Ledger):
     """Checkpoints of all prompts under one memory budget.
 
     Args:
@@ -26,38 +31,60 @@ class CheckpointStore:
         eviction: "learned", "lru", "fifo", or an `Eviction` object of your own.
         max_remembered_tokens: bound on the tokens remembered after their states are gone; the least recently used that
             no checkpoint needs are forgotten first. None for no bound.
+        namespace_memory: budgets of single namespaces, by name, within `max_memory`: they bound a tenant's share.
+        host_memory: bytes of a second tier in host memory, for models on an accelerator; None for no such tier.
+        disk_memory: bytes of a tier on disk, found again by the next process; None for no such tier.
+        disk_dir: its folder; default `sparse_cache` under HF_HOME. One process uses it at a time.
 
     Raises:
         ValueError: if a size cannot be read or the eviction's name is unknown.
     """
+
+    durable = False  # whether this very tier outlives the process
 
     def __init__(
         self,
         max_memory: int | str | None = "2GiB",
         eviction: str | Eviction = "learned",
         max_remembered_tokens: int | None = 2**24,
+        *,
+        namespace_memory: Mapping[str, int | str] | None = None,
+        host_memory: int | str | None = None,
+        disk_memory: int | str | None = None,
+        disk_dir: str | Path | None = None,
     ) -> None:
         if max_remembered_tokens is not None and max_remembered_tokens < 1:
             raise ValueError(f"max_remembered_tokens must be at least 1 or None, got {max_remembered_tokens}")
-        self.max_memory = parse_bytes(max_memory)
+        limits = {name: parse_bytes(size, "namespace_memory") for name, size in (namespace_memory or {}).items()}
+        order = make_eviction(eviction) if isinstance(eviction, str) else eviction
+        super().__init__(parse_bytes(max_memory), order, limits)
         self.max_remembered_tokens = max_remembered_tokens
-        self.eviction = make_eviction(eviction) if isinstance(eviction, str) else eviction
-        self.lock = threading.RLock()
-        self.clock = 0  # requests opened so far: the unit of every age
-        self.evictions = 0
-        self.checkpoint_count = 0
-        self.checkpoint_bytes = 0
-        self.kv_bytes = 0
-        self.kv_tokens = 0
-        self.peak_bytes = 0
-        self.forest = Forest()
-        self._held: list[KVSegment] = []  # chains that open requests build on
-        self._pinned: dict[int, Checkpoint] = {}
+        self.below: Tier | None = None
+        self._fresh_eviction = copy.deepcopy(order)
+        if host_memory is not None or disk_memory is not None or disk_dir is not None:
+            from .tiers import lower_tiers  # which are stores themselves
+
+            self.below = lower_tiers(host_memory, disk_memory, disk_dir)
+            self.demotes = self.below is not None
+        forks.starts_clean(self)
+
+    def after_fork(self) -> None:
+        """In a child process: empty, with new locks, and without the disk tier, which stays the parent's."""
+        self._start()
+        self.eviction = copy.deepcopy(self._fresh_eviction)
+        if self.below is not None and self.below.durable:
+            self.below = None
+        self.demotes = self.below is not None
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes of all stored states and KV segments."""
-        return self.checkpoint_bytes + self.kv_bytes
+    def tiers(self) -> list[CheckpointStore]:
+        """This tier and those below it, fastest first."""
+        return [self, *(self.below.tiers if self.below is not None else ())]
+
+    @property
+    def outlives_process(self) -> bool:
+        """Whether any tier does, so that a space must name its weights by their content."""
+        return any(tier.durable for tier in self.tiers)
 
     @property
     def remembered_tokens(self) -> int:
@@ -103,7 +130,7 @@ class CheckpointStore:
         """The part of a gapless list of KV spans, from 0 upwards, that is not stored on the path of `ids`."""
         with self.lock:
             match = self.match(ids, space)
-            return spans[len(_chain(match.path, [span for span in spans if span[1] <= match.overlap])) :]
+            return spans[len(chain_of(match.path, [span for span in spans if span[1] <= match.overlap])) :]
 
     def put(
         self,
@@ -113,8 +140,11 @@ class CheckpointStore:
         spans: Sequence[Span] = (),
         new: Mapping[Span, Payload] | None = None,
         space: str = "",
+        *,
         share: float = 1.0,
         refund: float = 0.0,
+        hold: ExitStack | None = None,
+        urgent: bool = False,
     ) -> Checkpoint | None:
         """Stores a checkpoint after `position` tokens of `ids`, evicting others first when memory is short.
 
@@ -124,6 +154,8 @@ class CheckpointStore:
             new: KV payloads of the spans that are not stored yet.
             share: of the prompts that will pass it, those expected to leave before the next checkpoint.
             refund: bytes of checkpoints that it makes superfluous.
+            hold: keeps the checkpoint's KV chain from being freed until this stack is closed.
+            urgent: a request waits for it, so the eviction is not asked whether something else is worth more.
 
         Returns:
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
@@ -133,171 +165,109 @@ class CheckpointStore:
         """
         if not 1 <= position <= len(ids):
             raise ValueError(f"position must be between 1 and the prompt's {len(ids)} tokens, got {position}")
-        new = new or {}
-        with self.lock:
-            path = self.forest.insert(ids, space, self.clock)
-            home = _holder(path, position)
-            if position in home.checkpoints:
-                return home.checkpoints[position]
-            chain = _chain(path, spans)
-            wanted = spans[len(chain) :]
-            if any(span not in new for span in wanted):
-                return None  # a shared segment was freed while the caller computed: nothing to chain to
-            need = int(state.nbytes) + sum(int(new[span].nbytes) for span in wanted)
-            checkpoint = Checkpoint(position, state, None, home, self.clock)
-            checkpoint.held, checkpoint.share, checkpoint.refund = need, share, refund
-            with self.holding(chain[-1] if chain else None) as below:
-                if not self._make_room(need, checkpoint):
-                    return None
-                for start, end in wanted:
-                    below = self._attach(KVSegment(start, end, new[start, end], below, _holder(path, end)))
-                if below is not None:
-                    checkpoint.kv = below
-                    below.refs += 1
-            checkpoint.node.checkpoints[position] = checkpoint
-            self.checkpoint_count += 1
-            self.checkpoint_bytes += checkpoint.nbytes
-            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-            self.eviction.stored(checkpoint)
-            return checkpoint
+        while True:
+            try:
+                with self.lock:
+                    checkpoint = self._insert(ids, position, state, spans, new or {}, space, urgent, share, refund)
+                    if hold is not None and checkpoint is not None:
+                        hold.enter_context(self.holding(checkpoint.kv))
+                    return checkpoint
+            except Demotion as wanted:
+                self._demote(wanted.victim)
 
-    def evict(self, checkpoint: Checkpoint) -> None:
-        """Removes one checkpoint and the KV that only it needs.
-
-        Raises:
-            ValueError: if the checkpoint is pinned.
-        """
-        with self.lock:
-            if checkpoint.pins:
-                raise ValueError(
-                    f"checkpoint at {checkpoint.position} is pinned ({checkpoint.pins}); close its requests first"
-                )
-            node = checkpoint.node
-            del node.checkpoints[checkpoint.position]
-            self.checkpoint_count -= 1
-            self.checkpoint_bytes -= checkpoint.nbytes
-            self.evictions += 1
-            node.lost = min(node.lost or checkpoint.position, checkpoint.position)
-            self._release(checkpoint.kv)
-            checkpoint.kv = None
-            self.eviction.dropped(checkpoint)
-            self.forest.offer(node)
-
-    def pin(self, checkpoint: Checkpoint) -> None:
-        """Keeps a checkpoint from being evicted until `unpin`."""
-        with self.lock:
-            checkpoint.pins += 1
-            self._pinned[id(checkpoint)] = checkpoint
-
-    def unpin(self, checkpoint: Checkpoint) -> None:
-        """Takes back one `pin`."""
-        with self.lock:
-            checkpoint.pins -= 1
-            if not checkpoint.pins:
-                del self._pinned[id(checkpoint)]
+    def _insert(
+        self,
+        ids: Tokens,
+        position: int,
+        state: Payload,
+        spans: Sequence[Span],
+        new: Mapping[Span, Payload],
+        space: str,
+        urgent: bool,
+        share: float,
+        refund: float,
+    ) -> Checkpoint | None:
+        path = self.forest.insert(ids, space, self.clock)
+        home = holder(path, position)
+        if position in home.checkpoints:
+            return home.checkpoints[position]
+        chain = chain_of(path, spans)
+        wanted = spans[len(chain) :]
+        if any(span not in new for span in wanted):
+            return None  # a shared segment was freed while the caller computed: nothing to chain to
+        need = int(state.nbytes) + sum(int(new[span].nbytes) for span in wanted)
+        account = self.account(namespace_of(space))
+        checkpoint = Checkpoint(position, state, None, home, self.clock)
+        checkpoint.held, checkpoint.share, checkpoint.refund = need, share, refund
+        with self.holding(chain[-1] if chain else None) as below:
+            if not self._make_room(need, checkpoint, account, urgent):
+                return None
+            for start, end in wanted:
+                below = self._attach(KVSegment(start, end, new[start, end], below, holder(path, end)), account)
+            if below is not None:
+                checkpoint.kv = below
+                below.refs += 1
+        checkpoint.owner = account
+        checkpoint.node.checkpoints[position] = checkpoint
+        self._count(checkpoint, 1)
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        for order in self._orders(account):
+            order.stored(checkpoint)
+        return checkpoint
 
     def resize(self, max_memory: int | str | None) -> None:
-        """Changes the budget; evicts down to it, as far as nothing is pinned."""
+        """Changes the budget; demotes or evicts down to it, as far as nothing is pinned."""
         with self.lock:
             self.max_memory = parse_bytes(max_memory)
-            self._make_room(0, None)
+        while True:
+            try:
+                with self.lock:
+                    self._make_room(0, None)
+                return
+            except Demotion as wanted:
+                self._demote(wanted.victim)
 
     def clear(self) -> None:
-        """Forgets all prompts and every checkpoint that no open request uses."""
+        """Forgets all prompts and every checkpoint that no open request uses, in every tier."""
+        if self.below is not None:
+            self.below.clear()
         with self.lock:
+            self.clears += 1
             for _, _, checkpoint in self.checkpoints():
                 if not checkpoint.pins:
                     self.evict(checkpoint)
             self.forest.forget(0)
 
     def drop(self, space: str) -> None:
-        """Evicts every checkpoint of one space that no open request uses."""
+        """Evicts every checkpoint of one space that no open request uses, from memory."""
+        if self.below is not None:
+            self.below.drop(space)
         with self.lock:
             for _, _, checkpoint in self.checkpoints(space):
                 if not checkpoint.pins:
                     self.evict(checkpoint)
 
-    @contextmanager
-    def holding(self, segment: KVSegment | None) -> Iterator[KVSegment | None]:
-        """Keeps a KV chain from being freed while a caller builds on it."""
-        if segment is None:
-            yield None
-            return
-        with self.lock:
-            segment.holds += 1
-            self._held.append(segment)
+    def lift(self, ids: Tokens, space: str = "") -> None:
+        """Brings a deeper checkpoint of this prompt up from the tiers below, where there is one."""
+        if self.below is not None:
+            self.below.promote_to(self, ids, space)
+
+    def _carry(self, stored: Checkpoint | None, unit: Unit) -> None:
+        if stored is not None:
+            stored.hits = max(stored.hits, unit.hits)
+
+    def _demote(self, victim: Checkpoint) -> None:
+        """Copies a pinned checkpoint to the tier below and evicts it here, unless a request uses it by now."""
+        kept = False
         try:
-            yield segment
+            if self.below is not None:
+                with self.lock:
+                    unit, clears = unit_of(victim), self.clears
+                kept = self.below.accept(unit)
+                if clears != self.clears:
+                    self.below.clear()  # what was to be forgotten must not come back
         finally:
             with self.lock:
-                self._held.remove(segment)
-                segment.holds -= 1
-                self._free_chain(segment)
-
-    def _make_room(self, need: int, incoming: Checkpoint | None) -> bool:
-        """Evicts one checkpoint at a time until `need` bytes fit; evicts nothing if they never can."""
-        if self.max_memory is None:
-            return True
-        if self.used_bytes + need <= self.max_memory:
-            return True
-        if incoming is not None and self._locked_bytes() + need > self.max_memory:
-            return False
-        while self.used_bytes + need > self.max_memory:
-            victim = self.eviction.victim(incoming, self.used_bytes + need - self.max_memory)
-            if victim is None:
-                return False
-            self.evict(victim)
-        return True
-
-    def _locked_bytes(self) -> int:
-        """Bytes that no eviction can free now: pinned checkpoints and the chains that open requests need."""
-        segments: set[KVSegment] = set()
-        for segment in [*self._held, *(checkpoint.kv for checkpoint in self._pinned.values())]:
-            while segment is not None and segment not in segments:
-                segments.add(segment)
-                segment = segment.parent
-        return sum(c.nbytes for c in self._pinned.values()) + sum(segment.nbytes for segment in segments)
-
-    def _attach(self, segment: KVSegment) -> KVSegment:
-        segment.node.segments[segment.start, segment.end] = segment
-        if segment.parent is not None:
-            segment.parent.refs += 1
-        self.kv_bytes += segment.nbytes
-        self.kv_tokens += segment.end - segment.start
-        return segment
-
-    def _release(self, segment: KVSegment | None) -> None:
-        """Takes back one reference."""
-        if segment is not None:
-            segment.refs -= 1
-            self._free_chain(segment)
-
-    def _free_chain(self, segment: KVSegment | None) -> None:
-        """Frees every segment up the chain that nothing needs any more."""
-        while segment is not None and not segment.refs and not segment.holds:
-            del segment.node.segments[segment.start, segment.end]
-            self.kv_bytes -= segment.nbytes
-            self.kv_tokens -= segment.end - segment.start
-            self.forest.offer(segment.node)
-            segment = segment.parent
-            if segment is not None:
-                segment.refs -= 1
-
-
-def _holder(path: list[Node], position: int) -> Node:
-    """The node of a path whose edge covers `position`."""
-    return path[bisect_left(path, position, key=lambda node: node.end)]
-
-
-def _chain(path: list[Node], spans: Sequence[Span]) -> list[KVSegment]:
-    """The stored segments for the first of `spans`, each chained to the one before."""
-    chain: list[KVSegment] = []
-    index = 0
-    for start, end in spans:
-        while index < len(path) and path[index].end < end:
-            index += 1
-        segment = path[index].segments.get((start, end)) if index < len(path) else None
-        if segment is None or segment.parent is not (chain[-1] if chain else None):
-            break
-        chain.append(segment)
-    return chain
+                self.unpin(victim)
+                if not victim.pins and victim.node.checkpoints.get(victim.position) is victim:
+                    self.evict(victim, demoted=kept)

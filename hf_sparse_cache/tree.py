@@ -29,13 +29,14 @@ class KVSegment:
     `refs` counts the checkpoints and child segments that need it, `holds` the open requests that build on it.
     """
 
-    __slots__ = ("start", "end", "payload", "parent", "refs", "holds", "node", "nbytes")
+    __slots__ = ("start", "end", "payload", "parent", "refs", "holds", "node", "nbytes", "owner")
 
     def __init__(self, start: int, end: int, payload: Payload, parent: KVSegment | None, node: Node) -> None:
         self.start, self.end, self.payload, self.parent, self.node = start, end, payload, parent, node
         self.refs = 0
         self.holds = 0
         self.nbytes = int(payload.nbytes)
+        self.owner: Any = None  # the account of its namespace
 
 
 class Checkpoint:
@@ -54,6 +55,8 @@ class Checkpoint:
         "share",
         "refund",
         "slot",
+        "owner",
+        "__weakref__",
     )
 
     def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
@@ -66,6 +69,7 @@ class Checkpoint:
         self.share = 1.0  # of the prompts that pass it, those expected to leave before the next checkpoint
         self.refund = 0.0  # bytes of checkpoints that it makes superfluous
         self.slot = -1  # place in the eviction's tables
+        self.owner: Any = None  # the account of its namespace
 
     def held_bytes(self) -> int:
         """Counts `held` anew: the state, and its KV chain down to the first segment that something else needs."""

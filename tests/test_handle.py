@@ -129,11 +129,12 @@ def test_changed_weights_are_never_matched(model: PreTrainedModel) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-def test_budget_holds_and_outputs_stay_right(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("eviction", ["lru", "learned"])
+def test_budget_holds_and_outputs_stay_right(model: PreTrainedModel, eviction: str) -> None:
     with handle(model) as cache:
         one = cache.size.state_bytes + 128 * cache.size.kv_bytes_per_token
     budget = int(2.5 * one)
-    with handle(model, max_memory=budget) as cache:
+    with handle(model, store=CheckpointStore(budget, eviction=eviction)) as cache:
         for seed in range(6):
             prompt = torch.cat([random_ids(128, seed=seed % 3), random_ids(20, seed=90 + seed)], dim=1)
             expected = stock_logits(model, input_ids=prompt)
@@ -141,7 +142,8 @@ def test_budget_holds_and_outputs_stay_right(model: PreTrainedModel) -> None:
                 stock_logits(model, input_ids=prompt, past_key_values=cache), expected, rtol=0, atol=1e-4
             )
             assert cache.stats().checkpoint_bytes + cache.stats().kv_bytes <= budget
-        assert cache.stats().evictions > 0
+        if eviction == "lru":  # the learned one may rather refuse what is worth less
+            assert cache.stats().evictions > 0
 
 
 def test_namespaces_share_nothing(jamba: PreTrainedModel) -> None:
