@@ -5,6 +5,7 @@ handle points to, so one handle serves any number of prompts, batches and thread
 """
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any
@@ -237,15 +238,18 @@ class SparsePrefixCache(Persistent, Stateless):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _serve_row(self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]) -> Any:
+        started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
         space, changed = self._space()
         cuts = self._cuts(tokens, space)
+        opened = time.perf_counter()
         with open_request(
             self.store, self.policy, tokens, cuts, space=space, max_checkpoints=self.config.max_checkpoints
         ) as request:
             output, timing = prefill.prefill_row(
                 self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
             )
+            served = time.perf_counter()
         info = RequestInfo(
             prompt_tokens=request.prompt_tokens,
             overlap_tokens=request.overlap_tokens,
@@ -254,7 +258,15 @@ class SparsePrefixCache(Persistent, Stateless):
             captured=tuple(request.captured),
             reason="weights changed: what was stored of them was dropped" if changed else request.reason,
         )
-        self._recorder.add(info, timing.capture_seconds, timing.restore_seconds)
+        closed = time.perf_counter()
+        self._recorder.add(
+            info,
+            prefill_seconds=closed - started,
+            match_seconds=opened - started + request.match_seconds,
+            plan_seconds=request.plan_seconds + closed - served,
+            capture_seconds=timing.capture_seconds,
+            restore_seconds=timing.restore_seconds,
+        )
         return output
 
     def _cuts(self, tokens: Tokens, space: str, marked: int = 0) -> Positions:
