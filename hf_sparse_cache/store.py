@@ -127,11 +127,19 @@ class CheckpointStore(Ledger):
                 self.forest.forget(self.max_remembered_tokens)
             return path
 
-    def missing_spans(self, ids: Tokens, spans: Sequence[Span], space: str = "") -> Sequence[Span]:
-        """The part of a gapless list of KV spans, from 0 upwards, that is not stored on the path of `ids`."""
+    def missing_spans(
+        self, ids: Tokens, spans: Sequence[Span], space: str = "", hold: ExitStack | None = None
+    ) -> Sequence[Span]:
+        """The part of a gapless list of KV spans, from 0 upwards, that is not stored on the path of `ids`.
+
+        The rest stays stored until the stack `hold` is closed.
+        """
         with self.lock:
             match = self.match(ids, space)
-            return spans[len(chain_of(match.path, [span for span in spans if span[1] <= match.overlap])) :]
+            chain = chain_of(match.path, [span for span in spans if span[1] <= match.overlap])
+            if hold is not None and chain:
+                hold.enter_context(self.holding(chain[-1]))
+            return spans[len(chain) :]
 
     def put(
         self,
@@ -162,15 +170,17 @@ class CheckpointStore(Ledger):
         """
         if not 1 <= position <= len(ids):
             raise ValueError(f"position must be between 1 and the prompt's {len(ids)} tokens, got {position}")
-        while True:
-            try:
-                with self.lock:
-                    checkpoint = self._insert(ids, position, state, spans, new or {}, space, urgent)
-                    if hold is not None and checkpoint is not None:
-                        hold.enter_context(self.holding(checkpoint.kv))
-                    return checkpoint
-            except Demotion as wanted:
-                self._demote(wanted.victim)
+        with ExitStack() as chain:  # what it builds on must survive the victims that make room for it
+            while True:
+                try:
+                    with self.lock:
+                        self.missing_spans(ids[:position], spans, space, chain)
+                        checkpoint = self._insert(ids, position, state, spans, new or {}, space, urgent)
+                        if hold is not None and checkpoint is not None:
+                            hold.enter_context(self.holding(checkpoint.kv))
+                        return checkpoint
+                except Demotion as wanted:
+                    self._demote(wanted.victim)
 
     def _insert(
         self,
@@ -193,14 +203,14 @@ class CheckpointStore(Ledger):
         need = int(state.nbytes) + sum(int(new[span].nbytes) for span in wanted)
         account = self.account(namespace_of(space))
         checkpoint = Checkpoint(position, state, None, home, self.clock)
-        with self.holding(chain[-1] if chain else None) as below:
-            if not self._make_room(need, checkpoint, account, urgent):
-                return None
-            for start, end in wanted:
-                below = self._attach(KVSegment(start, end, new[start, end], below, holder(path, end)), account)
-            if below is not None:
-                checkpoint.kv = below
-                below.refs += 1
+        if not self._make_room(need, checkpoint, account, urgent):
+            return None
+        below = chain[-1] if chain else None
+        for start, end in wanted:
+            below = self._attach(KVSegment(start, end, new[start, end], below, holder(path, end)), account)
+        if below is not None:
+            checkpoint.kv = below
+            below.refs += 1
         checkpoint.owner = account
         checkpoint.node.checkpoints[position] = checkpoint
         self._count(checkpoint, 1)
