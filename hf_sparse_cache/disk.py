@@ -73,9 +73,9 @@ class DiskTier(Tier):
         """The folder stays the parent's."""
         super().after_fork()
         self._trash = []
-        self.close()
+        self.release()
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Lets another process take the folder over."""
         if self._lock_file is not None:
             os.close(self._lock_file)

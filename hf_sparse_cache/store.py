@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from . import forks
 from .eviction import Eviction, make_eviction
@@ -231,10 +231,33 @@ class CheckpointStore(Ledger):
             except Demotion as wanted:
                 self._demote(wanted.victim)
 
-    def close(self) -> None:
-        """Lets another process take over the folder of the disk tier, which the store must not use any more."""
-        if self.below is not None:
-            self.below.close()
+    def flush(self) -> None:
+        """Copies what only memory holds to the disk tier, if there is one, the least recently used first."""
+        *faster, last = self.tiers
+        for tier in faster if last.durable else ():
+            for _, _, checkpoint in sorted(tier.checkpoints(), key=lambda item: item[2].last_used):
+                with tier.lock:
+                    if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
+                        continue  # demoted meanwhile
+                    tier.pin(checkpoint)
+                    unit = unit_of(checkpoint)
+                try:
+                    cast("Tier", last).accept(unit)
+                finally:
+                    tier.unpin(checkpoint)
+
+    def close(self, flush: bool = True) -> None:
+        """Ends the use of the disk tier, so that another process can take its folder; memory stays as it is.
+
+        Args:
+            flush: whether to write what only memory holds first (see `flush`); else it is gone with the process.
+        """
+        if flush:
+            self.flush()
+        for tier in self.tiers:
+            if tier.below is not None and tier.below.durable:
+                tier.below.release()
+                tier.below, tier.demotes = None, False
 
     def clear(self) -> None:
         """Forgets all prompts and every checkpoint that no open request uses, in every tier."""

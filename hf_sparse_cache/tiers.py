@@ -126,6 +126,9 @@ class Tier(CheckpointStore):
                     self.forest.forget(0)
         return True
 
+    def release(self) -> None:
+        """Gives back what other processes wait for; a tier in memory has nothing of the kind."""
+
     def warn(self, kind: str, message: str) -> None:
         """Logs one warning of a kind, ever: a full disk fails for every unit."""
         if kind not in self._warned:

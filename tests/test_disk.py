@@ -32,7 +32,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., CheckpointStore]]:
 
     def make(max_memory: int = UNIT, disk_memory: int | str = "1GiB", folder: Path = tmp_path / "tier") -> CheckpointStore:
         for store in stores:
-            store.close()
+            store.close(flush=False)
         stores.append(CheckpointStore(max_memory, "lru", disk_memory=disk_memory, disk_dir=folder))
         for tier in stores[-1].tiers:
             tier.reader = Blob.from_bytes
@@ -40,7 +40,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., CheckpointStore]]:
 
     yield make
     for store in stores:
-        store.close()
+        store.close(flush=False)
 
 
 def prompt(first: int) -> list[int]:
@@ -297,7 +297,7 @@ def test_killed_while_saving(opened: Any, tmp_path: Path) -> None:
         for _, tokens, _ in disk_of(store).checkpoints():
             assert serve(store, int(tokens[0])) == 4
         store.clear()
-        store.close()
+        store.close(flush=False)
 
 
 def test_a_folder_without_a_size_is_refused(tmp_path: Path) -> None:
