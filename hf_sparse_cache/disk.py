@@ -49,6 +49,7 @@ class DiskTier(Tier):
         self.folder = folder
         self.read_only = read_only  # a saved cache is not changed by reading it
         self._trash: list[StoredFile] = []
+        self._stuck: list[StoredFile] = []  # files that could not be deleted: they still take their room
         self._lock_file: int | None = None
 
     @classmethod
@@ -57,7 +58,7 @@ class DiskTier(Tier):
         tier = cls(folder, max_memory)
         try:
             files.private_folder(folder)
-            tier._lock_file = _locked(folder)
+            tier._lock_file = files.take_over(folder)
             if tier._lock_file is None:
                 tier.warn("open", f"The disk tier {folder} is in use by another process, so this one has none")
                 return None
@@ -72,9 +73,9 @@ class DiskTier(Tier):
         """The folder stays the parent's."""
         super().after_fork()
         self._trash = []
-        self.close()
+        self.release()
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Lets another process take the folder over."""
         if self._lock_file is not None:
             os.close(self._lock_file)
@@ -125,12 +126,8 @@ class DiskTier(Tier):
             state_name = files.new_name("state", data)
             contents[state_name] = data
             need = sum(map(len, contents.values()))
-            with self.lock:
-                if not self._make_room(need, None):
-                    return False
-                self.reserved_bytes += need
-                trash, self._trash = self._trash, []
-            self._unlink(trash)
+            if not self._claim(need):
+                return False
             written: list[StoredFile] = []
             try:
                 files.private_folder(folder)
@@ -147,15 +144,36 @@ class DiskTier(Tier):
                     if stored is None or stored.state is not written[-1]:
                         raise ChangedError
                     self._carry(stored, unit)
-                    self.forest.forget(0)
-                    trash, self._trash = self._trash, []
             except BaseException:
                 with self.lock:
                     self.reserved_bytes -= need
                 self._unlink(written)
                 raise
-        self._unlink(trash)
+        self.sweep()
         return True
+
+    def _claim(self, need: int) -> bool:
+        """Reserves room for files about to be written, deleting others first."""
+        with self.lock:
+            again, self._stuck = self._stuck, []
+            self.reserved_bytes -= sum(item.nbytes for item in again)
+            self._trash += again
+        self.sweep()
+        with self.lock:
+            if self._stuck and self._over(need):
+                return False  # evicting would only lose more: the folder does not let go of anything
+            if not self._make_room(need, None):
+                return False
+            self.reserved_bytes += need
+        self.sweep()
+        with self.lock:
+            if not (self._stuck and self._over(0)):
+                return True
+            self.reserved_bytes -= need
+            return False
+
+    def _over(self, need: int) -> bool:
+        return self.max_memory is not None and self.used_bytes + self.reserved_bytes + need > self.max_memory
 
     def folder_of(self, space: str) -> Path:
         """Where the files of a space lie: a folder of its own, named by a hash."""
@@ -170,7 +188,8 @@ class DiskTier(Tier):
                 files.remove(item.path)
             except OSError as error:
                 with self.lock:
-                    self.reserved_bytes += item.nbytes  # it still takes its room
+                    self.reserved_bytes += item.nbytes
+                    self._stuck.append(item)
                 self.warn("remove", f"{item.path} could not be deleted, and still counts: {error}")
 
     def sweep(self) -> None:
@@ -283,18 +302,3 @@ class DiskTier(Tier):
 def _file(payload: Payload) -> StoredFile:
     assert isinstance(payload, StoredFile)
     return payload
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor that keeps other processes out of a folder until it is closed; None when one is in already."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return descriptor
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor

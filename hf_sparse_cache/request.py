@@ -153,7 +153,7 @@ class Request:
         if kv is not None:
             ends = self._cuts[: index + 1].tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
-            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
+            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space, self._held)}
         share = self._prompt.share(position, self.planned)
         refund = self._prompt.refund(position) if not self.captured else 0.0
         # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.

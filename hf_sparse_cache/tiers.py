@@ -8,6 +8,7 @@ with no lock held, and pinned on both sides meanwhile.
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from .segmentation import MIN_SUFFIX_TOKENS, Tokens
@@ -37,16 +38,17 @@ class Tier(CheckpointStore):
 
     def accept(self, unit: Unit) -> bool:
         """Takes a unit from the tier above; True if this tier, or one below it, has it now."""
-        try:
-            state = unit.state.moved_to(self.name)
-            if state is unit.state:  # it lives here already: a model on the CPU has no use for a host tier
-                return self.below is not None and self.below.accept(unit)
-            missing = self.missing_spans(unit.tokens, list(unit.kv), unit.space)
-            new = {span: unit.kv[span].moved_to(self.name) for span in missing}
-        except (MemoryError, RuntimeError) as error:  # torch reports a lack of pinned memory as a RuntimeError
-            self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
-            return False
-        stored = self.put(unit.tokens, unit.position, state, list(unit.kv), new, unit.space, urgent=True)
+        with ExitStack() as hold:
+            try:
+                state = unit.state.moved_to(self.name)
+                if state is unit.state:  # it lives here already: a model on the CPU has no use for a host tier
+                    return self.below is not None and self.below.accept(unit)
+                missing = self.missing_spans(unit.tokens, list(unit.kv), unit.space, hold)
+                new = {span: unit.kv[span].moved_to(self.name) for span in missing}
+            except (MemoryError, RuntimeError) as error:  # torch reports a lack of pinned memory as a RuntimeError
+                self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
+                return False
+            stored = self.put(unit.tokens, unit.position, state, list(unit.kv), new, unit.space, urgent=True)
         with self.lock:
             self._carry(stored, unit)
             self.forest.forget(0)  # a lower tier remembers no more than its checkpoints need
@@ -93,6 +95,7 @@ class Tier(CheckpointStore):
 
     def copy_up(self, checkpoint: Checkpoint, upper: CheckpointStore, ids: Tokens, space: str | None = None) -> bool:
         """Promotes a pinned checkpoint, under another name of its space if given, and unpins it; False when lost."""
+        hold = ExitStack()
         try:
             with self.lock:
                 unit = unit_of(checkpoint)
@@ -102,7 +105,7 @@ class Tier(CheckpointStore):
             spans = list(unit.kv)
             space = unit.space if space is None else space
             try:
-                fetched = self.fetch(checkpoint, unit, list(upper.missing_spans(ids, spans, space)))
+                fetched = self.fetch(checkpoint, unit, list(upper.missing_spans(ids, spans, space, hold)))
             except (MemoryError, RuntimeError) as error:
                 self.warn("fetch", f"A state could not be brought up from the {self.name} tier: {error}")
                 return True  # it is still here; this request does without
@@ -114,6 +117,7 @@ class Tier(CheckpointStore):
             if clears != upper.clears:
                 upper.clear()
         finally:
+            hold.close()
             self.unpin(checkpoint)
         if stored is not None and not self.durable:
             with self.lock:  # moved, not copied: host memory is for what the device does not hold
@@ -121,6 +125,9 @@ class Tier(CheckpointStore):
                     self.evict(checkpoint, demoted=True)
                     self.forest.forget(0)
         return True
+
+    def release(self) -> None:
+        """Gives back what other processes wait for; a tier in memory has nothing of the kind."""
 
     def warn(self, kind: str, message: str) -> None:
         """Logs one warning of a kind, ever: a full disk fails for every unit."""

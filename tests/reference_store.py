@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from typing import Any
 
@@ -106,7 +107,7 @@ class NaiveStore:
             self.below.accept(key, spans)
 
     def promote(self, key: Prefix) -> None:
-        """Moves up the deepest usable checkpoint that a lower tier holds and this one does not; the last tier copies."""
+        """Moves up the deepest usable checkpoint of the lower tiers if it is deeper than its own; disk keeps a copy."""
         best, depth, overlap, tier = None, self.deepest(key), self.overlap(key), self.below
         while tier is not None:
             overlap = max([overlap, *(common(key[1], ids) for space, ids in tier.entries if space == key[0])])
@@ -118,7 +119,9 @@ class NaiveStore:
         prefix = (key[0], key[1][:depth])
         best.use(prefix)
         best.pins.append(prefix)
+        best.held.append(prefix)
         stored = self.add(prefix, (key[0], key[1][:overlap]), best.spans[prefix], hold=False)
         best.pins.remove(prefix)
-        if stored and best.below is not None:
+        best.held.remove(prefix)
+        if stored and not math.isinf(best.max_memory):  # the disk keeps its copy
             best.entries.remove(prefix)

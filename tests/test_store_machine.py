@@ -60,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.sync.stop()
-            self.store.close()
+            self.store.close(flush=False)
             if self.folder:
                 shutil.rmtree(self.folder)
 
@@ -136,12 +136,22 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.open and self.folder is not None)
     @rule()
     def restart(self) -> None:
-        self.store.close()
+        self.store.close(flush=False)
         del self.store
         tier: NaiveStore | None = self.naive
         while tier is not self.naive_disk and tier is not None:
             tier.entries, tier.seen, tier = [], [], tier.below
         self.make()
+
+    @precondition(lambda self: self.folder is not None)
+    @rule()
+    def flush(self) -> None:
+        self.store.flush()
+        tier: NaiveStore | None = self.naive
+        while tier is not self.naive_disk and tier is not None:
+            for key in tier.entries:
+                self.naive_disk.accept(key, tier.spans[key])
+            tier = tier.below
 
     @invariant()
     def same_bytes(self) -> None:
@@ -166,5 +176,5 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(
-    max_examples=80, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
