@@ -108,3 +108,24 @@ def input_device(model: Any) -> torch.device:
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
+
+
+def as_ids(prompt: torch.Tensor | str, tokenizer: Any, name: str = "ids") -> torch.Tensor:
+    """One prompt as token ids of shape `(1, length)`.
+
+    Args:
+        prompt: token ids of shape `(length,)` or `(1, length)`, or a string.
+        tokenizer: turns a string into ids; None when there is none.
+        name: the argument's name, for errors.
+
+    Raises:
+        ValueError: The shape is another, or it is a string and there is no tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} holds a string, but there is no tokenizer: SparsePrefixCache(model, tokenizer).")
+        prompt = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = prompt[None] if prompt.dim() == 1 else prompt
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"{name} holds a tensor of shape {tuple(prompt.shape)}; give (length,) or (1, length).")
+    return ids

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .forks import ForkSafeLock
+
 
 _MODULES = {
     "mamba": "transformers.models.mamba.modeling_mamba",
@@ -31,7 +33,7 @@ _BLOCK_TOKENS = 64
 # A compiled graph would remember the state of the call that it was traced with.
 _outside_graphs: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 _pending = threading.local()
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _users: dict[str, int] = {}
 _stock: dict[str, Callable[..., Any]] = {}
 

@@ -250,7 +250,9 @@ class Learned(Policy):
         from .planner import plan_checkpoints
 
         length = len(prompt.ids)
-        prompt.shape = shape_of(length, prompt.overlap, prompt.path_ends, prompt.path_passes, prompt.latest)
+        prompt.shape = shape_of(
+            length, prompt.overlap, prompt.path_ends, prompt.path_passes, prompt.cuts, prompt.latest
+        )
         forecast = prompt.forecast = self.model.forecast(prompt.cuts, prompt.shape)
         limit = self.default_limit if prompt.limit is None else prompt.limit
         cuts = prompt.open_cuts

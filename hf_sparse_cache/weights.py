@@ -7,7 +7,6 @@ so a few values of every tensor in main memory are compared as well; an edit tha
 """
 
 import itertools
-import threading
 import weakref
 from collections.abc import Iterator
 from operator import is_
@@ -16,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .forks import ForkSafeLock
 
-_lock = threading.Lock()
+
+_lock = ForkSafeLock()
 _serial = itertools.count()
 _known: weakref.WeakKeyDictionary[torch.nn.Module, "_Watch"] = weakref.WeakKeyDictionary()
 # What PEFT keeps on its layers besides tensors.
