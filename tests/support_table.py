@@ -152,8 +152,8 @@ prompt with a common prefix (warm).
 - {SIGNS["broken upstream"]} **broken upstream**: the model fails without the cache as well.
 - {NOT_RUN} not run: tracing takes long, so it runs on some families only.
 
-**{sum(totals.values()):,} cells run: {summary(totals)}.** The sabotaged twin of every family, with states zeroed, taken
-from another prompt, or off by one token, is rejected (`tests/test_sabotage.py`).
+**{sum(totals.values()):,} cells run: {summary(totals)}.** The sabotaged twin of every family, with states zeroed, of
+another prompt, or off by one token, is rejected (`tests/test_sabotage.py`).
 
 ## Families
 
