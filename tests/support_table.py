@@ -30,7 +30,7 @@ SIGNS = {"exact": "●", "uncached": "○", "not allowed": "–", "broken upstre
 NOT_RUN = "·"
 # What a reader must know about a row beyond its numbers.
 LIMITS = {
-    "Inkling2": "bfloat16: stock raises in its own forward",
+    "Inkling2": "load with `from_pretrained(dtype=...)`: its router must stay in float32, or stock raises",
     "Qwen4Exp": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "GLM5Next": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "Zamba2": "states produced by decoding differ from a prefill's and are never stored",
@@ -47,6 +47,7 @@ ROUTED_FAMILIES = (
     "LFM2-MoE",
     "Zaya",
     "Inkling",
+    "Inkling2",
 )
 
 Row = Iterable[str]
