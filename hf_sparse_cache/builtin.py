@@ -152,7 +152,7 @@ def build_model(
 
 
 def load(
-    name: str, texts: Iterable[str], dtype: torch.dtype | str = "auto", device: str = "cpu"
+    name: str, texts: Iterable[str], dtype: torch.dtype | str = "auto", device: str = "cpu", seed: int = 0
 ) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer, in evaluation mode, whether built in, in a folder or on the Hub.
 
@@ -161,6 +161,7 @@ def load(
         texts (`Iterable[str]`): what the tokenizer of a built-in model learns from; the others bring their own.
         dtype (`torch.dtype` or `str`): of the weights; "auto" is the checkpoint's own, float32 for built-in ones.
         device (`str`): where the model is put.
+        seed (`int`): of a built-in model's weights.
 
     Raises:
         ValueError: when `name` can be none of the three.
@@ -170,7 +171,7 @@ def load(
         named = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(named, torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not a dtype of torch; use auto, float32 or bfloat16")
-        model = build_model(name, named)
+        model = build_model(name, named, seed)
         return model.to(device), build_tokenizer(texts)
     if "/" not in name and not Path(name).exists():
         raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(SIZES)}")

@@ -5,6 +5,7 @@ handle points to, so one handle serves any number of prompts, batches and thread
 """
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,13 +14,15 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import generation, mamba1, prefill, states
+from . import fingerprint, forks, generation, mamba1, prefill, states
 from .calls import as_ids, check_ids, input_device, unpadded_rows
 from .config import SparseCacheConfig
 from .cost import prefill_cost
 from .explain import Explanation, explain
 from .families import Family, family_of
 from .live import LiveCache
+from .payloads import LayerTensors
+from .persistence import Persistent
 from .policies import Policy, make_policy
 from .request import open_request
 from .segmentation import Positions, Tokens, cut_positions, with_free_cuts
@@ -32,7 +35,7 @@ from .weights import identity
 logger = logging.get_logger(__name__)
 
 
-class SparsePrefixCache(Stateless):
+class SparsePrefixCache(Persistent, Stateless):
     """Exact prefix reuse for one model: `model.generate(**inputs, past_key_values=SparsePrefixCache(model))`.
 
     Checkpoints of the model's state are kept at a few cuts of every prompt seen, chosen by dynamic programming over
@@ -87,22 +90,26 @@ class SparsePrefixCache(Stateless):
         # Called with the live cache at the end of each prefill; `check_exactness` looks at the states there.
         self.on_prefill: Callable[[LiveCache], None] | None = None
         self._lock = threading.Lock()
-        self._weights = identity(model)
         self._recorder = Recorder()
+        self._weights, self._space_name = identity(model), ""
+        for tier in self.store.tiers:
+            tier.reader = LayerTensors.from_bytes
         generation.attach(model)
         if mamba1.needs_hook(self._config.model_type):
             mamba1.install(self._config.model_type)
         self._finalizer = weakref.finalize(self, _release, model, self._config.model_type)
+        forks.starts_clean(self)
 
     # -- what a user reads ----------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
-        """Totals since the handle was made, and what its store holds now."""
+        """Totals since the handle was made, and what its store holds of its namespace now, in the fastest tier."""
+        held = self.store.account(self.config.namespace)
         return self._recorder.totals(
-            checkpoints=len(self.store),
-            checkpoint_bytes=self.store.checkpoint_bytes,
-            kv_bytes=self.store.kv_bytes,
-            evictions=self.store.evictions,
+            checkpoints=held.checkpoints,
+            checkpoint_bytes=held.checkpoint_bytes,
+            kv_bytes=held.kv_bytes,
+            evictions=held.evictions,
         )
 
     @property
@@ -155,6 +162,11 @@ class SparsePrefixCache(Stateless):
     def detach(self) -> None:
         """Give the model its own `generate()` methods back. What is stored stays; the handle can no longer be used."""
         self._finalizer()
+
+    def after_fork(self) -> None:
+        """In a child process: counted from zero, with locks of its own."""
+        self._lock, self._stats, self._last_request = threading.Lock(), CacheStats(), None
+        self.policy.lock = threading.Lock()
 
     def __enter__(self) -> "SparsePrefixCache":
         return self
@@ -226,15 +238,18 @@ class SparsePrefixCache(Stateless):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _serve_row(self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]) -> Any:
+        started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
         space, changed = self._space()
         cuts = self._cuts(tokens, space)
+        opened = time.perf_counter()
         with open_request(
             self.store, self.policy, tokens, cuts, space=space, max_checkpoints=self.config.max_checkpoints
         ) as request:
             output, timing = prefill.prefill_row(
                 self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
             )
+            served = time.perf_counter()
         info = RequestInfo(
             prompt_tokens=request.prompt_tokens,
             overlap_tokens=request.overlap_tokens,
@@ -243,7 +258,15 @@ class SparsePrefixCache(Stateless):
             captured=tuple(request.captured),
             reason="weights changed: what was stored of them was dropped" if changed else request.reason,
         )
-        self._recorder.add(info, timing.capture_seconds, timing.restore_seconds)
+        closed = time.perf_counter()
+        self._recorder.add(
+            info,
+            prefill_seconds=closed - started,
+            match_seconds=opened - started + request.match_seconds,
+            plan_seconds=request.plan_seconds + closed - served,
+            capture_seconds=timing.capture_seconds,
+            restore_seconds=timing.restore_seconds,
+        )
         return output
 
     def _cuts(self, tokens: Tokens, space: str, marked: int = 0) -> Positions:
@@ -262,14 +285,12 @@ class SparsePrefixCache(Stateless):
         weights = identity(self.model)
         with self._lock:
             before, self._weights = self._weights, weights
+            old, self._space_name = self._space_name, fingerprint.space_of(self, weights)
+            new = self._space_name
         if before != weights:
-            self.store.drop(self._named(before))
+            self.store.drop(old)
             logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
-        return self._named(weights), before != weights
-
-    def _named(self, weights: str) -> str:
-        segmentation = f"grid {self.grid}, cut ids {self._cut_ids}"
-        return "\x1f".join((weights, segmentation, self.config.exactness, self.config.namespace))
+        return new, before != weights
 
     def _checked_grid(self, grid: int | None) -> int:
         chunk = self.family.chunk(self._config)

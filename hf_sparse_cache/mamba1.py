@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .forks import ForkSafeLock
+
 
 _MODULES = {
     "mamba": "transformers.models.mamba.modeling_mamba",
@@ -29,7 +31,7 @@ _SCAN = "mamba_selective_scan"
 _BLOCK_TOKENS = 64
 
 _pending = threading.local()
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _users: dict[str, int] = {}
 _stock: dict[str, Callable[..., Any]] = {}
 

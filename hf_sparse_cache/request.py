@@ -46,7 +46,8 @@ class Request:
         planned: positions to capture, ascending.
         captured: positions stored so far by this request.
         reason: why it resumed where it did, one sentence of a closed set.
-        plan_seconds: time spent deciding.
+        match_seconds: time spent finding what is stored.
+        plan_seconds: time spent deciding what to capture.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class Request:
                 kv_bytes_per_token=kv_bytes,
                 resumed_bytes=self.checkpoint.nbytes if self.checkpoint else 0,
             )
+        matched = time.perf_counter()
+        self.match_seconds = matched - started
         try:
             with policy.lock:
                 wanted = policy.place(self._prompt)
@@ -114,7 +117,7 @@ class Request:
         limit = len(fresh) if max_checkpoints is None else min(max_checkpoints, len(fresh))
         self._marked = {p for p in store.marks.positions(ids, cuts, space) if p > self.resumed_tokens}
         self.planned: list[int] = sorted({*fresh.tolist()[len(fresh) - limit :], *self._marked})
-        self.plan_seconds = time.perf_counter() - started
+        self.plan_seconds = time.perf_counter() - matched
 
     def kv_payloads(self) -> list[Payload]:
         """The KV segments below `checkpoint`, shallow to deep; empty when cold or without full attention."""
@@ -150,7 +153,7 @@ class Request:
         if kv is not None:
             ends = self._cuts[: index + 1].tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
-            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
+            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space, self._held)}
         share = self._prompt.share(position, self.planned)
         refund = self._prompt.refund(position) if not self.captured else 0.0
         # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.

@@ -129,7 +129,7 @@ def simulate(
             for position in request.planned:
                 request.add(position, state, kv)
         captured += len(request.captured)
-        planning += request.plan_seconds
+        planning += request.match_seconds + request.plan_seconds
         if index >= first:
             counted[0] += request.prompt_tokens
             counted[1] += request.overlap_tokens

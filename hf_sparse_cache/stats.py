@@ -37,7 +37,11 @@ class CacheStats:
         checkpoint_bytes: bytes of their fixed-size states.
         kv_bytes: bytes of the KV segments they need.
         evictions: checkpoints evicted so far.
-        capture_seconds, restore_seconds: time spent cloning states and KV out of, and into, live caches.
+        prefill_seconds: wall time of all prefills, with everything below in it.
+        match_seconds: time spent on finding what is stored.
+        plan_seconds: time spent on deciding what to capture, and on learning from the prompt.
+        capture_seconds, restore_seconds: time spent cloning states and KV out of, and into, live caches; making room
+            for what is captured counts as capture.
     """
 
     requests: int = 0
@@ -49,6 +53,9 @@ class CacheStats:
     checkpoint_bytes: int = 0
     kv_bytes: int = 0
     evictions: int = 0
+    prefill_seconds: float = 0.0
+    match_seconds: float = 0.0
+    plan_seconds: float = 0.0
     capture_seconds: float = 0.0
     restore_seconds: float = 0.0
 
@@ -76,8 +83,8 @@ class Recorder:
         """The sums so far, with what the store holds now filled in."""
         return replace(self._totals, **stored)
 
-    def add(self, info: RequestInfo, capture_seconds: float = 0.0, restore_seconds: float = 0.0) -> None:
-        """Count one finished request."""
+    def add(self, info: RequestInfo, **seconds: float) -> None:
+        """Count one finished request; `seconds` go by the names of `CacheStats`."""
         with self._lock:
             self.last = info
             totals = self._totals
@@ -88,8 +95,7 @@ class Recorder:
                 overlap_tokens=totals.overlap_tokens + info.overlap_tokens,
                 resumed_tokens=totals.resumed_tokens + info.resumed_tokens,
                 computed_tokens=totals.computed_tokens + info.computed_tokens,
-                capture_seconds=totals.capture_seconds + capture_seconds,
-                restore_seconds=totals.restore_seconds + restore_seconds,
+                **{name: getattr(totals, name) + spent for name, spent in seconds.items()},
             )
 
 

@@ -131,7 +131,7 @@ def _load_folder(folder: Path, tokenize: Tokenize | None, seed: int) -> Trace:
         with np.load(cache, allow_pickle=False) as stored:
             flat, lengths, groups = stored["ids"], stored["lengths"], stored["groups"].tolist()
     else:
-        groups, prompts = _tokenize_folder(folder, meta["template"], tokenize or _default_tokenize())
+        groups, prompts = _tokenize_folder(folder, tokenize or _default_tokenize())
         flat, lengths = np.concatenate(prompts), np.asarray([len(prompt) for prompt in prompts])
         if cache is not None:
             _write(cache, flat, lengths, groups)
@@ -139,20 +139,30 @@ def _load_folder(folder: Path, tokenize: Tokenize | None, seed: int) -> Trace:
     return Trace([prompts[index] for index in interleave(groups, seed)])
 
 
-def _tokenize_folder(folder: Path, template: str, tokenize: Tokenize) -> tuple[list[str], list[Tokens]]:
+def folder_prompts(folder: Path) -> Iterator[tuple[str, str]]:
+    """Group and text of every request of a workload folder, in file order.
+
+    Raises:
+        ValueError: if its template is not one of texts.
+    """
+    template = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["template"]
+    if template not in ("concat", "chatml"):
+        raise ValueError(f"template={template!r} in {folder}/meta.json is unknown; use concat, chatml or hash_ids")
     texts = {row["id"]: row for row in _read(folder / "texts.jsonl")}
-    groups: list[str] = []
-    prompts: list[Tokens] = []
     for request in _read(folder / "requests.jsonl"):
         segments = [texts[name] for name in request["segments"]]
         if template == "chatml":
             turns = [f"<|im_start|>{turn['role']}\n{turn['text']}<|im_end|>\n" for turn in segments]
-            text = "".join(turns) + "<|im_start|>assistant\n"
-        elif template == "concat":
-            text = "".join(segment["text"] for segment in segments)
+            yield request["group_id"], "".join(turns) + "<|im_start|>assistant\n"
         else:
-            raise ValueError(f"template={template!r} in {folder}/meta.json is unknown; use concat, chatml or hash_ids")
-        groups.append(request["group_id"])
+            yield request["group_id"], "".join(segment["text"] for segment in segments)
+
+
+def _tokenize_folder(folder: Path, tokenize: Tokenize) -> tuple[list[str], list[Tokens]]:
+    groups: list[str] = []
+    prompts: list[Tokens] = []
+    for group, text in folder_prompts(folder):
+        groups.append(group)
         prompts.append(np.asarray(tokenize(text), dtype=np.int32))
     return groups, prompts
 

@@ -7,7 +7,6 @@ values of every tensor in main memory are compared as well; an edit through `.da
 """
 
 import itertools
-import threading
 import weakref
 from collections.abc import Iterator
 from operator import is_
@@ -16,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .forks import ForkSafeLock
 
-_lock = threading.Lock()
+
+_lock = ForkSafeLock()
 _serial = itertools.count()
 _known: weakref.WeakKeyDictionary[torch.nn.Module, "_Watch"] = weakref.WeakKeyDictionary()
 # What PEFT keeps on its layers besides tensors.
@@ -91,11 +92,17 @@ def _parts(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
         tensors.extend(held["_buffers"].values())
         if "_active_adapter" in held or "merged_adapters" in held:
             traits.append(repr([held.get(name) for name in _ADAPTER_TRAITS]))
-        if "forward" in held:
+        if "forward" in held and not (module is model and _only_compiled(module)):
             traits.append(id(held["forward"]))  # itself it would keep the model alive
         if held["_forward_hooks"] or held["_forward_pre_hooks"]:
             traits.extend(_foreign_hooks(module))
     return tensors, traits
+
+
+def _only_compiled(model: torch.nn.Module) -> bool:
+    """Whether `model.forward` is its own forward, compiled: prefills do not use that (see `prefill`)."""
+    original = getattr(model.__dict__["forward"], "_torchdynamo_orig_callable", None)
+    return getattr(original, "__func__", None) is type(model).forward
 
 
 def _foreign_hooks(module: torch.nn.Module) -> tuple[int, ...]:

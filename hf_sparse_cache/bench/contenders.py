@@ -1,0 +1,276 @@
+"""Ways of serving the same requests: without a cache, by the documented recipes, and with the cache's policies.
+
+A contender is one small class with one verb, `serve`. What it needs before the clock starts goes into `prepare`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .. import prefill, states
+from ..cache import SparsePrefixCache
+from ..live import LiveCache
+from ..policies import Policy, Prompt
+from ..segmentation import MIN_SUFFIX_TOKENS
+from ..store import CheckpointStore
+from .serving import Served, serve
+from .workloads import Asked
+
+
+class Contender:
+    """One way of serving. Without a cache by default: stock `generate()`."""
+
+    name = "stock"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prepare(self, asked: Asked) -> None:
+        """Called before every request, for all contenders before any of them serves; not timed."""
+
+    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+        """Serves one request; None where this contender has nothing to measure."""
+        return serve(self.model, self.ids(asked), max_new_tokens, logits=logits)
+
+    def ids(self, asked: Asked) -> torch.Tensor:
+        return torch.from_numpy(asked.ids).long()[None].to(self.model.device)
+
+    def held_bytes(self) -> int:
+        """Bytes of all tensors that this contender keeps between requests, by their storages."""
+        return 0
+
+    def peak_bytes(self) -> int:
+        """Most bytes it has kept so far, by its own account."""
+        return 0
+
+    def close(self) -> None:
+        """Gives the model back as it was."""
+
+
+class Chunked(Contender):
+    """Stock `generate()` with the `prefill_chunk_size` that the cache's grid has: the same work, nothing kept."""
+
+    name = "chunked"
+
+    def __init__(self, model: Any, grid: int) -> None:
+        super().__init__(model)
+        self.grid = grid
+
+    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+        ids = self.ids(asked)
+        # One chunk is what stock does, and longer than the prompt is refused by some releases.
+        chunk = {"prefill_chunk_size": self.grid} if ids.shape[1] > self.grid else {}
+        return serve(self.model, ids, max_new_tokens, logits=logits, **chunk)
+
+
+class DeepCopy(Contender):
+    """The recipe of the transformers documentation: `copy.deepcopy` of a cache pre-filled with the common prefix.
+
+    It knows what all prompts of a group will share, which no cache knows beforehand. A group's first request pays for the
+    prefix; every group's cache is kept for good.
+    """
+
+    name = "deepcopy"
+
+    def __init__(self, model: Any, prefixes: dict[str, int]) -> None:
+        super().__init__(model)
+        self._prefixes = prefixes
+        self._caches: dict[str, DynamicCache] = {}
+
+    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+        ids = self.ids(asked)
+        length = min(self._prefixes.get(asked.group, 0), ids.shape[1] - MIN_SUFFIX_TOKENS)
+        if length < 1:
+            return serve(self.model, ids, max_new_tokens, logits=logits)
+        started = time.perf_counter()
+        known = asked.group in self._caches
+        if not known:
+            cache = DynamicCache(config=self.model.config)
+            with torch.no_grad():
+                self.model(ids[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self._caches[asked.group] = cache
+        mine = copy.deepcopy(self._caches[asked.group])
+        spent = time.perf_counter() - started
+        served = serve(self.model, ids, max_new_tokens, logits=logits, past_key_values=mine)
+        return replace(
+            served,
+            first_token_seconds=served.first_token_seconds + spent,
+            total_seconds=served.total_seconds + spent,
+            resumed_tokens=length if known else 0,
+            computed_tokens=ids.shape[1] - (length if known else 0),
+            kv_bytes=self.held_bytes(),
+        )
+
+    def held_bytes(self) -> int:
+        return _storage_bytes([vars(layer) for cache in self._caches.values() for layer in cache.layers])
+
+    def peak_bytes(self) -> int:
+        return self.held_bytes()
+
+
+class EveryCut(Policy):
+    """A checkpoint at every cut: the dense limit."""
+
+    def place(self, prompt: Prompt) -> list[int]:
+        cuts: list[int] = prompt.open_cuts.tolist()
+        return cuts
+
+
+class Cached(Contender):
+    """A `SparsePrefixCache` with one policy.
+
+    Args:
+        name: for tables: the policy's, or "dense".
+        options: for the handle.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, policy: str | Policy, **options: Any) -> None:
+        super().__init__(model)
+        self.name = name
+        self.handle = SparsePrefixCache(model, tokenizer, policy=policy, **options)
+        self._evicting = _timed_eviction(self.handle.store)
+
+    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+        before, evicting = self.handle.stats(), self._evicting()
+        served = serve(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self.handle)
+        after, info = self.handle.stats(), self.handle.last_request
+        assert info is not None
+        evicting = self._evicting() - evicting
+        return replace(
+            served,
+            overlap_tokens=info.overlap_tokens,
+            resumed_tokens=info.resumed_tokens,
+            computed_tokens=info.computed_tokens,
+            prefill_seconds=after.prefill_seconds - before.prefill_seconds,
+            match_seconds=after.match_seconds - before.match_seconds,
+            plan_seconds=after.plan_seconds - before.plan_seconds,
+            capture_seconds=max(0.0, after.capture_seconds - before.capture_seconds - evicting),
+            restore_seconds=after.restore_seconds - before.restore_seconds,
+            eviction_seconds=evicting,
+            captured=info.captured,
+            checkpoints=after.checkpoints,
+            checkpoint_bytes=after.checkpoint_bytes,
+            kv_bytes=after.kv_bytes,
+            evictions=after.evictions - before.evictions,
+            reason=info.reason,
+        )
+
+    def held_bytes(self) -> int:
+        layers: list[dict[str, Any]] = []
+        for _, _, checkpoint in self.handle.store.checkpoints():
+            layers += checkpoint.state.layers
+            segment = checkpoint.kv
+            while segment is not None:
+                layers += segment.payload.layers
+                segment = segment.parent
+        return _storage_bytes(layers)
+
+    def peak_bytes(self) -> int:
+        return self.handle.store.peak_bytes
+
+    def close(self) -> None:
+        self.handle.clear()
+        self.handle.detach()
+
+
+class Limit(Contender):
+    """What no cache can beat: `generate()` on a live cache that is ready, at the position from which another resumes.
+
+    Only the tokens that `follows` will compute are run, in the same segments; matching, planning, restoring and capturing
+    are left out. Requests that resume nothing are not measured.
+    """
+
+    name = "limit"
+
+    def __init__(self, follows: Cached) -> None:
+        super().__init__(follows.model)
+        self._follows = follows
+        self._handle = _Ready(follows.model, follows.handle.tokenizer, max_memory=None, grid=follows.handle.grid)
+
+    def prepare(self, asked: Asked) -> None:
+        handle, self._handle.live = self._follows.handle, None
+        usable = len(asked.ids) - MIN_SUFFIX_TOKENS
+        stored = handle.store.match(asked.ids, handle._space()[0]).checkpoints(usable)
+        if stored:
+            spans, segment = [], stored[-1].kv
+            while segment is not None:
+                spans.append(segment.payload)
+                segment = segment.parent
+            self._handle.live = LiveCache(handle._config)
+            self._handle.start = stored[-1].position
+            states.restore(self._handle.live, stored[-1].state, spans[::-1])
+
+    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+        if self._handle.live is None:
+            return None
+        start = self._handle.start
+        served = serve(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self._handle)
+        return replace(served, resumed_tokens=start, computed_tokens=len(asked.ids) - start)
+
+    def close(self) -> None:
+        self._handle.detach()
+
+
+class _Ready(SparsePrefixCache):
+    """A handle that only hands out a live cache made beforehand."""
+
+    live: LiveCache | None = None
+    start = 0
+    # What `prefill_row` asks of a request.
+    checkpoint = None
+    planned = ()
+
+    def open_live_cache(self) -> LiveCache:
+        assert self.live is not None
+        self.live.handle = self
+        return self.live
+
+    @property
+    def resumed_tokens(self) -> int:
+        return self.start
+
+    def _serve_row(self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]) -> Any:
+        cuts = self._cuts(ids.to("cpu", torch.int32).numpy(), "")
+        request: Any = self
+        return prefill.prefill_row(self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims)[0]
+
+
+def _timed_eviction(store: CheckpointStore) -> Callable[[], float]:
+    """Times choosing and freeing in this store from now on; returns the clock."""
+    spent = [0.0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                spent[0] += time.perf_counter() - started
+
+        return call
+
+    store.eviction.victim = timed(store.eviction.victim)  # type: ignore[method-assign]
+    store.evict = timed(store.evict)  # type: ignore[method-assign]
+    return lambda: spent[0]
+
+
+def _storage_bytes(holders: list[dict[str, Any]]) -> int:
+    """Bytes behind all tensors in these dicts, lists inside included; storages that are shared count once."""
+    found: dict[int, int] = {}
+    values = [value for holder in holders for value in holder.values()]
+    while values:
+        value = values.pop()
+        if torch.is_tensor(value):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            values.extend(value)
+        elif isinstance(value, dict):
+            values.extend(value.values())
+    return sum(found.values())
