@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import builtin
+from .benching import bench
 from .screen import Screen, fail
 
 
@@ -155,6 +156,9 @@ def _environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+app.command()(bench)
 
 
 def main() -> None:
