@@ -24,7 +24,7 @@ from hf_sparse_cache.families import REFUSED, family_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Warm against stock. Internal float32 islands bound float64; in 16 bits one ulp can send a token to another expert.
-TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "bfloat16": None}
+TOLERANCE = {"float32": 1e-4, "float64": 1e-5, "bfloat16": None}
 NEW_TOKENS = 5
 POLICY = "balanced"  # short prompts have a checkpoint at every cut, so that reuse never depends on what was learned
 # Families on which every call runs in every test session; the rest run the core calls only.
