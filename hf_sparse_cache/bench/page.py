@@ -25,7 +25,7 @@ h1 { font-size: 1.5rem; margin: .2rem 0 1rem; } h2 { font-size: 1.15rem; margin:
 th, td { text-align: right; padding: .25rem .6rem; white-space: nowrap; border-bottom: 1px solid #e3e6ea; }
 th { color: #59616b; font-weight: 600; } .text3 :is(th, td):nth-child(-n+3), .text1 :is(th, td) { text-align: left; }
 .text1 td { white-space: normal; } tr.main td { background: #eef4fa; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-size: .9rem; font-weight: 600; } svg { width: 100%; height: auto; display: block; }
 code { font-size: .85rem; background: #f3f4f6; padding: .1rem .3rem; } .small { color: #59616b; font-size: .85rem; }
 """
