@@ -2,4 +2,5 @@
 
 from setuptools import Extension, setup
 
+
 setup(ext_modules=[Extension("hf_sparse_cache._planner", ["_planner.pyx"])])

@@ -4,9 +4,9 @@
     python benchmarks/bench_planner.py --json     the same as one JSON object
 
 1. Speed: N = 4,096 positions, M = 30 checkpoints, against the O(N^2 M) recurrence of arXiv 2605.05219 in vectorised
-   numpy, in the same run and to the same optimum. Two forms of it: the recurrence as it is written (costs of spans from
-   prefix sums, one vector operation over the predecessors), and the same recurrence rearranged by hand into the fewest
-   numpy operations we know (lines, without the cost of spans), which is the hardest rival.
+   numpy, in the same run and to the same optimum. Two forms of it: the recurrence as it is written (costs of spans
+   from prefix sums, vectors over the predecessors), and the same rearranged by hand into the fewest numpy operations
+   we know (lines, without the cost of spans), which is the hardest rival.
 2. Growth: the exponent of N in the time from N = 16,384 to 1,048,576 at M = 32.
 3. Memory: peak of the process above the inputs, in bytes per N * M.
 """
@@ -167,10 +167,8 @@ def main():
         step = f"{row['exponent']:.2f}" if "exponent" in row else ""
         print(f"| {row['positions']:,} | {row['seconds']:.4f} | {step} |")
     print(f"| overall | | {overall:.2f} |")
-    each = used["bytes_per_position_and_checkpoint"]
-    print(
-        f"\nextra memory at N = {used['positions']:,}, M = 32: {used['extra_bytes'] / 2**20:.0f} MiB, {each:.1f} x N x M"
-    )
+    each, extra = used["bytes_per_position_and_checkpoint"], used["extra_bytes"] / 2**20
+    print(f"\nextra memory at N = {used['positions']:,}, M = 32: {extra:.0f} MiB, {each:.1f} bytes x N x M")
 
 
 if __name__ == "__main__":

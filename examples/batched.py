@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.builtin import load
 
+
 MODEL_ID = sys.argv[1] if len(sys.argv) > 1 else "zamba2-3m"  # built in, with random weights; or any Hub id or folder
 
 document = (Path(__file__).parents[1] / "docs" / "exactness.md").read_text(encoding="utf-8")

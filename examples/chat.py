@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.builtin import load
 
+
 MODEL_ID = sys.argv[1] if len(sys.argv) > 1 else "jamba-3m"  # built in, with random weights; or any Hub id or folder
 
 manual = (Path(__file__).parents[1] / "docs" / "concepts.md").read_text(encoding="utf-8")
@@ -24,5 +25,7 @@ with SparsePrefixCache(model, tokenizer) as cache:
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
         info = cache.last_request
-        print(f"{turn:24} {info.prompt_tokens:,} tokens, of which {info.computed_tokens:,} were computed ({info.reason})")
+        print(
+            f"{turn:24} {info.prompt_tokens:,} tokens, of which {info.computed_tokens:,} were computed ({info.reason})"
+        )
     print(cache.stats())

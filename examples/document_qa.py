@@ -7,10 +7,16 @@ from pathlib import Path
 from hf_sparse_cache import SparsePrefixCache, check_exactness
 from hf_sparse_cache.builtin import load
 
+
 MODEL_ID = sys.argv[1] if len(sys.argv) > 1 else "mamba-3m"  # built in, with random weights; or any Hub id or folder
 
 document = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-questions = ["Why does nothing hit?", "When is a model refused?", "What does clear() do?", "Which error names the padding?"]
+questions = [
+    "Why does nothing hit?",
+    "When is a model refused?",
+    "What does clear() do?",
+    "Which error names the padding?",
+]
 model, tokenizer = load(MODEL_ID, [document])
 
 

@@ -13,6 +13,7 @@ from accelerate import disk_offload
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.builtin import load
 
+
 MODEL_ID = sys.argv[1] if len(sys.argv) > 1 else "jamba-3m"  # built in, with random weights; or any Hub id or folder
 
 document = (Path(__file__).parents[1] / "docs" / "exactness.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Many users, one system prompt. The place where they part is found by itself: python examples/system_prompt.py [MODEL_ID]"""
+"""Many users, one system prompt, and the place where they part: python examples/system_prompt.py [MODEL_ID]"""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,17 @@ from pathlib import Path
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.builtin import load
 
+
 MODEL_ID = sys.argv[1] if len(sys.argv) > 1 else "zamba2-3m"  # built in, with random weights; or any Hub id or folder
 
 rules = (Path(__file__).parents[1] / "docs" / "exactness.md").read_text(encoding="utf-8")
-users = ["Is bfloat16 exact?", "What does wiped mean?", "Hello!", "May I train the model in between?", "Which threads?"]
+users = [
+    "Is bfloat16 exact?",
+    "What does wiped mean?",
+    "Hello!",
+    "May I train the model in between?",
+    "Which threads?",
+]
 model, tokenizer = load(MODEL_ID, [rules])
 
 # The separator is a special token: as the tokenizer is known, the prompt is cut there, whatever its length.

@@ -21,6 +21,7 @@ from transformers import (
 
 from .random_weights import cast_weights, draw_weights
 
+
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS]  # ids 0, 1 and 2
 LINEAR, FULL, HYBRID = "linear_attention", "full_attention", "hybrid"
@@ -97,7 +98,8 @@ def _qwen3_5(hidden_size: int, layers: int) -> dict[str, Any]:
 
 
 # name: class in transformers, maker of its config, hidden size, layers. A name counts parameters at vocab_size=8192.
-# Those of 3 M are for examples and tests; those up to 30 M prefill 6,000 tokens in seconds on two CPU cores; the others are for an accelerator, or for patience.
+# Those of 3 M are for examples and tests, those up to 30 M prefill 6,000 tokens in seconds on two CPU cores, and the
+# others are for an accelerator, or for patience.
 SIZES: dict[str, tuple[str, Callable[[int, int], dict[str, Any]], int, int]] = {
     "mamba-3m": ("MambaForCausalLM", _mamba, 128, 4),
     "jamba-3m": ("JambaForCausalLM", _jamba, 128, 4),
@@ -145,7 +147,8 @@ def build_model(
         model = model_class(config)
     draw_weights(model, seed)
     model.generation_config.eos_token_id = None
-    return cast_weights(model, dtype).eval()
+    cast: PreTrainedModel = cast_weights(model, dtype).eval()
+    return cast
 
 
 def load(
@@ -156,18 +159,20 @@ def load(
     Args:
         name (`str`): one of `SIZES`, a folder, or a Hub id.
         texts (`Iterable[str]`): what the tokenizer of a built-in model learns from; the others bring their own.
-        dtype (`torch.dtype` or `str`): of the weights; "auto" is the checkpoint's own, and float32 for built-in models.
+        dtype (`torch.dtype` or `str`): of the weights; "auto" is the checkpoint's own, float32 for built-in ones.
         device (`str`): where the model is put.
         seed (`int`): of a built-in model's weights.
 
     Raises:
         ValueError: when `name` can be none of the three.
     """
+    model: Any
     if name in SIZES:
         named = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(named, torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not a dtype of torch; use auto, float32 or bfloat16")
-        return build_model(name, named, seed).to(device), build_tokenizer(texts)
+        model = build_model(name, named, seed)
+        return model.to(device), build_tokenizer(texts)
     if "/" not in name and not Path(name).exists():
         raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(SIZES)}")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

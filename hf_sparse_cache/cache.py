@@ -10,18 +10,23 @@ import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 import torch
-from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from . import generation, mamba1, prefill, states
-from .calls import check_ids, input_device, unpadded_rows
+from . import fingerprint, forks, generation, mamba1, prefill, states
+from .calls import as_ids, check_ids, input_device, unpadded_rows
 from .config import SparseCacheConfig
+from .cost import prefill_cost
+from .explain import Explanation, explain
 from .families import Family, family_of
 from .live import LiveCache
+from .payloads import LayerTensors
+from .persistence import Persistent
 from .policies import Policy, make_policy
 from .request import open_request
 from .segmentation import Positions, Tokens, cut_positions, with_free_cuts
+from .stateless import Stateless
 from .stats import CacheStats, Recorder, RequestInfo, format_bytes
 from .store import CheckpointStore
 from .weights import identity
@@ -30,7 +35,7 @@ from .weights import identity
 logger = logging.get_logger(__name__)
 
 
-class SparsePrefixCache(Cache):
+class SparsePrefixCache(Persistent, Stateless):
     """Exact prefix reuse for one model: `model.generate(**inputs, past_key_values=SparsePrefixCache(model))`.
 
     Checkpoints of the model's state are kept at a few cuts of every prompt seen, chosen by dynamic programming over
@@ -59,12 +64,12 @@ class SparsePrefixCache(Cache):
         max_checkpoints: int | None = None,
         exactness: str = "bitwise",
         grid: int | None = None,
-        policy: str | Policy = "dp",
+        policy: str | Policy = "learned",
         store: CheckpointStore | None = None,
         namespace: str = "",
         config: SparseCacheConfig | None = None,
     ) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.family: Family = family_of(model)
         name = policy if isinstance(policy, str) else type(policy).__name__
         given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
@@ -73,32 +78,38 @@ class SparsePrefixCache(Cache):
         self.config = given if config is None else config
         self.model, self.tokenizer = model, tokenizer
         self._config = model.config.get_text_config(decoder=True)
-        states.check_layers(LiveCache(self._config), type(model).__name__)
+        probe = LiveCache(self._config)
+        states.check_layers(probe, type(model).__name__)
         self.grid = self._checked_grid(self.config.grid)
         self._cut_ids: Collection[int] = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
-        self.policy = make_policy(self.config.policy, self._cut_ids) if isinstance(policy, str) else policy
+        cost = prefill_cost(model, probe.full_attention_layers)
+        self.policy = make_policy(self.config.policy, self._cut_ids, cost) if isinstance(policy, str) else policy
         self.store = CheckpointStore(self.config.max_memory) if store is None else store
-        self.size = states.measure(model, LiveCache(self._config), self.family.cache_name)
+        self.size = states.measure(model, probe, self.family.cache_name)
         self._check_budget()
         # Called with the live cache at the end of each prefill; `check_exactness` looks at the states there.
         self.on_prefill: Callable[[LiveCache], None] | None = None
         self._lock = threading.Lock()
-        self._weights = identity(model)
         self._recorder = Recorder()
+        self._weights, self._space_name = identity(model), ""
+        for tier in self.store.tiers:
+            tier.reader = LayerTensors.from_bytes
         generation.attach(model)
         if mamba1.needs_hook(self._config.model_type):
             mamba1.install(self._config.model_type)
         self._finalizer = weakref.finalize(self, _release, model, self._config.model_type)
+        forks.starts_clean(self)
 
     # -- what a user reads ----------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
-        """Totals since the handle was made, and what its store holds now."""
+        """Totals since the handle was made, and what its store holds of its namespace now, in the fastest tier."""
+        held = self.store.account(self.config.namespace)
         return self._recorder.totals(
-            checkpoints=len(self.store),
-            checkpoint_bytes=self.store.checkpoint_bytes,
-            kv_bytes=self.store.kv_bytes,
-            evictions=self.store.evictions,
+            checkpoints=held.checkpoints,
+            checkpoint_bytes=held.checkpoint_bytes,
+            kv_bytes=held.kv_bytes,
+            evictions=held.evictions,
         )
 
     @property
@@ -109,6 +120,39 @@ class SparsePrefixCache(Cache):
     def __repr__(self) -> str:
         return f"SparsePrefixCache({type(self.model).__name__}, grid={self.grid}: {self.stats()})"
 
+    def explain(self, ids: torch.Tensor | str) -> Explanation:
+        """What a prompt would reuse now and why not more, without running the model; `str()` reads as a sentence.
+
+        Args:
+            ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
+        """
+        tokens = self._tokens_of(ids)
+        space = self._space()[0]
+        decode = None if self.tokenizer is None else self.tokenizer.decode
+        return explain(self.store, tokens, self._cuts(tokens, space), space, decode)
+
+    def mark(self, ids: torch.Tensor | str) -> None:
+        """Announce a prefix that will come back: a checkpoint is kept at its last cut until `clear()`.
+
+        It is captured when the next prompt that begins with it passes, and is never evicted.
+
+        Args:
+            ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
+
+        Raises:
+            ValueError: The prefix is shorter than the first cut, so that nothing could be kept for it.
+        """
+        tokens = self._tokens_of(ids)
+        space = self._space()[0]
+        # Two more tokens, which are never special, so that the last cut may be the end of the prefix itself.
+        cuts = self._cuts(np.append(tokens, np.int32([-1, -1])), space, len(tokens))
+        if not len(cuts):
+            raise ValueError(
+                f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. Mark "
+                "a longer prefix or make the handle with a smaller grid."
+            )
+        self.store.mark(tokens, cuts, space)
+
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
@@ -118,6 +162,11 @@ class SparsePrefixCache(Cache):
     def detach(self) -> None:
         """Give the model its own `generate()` methods back. What is stored stays; the handle can no longer be used."""
         self._finalizer()
+
+    def after_fork(self) -> None:
+        """In a child process: counted from zero, with locks of its own."""
+        self._lock, self._stats, self._last_request = threading.Lock(), CacheStats(), None
+        self.policy.lock = threading.Lock()
 
     def __enter__(self) -> "SparsePrefixCache":
         return self
@@ -141,6 +190,11 @@ class SparsePrefixCache(Cache):
             )
         if not self._finalizer.alive:
             raise ValueError("past_key_values is a SparsePrefixCache that was detached. Make a new one, with its store.")
+
+    @property
+    def attached_to(self) -> str:
+        state = "is attached to" if self._finalizer.alive else "was detached from"
+        return f"{state} a {type(self.model).__name__} object"
 
     def open_live_cache(self) -> LiveCache:
         """A fresh live cache that will ask this handle for its prefix."""
@@ -215,25 +269,28 @@ class SparsePrefixCache(Cache):
         )
         return output
 
-    def _cuts(self, tokens: Tokens, space: str) -> Positions:
+    def _cuts(self, tokens: Tokens, space: str, marked: int = 0) -> Positions:
         cuts = cut_positions(tokens, self.grid, self._cut_ids)
         if self.config.exactness == "bitwise":
             return cuts
-        return with_free_cuts(cuts, (self.store.match(tokens, space).overlap, len(tokens)), len(tokens))
+        with self.store.lock:
+            free = {self.store.match(tokens, space).overlap, len(tokens), *self.store.marks.lengths(tokens, space)}
+        return with_free_cuts(cuts, free | ({marked} if marked else set()), len(tokens))
+
+    def _tokens_of(self, ids: torch.Tensor | str) -> Tokens:
+        return as_ids(ids, self.tokenizer)[0].to("cpu", torch.int32).numpy()
 
     def _space(self) -> tuple[str, bool]:
         """Where this handle's prompts live in the store, and whether that has just changed with the weights."""
         weights = identity(self.model)
         with self._lock:
             before, self._weights = self._weights, weights
+            old, self._space_name = self._space_name, fingerprint.space_of(self, weights)
+            new = self._space_name
         if before != weights:
-            self.store.drop(self._named(before))
+            self.store.drop(old)
             logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
-        return self._named(weights), before != weights
-
-    def _named(self, weights: str) -> str:
-        segmentation = f"grid {self.grid}, cut ids {self._cut_ids}"
-        return "\x1f".join((weights, segmentation, self.config.exactness, self.config.namespace))
+        return new, before != weights
 
     def _checked_grid(self, grid: int | None) -> int:
         chunk = self.family.chunk(self._config)
@@ -253,44 +310,6 @@ class SparsePrefixCache(Cache):
                 f"max_memory is {format_bytes(self.store.max_memory)}, less than one checkpoint of this model, "
                 f"{format_bytes(needed)} with the keys and values of one grid step. Give at least that."
             )
-
-    # -- a handle holds no state of its own -----------------------------------------------------------------------------
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Always 0: a request begins with a live cache of its own."""
-        return 0
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def _is_user_defined(self) -> bool:
-        return True
-
-    @_is_user_defined.setter
-    def _is_user_defined(self, value: bool) -> None:
-        # generate() marks the cache that it is about to use as it is, so this model has no overrides for the handle.
-        self._refuse()
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse()
-
-    update_conv_state = update_recurrent_state = update_indexer = get_mask_sizes = has_previous_state = update
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # copy.copy, copy.deepcopy, pickle and torch.save all come here.
-        raise TypeError(
-            "A SparsePrefixCache cannot be copied or pickled, and generate() never changes the one it is given: pass the "
-            "same handle to every call. For another model make SparsePrefixCache(model, store=cache.store)."
-        )
-
-    def _refuse(self) -> None:
-        state = "is attached to" if self._finalizer.alive else "was detached from"
-        raise ValueError(
-            f"past_key_values is a SparsePrefixCache that {state} a {type(self.model).__name__} object, and only that "
-            "model's generate() can use it. Make one with SparsePrefixCache(model) for the model you call."
-        )
 
 
 def _release(model: Any, model_type: str) -> None:

@@ -8,6 +8,9 @@ import torch
 # Keywords that do not change what a prefill computes, or are checked on their own.
 _PLAIN = frozenset({"use_cache", "logits_to_keep", "attention_mask", "position_ids", "past_key_values", "cache_params"})
 
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_MEDIA = ("pixel_values", "image_", "video_", "audio_", "input_features", "mm_encoder_outputs")
+
 
 def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]) -> str:
     """Why the prefill of this call cannot reuse a prefix, or an empty string when it can."""
@@ -18,8 +21,12 @@ def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kw
     if getattr(generation_config, "is_assistant", False):
         return "an assistant model rolls its cache back"
     for name, value in kwargs.items():
-        empty = value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value)
-        if name not in _PLAIN and not empty:
+        if name.startswith(_MEDIA) and not _is_empty(value):
+            return f"{name}: a prompt with images, video or audio is not only its tokens"
+    for name, value in kwargs.items():
+        if name in _TOKEN_TYPES and torch.is_tensor(value) and not bool(value.any()):
+            continue  # what a processor gives for text
+        if name not in _PLAIN and not _is_empty(value):
             return f"{name} changes what the prefill computes, or asks for the outputs of every token"
     if not isinstance(kwargs.get("logits_to_keep", 1), int) or kwargs.get("logits_to_keep", 1) != 1:
         return "logits_to_keep asks for the logits of skipped tokens"
@@ -28,6 +35,12 @@ def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kw
     if _has_holes(kwargs.get("attention_mask")):
         return "attention_mask leaves out tokens inside a prompt (generate() makes such a mask from pad tokens in it)"
     return ""
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_empty(inner) for inner in value.values())
+    return value is None or value is False or (isinstance(value, (list, tuple)) and not value)
 
 
 def _has_holes(attention_mask: torch.Tensor | None) -> bool:
@@ -95,3 +108,24 @@ def input_device(model: Any) -> torch.device:
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
+
+
+def as_ids(prompt: torch.Tensor | str, tokenizer: Any, name: str = "ids") -> torch.Tensor:
+    """One prompt as token ids of shape `(1, length)`.
+
+    Args:
+        prompt: token ids of shape `(length,)` or `(1, length)`, or a string.
+        tokenizer: turns a string into ids; None when there is none.
+        name: the argument's name, for errors.
+
+    Raises:
+        ValueError: The shape is another, or it is a string and there is no tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} holds a string, but there is no tokenizer: SparsePrefixCache(model, tokenizer).")
+        prompt = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = prompt[None] if prompt.dim() == 1 else prompt
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"{name} holds a tensor of shape {tuple(prompt.shape)}; give (length,) or (1, length).")
+    return ids

@@ -36,7 +36,7 @@ class SparseCacheConfig(PushToHubMixin):  # type: ignore[misc]
     max_checkpoints: int | None = None
     exactness: str = "bitwise"
     grid: int | None = None
-    policy: str = "dp"
+    policy: str = "learned"
     namespace: str = ""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,10 @@ from . import files
 from .segmentation import Tokens
 from .tiers import Tier
 from .tree import Checkpoint, Payload
-from .units import MovablePayload, Span, Unit, chain_of, unit_of
+from .units import Span, Unit, chain_of, unit_of
 
 FORMAT = 1  # of the files; another number is not read
 NO_TOKENS = np.zeros(0, dtype=np.int32)
-Reader = Callable[[bytes], MovablePayload]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +40,16 @@ class ChangedError(Exception):
 
 
 class DiskTier(Tier):
-    """A store whose payloads are files. Build it with `open`.
-
-    Attributes:
-        reader: makes a payload of a file's bytes; the handle that shares the store sets it.
-    """
+    """A store whose payloads are files. Build it with `open`."""
 
     durable = True
 
-    def __init__(self, folder: Path, max_memory: int | None) -> None:
+    def __init__(self, folder: Path, max_memory: int | None, read_only: bool = False) -> None:
         super().__init__("disk", max_memory)
         self.folder = folder
-        self.reader: Reader | None = None
+        self.read_only = read_only  # a saved cache is not changed by reading it
         self._trash: list[StoredFile] = []
+        self._stuck: list[StoredFile] = []  # files that could not be deleted: they still take their room
         self._lock_file: int | None = None
 
     @classmethod
@@ -63,7 +58,7 @@ class DiskTier(Tier):
         tier = cls(folder, max_memory)
         try:
             files.private_folder(folder)
-            tier._lock_file = _locked(folder)
+            tier._lock_file = files.take_over(folder)
             if tier._lock_file is None:
                 tier.warn("open", f"The disk tier {folder} is in use by another process, so this one has none")
                 return None
@@ -78,6 +73,10 @@ class DiskTier(Tier):
         """The folder stays the parent's."""
         super().after_fork()
         self._trash = []
+        self.release()
+
+    def release(self) -> None:
+        """Lets another process take the folder over."""
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
@@ -85,18 +84,27 @@ class DiskTier(Tier):
     # -- into the folder ----------------------------------------------------------------------------------------------
 
     def accept(self, unit: Unit) -> bool:
-        """Writes a unit's files; False, with one warning a kind, when the file system does not let it."""
+        """Writes a unit; False, with one warning a kind, when the file system does not let it."""
+        try:
+            return self.write(unit)
+        except (OSError, MemoryError, RuntimeError) as error:  # of memory, torch says RuntimeError
+            self.warn("write", f"A state could not be written to {self.folder}: {error}")
+            return False
+
+    def write(self, unit: Unit) -> bool:
+        """Writes a unit's files; False when there is no room for it.
+
+        Raises:
+            OSError: the file system does not let it; nothing is left behind.
+        """
         for _ in range(3):
             try:
-                return self._accept(unit)
+                return self._write(unit)
             except ChangedError:
                 continue
-            except (OSError, MemoryError, RuntimeError) as error:  # of memory, torch says RuntimeError
-                self.warn("write", f"A state could not be written to {self.folder}: {error}")
-                return False
         return False
 
-    def _accept(self, unit: Unit) -> bool:
+    def _write(self, unit: Unit) -> bool:
         spans = list(unit.kv)
         folder = self.folder_of(unit.space)
         with ExitStack() as stack:
@@ -118,12 +126,8 @@ class DiskTier(Tier):
             state_name = files.new_name("state", data)
             contents[state_name] = data
             need = sum(map(len, contents.values()))
-            with self.lock:
-                if not self._make_room(need, None):
-                    return False
-                self.reserved_bytes += need
-                trash, self._trash = self._trash, []
-            self._unlink(trash)
+            if not self._claim(need):
+                return False
             written: list[StoredFile] = []
             try:
                 files.private_folder(folder)
@@ -140,15 +144,36 @@ class DiskTier(Tier):
                     if stored is None or stored.state is not written[-1]:
                         raise ChangedError
                     self._carry(stored, unit)
-                    self.forest.forget(0)
-                    trash, self._trash = self._trash, []
             except BaseException:
                 with self.lock:
                     self.reserved_bytes -= need
                 self._unlink(written)
                 raise
-        self._unlink(trash)
+        self.sweep()
         return True
+
+    def _claim(self, need: int) -> bool:
+        """Reserves room for files about to be written, deleting others first."""
+        with self.lock:
+            again, self._stuck = self._stuck, []
+            self.reserved_bytes -= sum(item.nbytes for item in again)
+            self._trash += again
+        self.sweep()
+        with self.lock:
+            if self._stuck and self._over(need):
+                return False  # evicting would only lose more: the folder does not let go of anything
+            if not self._make_room(need, None):
+                return False
+            self.reserved_bytes += need
+        self.sweep()
+        with self.lock:
+            if not (self._stuck and self._over(0)):
+                return True
+            self.reserved_bytes -= need
+            return False
+
+    def _over(self, need: int) -> bool:
+        return self.max_memory is not None and self.used_bytes + self.reserved_bytes + need > self.max_memory
 
     def folder_of(self, space: str) -> Path:
         """Where the files of a space lie: a folder of its own, named by a hash."""
@@ -158,12 +183,13 @@ class DiskTier(Tier):
         self._trash.append(_file(payload))
 
     def _unlink(self, trash: list[StoredFile]) -> None:
-        for item in trash:
+        for item in () if self.read_only else trash:
             try:
                 files.remove(item.path)
             except OSError as error:
                 with self.lock:
-                    self.reserved_bytes += item.nbytes  # it still takes its room
+                    self.reserved_bytes += item.nbytes
+                    self._stuck.append(item)
                 self.warn("remove", f"{item.path} could not be deleted, and still counts: {error}")
 
     def sweep(self) -> None:
@@ -226,7 +252,7 @@ class DiskTier(Tier):
                     checkpoint.pins = pins
         self.sweep()
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> list[Checkpoint]:
         """Finds the units of one folder again, least recently used first; deletes what nothing needs.
 
         Raises:
@@ -244,24 +270,26 @@ class DiskTier(Tier):
             try:
                 record, tokens = files.peek(path)
                 if record["format"] != FORMAT or record["position"] != len(tokens) or len(tokens) == 0:
-                    raise files.DamagedFileError(f"its format is {record['format']}, not {FORMAT}, or its tokens are cut")
+                    raise files.DamagedFileError(f"it has format {record['format']}, not {FORMAT}, or lacks tokens")
                 if any(kv_name not in sizes for _, _, kv_name in record["kv"]):
                     raise files.DamagedFileError("keys and values it builds on are gone")
                 found.append((path.stat().st_mtime, name, record, tokens))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.warn("load", f"A stored state is lost, as {path} cannot be used: {error}")
         payloads = {name: StoredFile(folder / name, size) for name, size in sizes.items()}
+        loaded: list[Checkpoint | None] = []
         for _, name, record, tokens in sorted(found, key=lambda item: item[:2]):
             spans = [(start, end) for start, end, _ in record["kv"]]
             new = {(start, end): payloads[kv_name] for start, end, kv_name in record["kv"]}
             chain = chain_of(self.match(tokens, record["space"]).path, spans)
             if any(segment.payload is not new[segment.start, segment.end] for segment in chain):
                 continue  # left over from before its keys and values were written anew
-            self.put(tokens, len(tokens), payloads[name], spans, new, record["space"], urgent=True)
+            loaded.append(self.put(tokens, len(tokens), payloads[name], spans, new, record["space"], urgent=True))
         with self.lock:
             self._trash, used = [], {id(payload) for payload in self.payloads()}
             self.forest.forget(0)
         self._unlink([payload for payload in payloads.values() if id(payload) not in used])
+        return [item for item in loaded if item is not None and id(item.state) in used]
 
     def payloads(self) -> list[Payload]:
         """Everything stored here."""
@@ -274,18 +302,3 @@ class DiskTier(Tier):
 def _file(payload: Payload) -> StoredFile:
     assert isinstance(payload, StoredFile)
     return payload
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor that keeps other processes out of a folder until it is closed; None when one is in already."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return descriptor
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -13,6 +13,7 @@ import torch
 
 from . import states
 from .cache import SparsePrefixCache
+from .calls import as_ids
 from .calls import input_device
 from .live import LiveCache
 from .report import table
@@ -139,7 +140,7 @@ def check_exactness(
     own = cache is None
     warm_handle = SparsePrefixCache(model) if cache is None else cache
     try:
-        ids = [_as_ids(prompt, warm_handle) for prompt in prompts]
+        ids = [as_ids(prompt, warm_handle.tokenizer, "prompts").to(input_device(model)) for prompt in prompts]
         if not ids:
             raise ValueError("prompts is empty: give at least one prompt to check.")
         rows = tuple(_check(model, prompt, warm_handle, max_new_tokens) for prompt in ids)
@@ -147,17 +148,6 @@ def check_exactness(
         if own:
             warm_handle.detach()
     return ExactnessReport(rows, _TOLERANCE.get(model.dtype))
-
-
-def _as_ids(prompt: torch.Tensor | str, handle: SparsePrefixCache) -> torch.Tensor:
-    if isinstance(prompt, str):
-        if handle.tokenizer is None:
-            raise ValueError("prompts holds a string, but the cache has no tokenizer: SparsePrefixCache(model, tokenizer).")
-        prompt = handle.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ids = prompt[None] if prompt.dim() == 1 else prompt
-    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-        raise ValueError(f"prompts holds a tensor of shape {tuple(prompt.shape)}; give (length,) or (1, length).")
-    return ids.to(input_device(handle.model))
 
 
 def _check(model: Any, ids: torch.Tensor, handle: SparsePrefixCache, max_new_tokens: int) -> ExactnessRow:

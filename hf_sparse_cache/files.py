@@ -33,6 +33,24 @@ def private_folder(path: Path) -> Path:
     return path
 
 
+def take_over(folder: Path) -> int | None:
+    """A descriptor that keeps other processes out of a folder until it is closed; None when one is in already."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def checksum(data: bytes) -> str:
     """32 hexadecimal digits of BLAKE2b."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Protocol
 
@@ -12,6 +13,24 @@ class Forkable(Protocol):
 
     def after_fork(self) -> None:
         """Called in the child, before any code of the program runs there."""
+
+
+class ForkSafeLock:
+    """A reentrant lock that is free in a child process, whoever held it in the parent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        starts_clean(self)
+
+    def after_fork(self) -> None:
+        """Replaces the lock: its owner may be a thread that the child does not have."""
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
 
 
 _known: weakref.WeakSet[Forkable] = weakref.WeakSet()

@@ -5,7 +5,6 @@
 `_prefill` is where the prompt is run. Calls without a handle reach the model's own methods untouched.
 """
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from transformers.generation.utils import GenerationMode
 
 from . import mamba1
 from .calls import why_uncached
+from .forks import ForkSafeLock
 from .live import LiveCache
 
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cache import SparsePrefixCache
 
 _CACHE_NAMES = ("past_key_values", "cache_params")
-_lock = threading.RLock()
+_lock = ForkSafeLock()
 # id(model) -> handles attached to it; the entry goes with the last handle, before the model can.
 _attached: dict[int, int] = {}
 

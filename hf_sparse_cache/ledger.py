@@ -1,4 +1,4 @@
-"""The books of one tier: what is stored, in bytes and by namespace, who is pinned, and who goes when memory is short."""
+"""The books of one tier: what is stored, in bytes and by namespace, what is pinned, and who goes when room is short."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .eviction import LRU, Eviction
+from .marks import Marks
 from .tree import Checkpoint, Forest, KVSegment, Match, Payload
 from .units import Account, Demotion, namespace_of
 
@@ -43,6 +44,7 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
         self._held: list[KVSegment] = []  # chains that open requests build on
         self._pinned: dict[int, Checkpoint] = {}
+        self.marks = Marks()
 
     @property
     def used_bytes(self) -> int:
@@ -134,6 +136,17 @@ class Ledger:
             checkpoint.pins -= 1
             if not checkpoint.pins:
                 self._pinned.pop(id(checkpoint), None)  # not there after a fork
+
+    def keep(self, checkpoint: Checkpoint, space: str = "") -> None:
+        """Pins the checkpoint of a mark until its space is cleared or dropped."""
+        with self.lock:
+            if not any(checkpoint is kept for _, kept in self.marks.kept):
+                self.pin(checkpoint)
+                self.marks.kept.append((space, checkpoint))
+
+    def _release_marks(self, space: str | None = None) -> None:
+        for checkpoint in self.marks.forget(space):
+            self.unpin(checkpoint)
 
     @contextmanager
     def holding(self, segment: KVSegment | None) -> Iterator[KVSegment | None]:

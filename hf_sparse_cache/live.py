@@ -23,7 +23,7 @@ class LiveCache(DynamicCache):
     Attributes:
         handle: the handle to ask for a prefix, until the prefill has been done; None afterwards.
         length: tokens consumed by the prefill.
-        has_full_attention: whether any layer keeps keys and values of every token.
+        full_attention_layers: how many layers keep keys and values of every token.
     """
 
     def __init__(self, config: Any) -> None:
@@ -31,7 +31,7 @@ class LiveCache(DynamicCache):
         self.handle: SparsePrefixCache | None = None
         self.length = 0
         self._recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
-        self.has_full_attention = any(
+        self.full_attention_layers = sum(
             isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer) for layer in self.layers
         )
         self._scan_forgets = mamba1.needs_hook(config.get_text_config(decoder=True).model_type)

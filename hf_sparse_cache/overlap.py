@@ -18,6 +18,7 @@ FRESH, EXTENDS, BRANCHES, RETURNS = range(
     4
 )  # nothing shared; longer than an earlier prompt; new junction; known junction
 NEAR_END_TOKENS = 16
+LEAN = 8.0  # observations with which a context leans on the shares of all contexts
 
 
 @dataclass(frozen=True)
@@ -59,35 +60,45 @@ class OverlapModel:
     def __init__(self, decay: float = 0.998, rate: float = 0.01) -> None:
         self.decay, self.rate = decay, rate
         self.views = [view() for view in VIEWS]
-        self.shares = np.full((4, len(self.views)), 1.0 / len(self.views))
-        self._seen = np.zeros(4)
+        self.shares = np.full((5, len(self.views)), 1.0 / len(self.views))  # one row a context, the last for all
+        self._seen = np.zeros(5)
 
     def forecast(self, cuts: Positions, shape: Shape) -> Forecast:
         """Predicts the next overlap with a prompt of this shape."""
-        return Forecast(cuts, self.shares[shape.kind] @ self._below(cuts.astype(np.float64), shape))
+        return Forecast(cuts, self._shares_of(shape.kind) @ self._below(cuts.astype(np.float64), shape))
 
     def learn(self, depth: int, cuts: Positions, previous: Shape) -> None:
         """Learns that a prompt left an earlier one, of shape `previous`, at `depth`; `cuts` are the later prompt's."""
         depth = min(depth, previous.length)
         index = int(np.searchsorted(cuts, depth, side="right"))
+        if not index:  # no checkpoint could have helped: nothing to learn for placing them
+            return
         low = float(cuts[index - 1]) if index else 0.0
         high = float(min(cuts[index], previous.length + 1)) if index < len(cuts) else previous.length + 1.0
         edges = self._below(np.asarray([low, high]), previous)
         likelihood = np.maximum(edges[:, 1] - edges[:, 0], 1e-6)
-        credit = self.shares[previous.kind] * likelihood
+        credit = self._shares_of(previous.kind) * likelihood
         credit /= credit.sum()
-        self._seen[previous.kind] += 1
-        step = max(1.0 / (self._seen[previous.kind] + 4.0), self.rate)
-        self.shares[previous.kind] += step * (credit - self.shares[previous.kind])
+        for row in (previous.kind, -1):
+            self._seen[row] += 1
+            self.shares[row] += max(1.0 / (self._seen[row] + 4.0), self.rate) * (credit - self.shares[row])
         for view, amount in zip(self.views, credit.tolist(), strict=True):
             if amount > 1e-3:
                 view.learn(depth, previous, amount, self.decay)
+
+    def _shares_of(self, kind: int) -> Floats:
+        """Shares of a context, leaning on those of all while it was seen little."""
+        seen = self._seen[kind]
+        shares: Floats = (seen * self.shares[kind] + LEAN * self.shares[-1]) / (seen + LEAN)
+        return shares
 
     def _below(self, depths: Floats, shape: Shape) -> Floats:
         return np.stack([view.below(depths, shape) for view in self.views])
 
 
-def shape_of(length: int, overlap: int, ends: Positions, passes: Positions, previous: Shape | None) -> Shape:
+def shape_of(
+    length: int, overlap: int, ends: Positions, passes: Positions, cuts: Positions, previous: Shape | None
+) -> Shape:
     """Describes a prompt for the views.
 
     Args:
@@ -95,12 +106,13 @@ def shape_of(length: int, overlap: int, ends: Positions, passes: Positions, prev
         overlap: tokens it shares with earlier prompts.
         ends: ends of the edges on its path; the last may lie behind the overlap.
         passes: earlier prompts along the whole of each edge.
+        cuts: its cuts.
         previous: shape of the latest prompt along the last of these edges.
     """
     known = ends <= overlap
     ends = ends[known]
     stops = passes[known] - np.append(passes[1:], 0)[known]
-    if overlap == 0:
+    if not len(cuts) or overlap < cuts[0]:
         kind = FRESH
     elif previous is not None and overlap >= previous.length - NEAR_END_TOKENS:
         kind = EXTENDS

@@ -86,7 +86,8 @@ class LayerTensors:
         for key, value in [*payload["plain"].items(), *tensors.items()]:
             index, _, name = key.partition(".")
             layers[int(index)][name] = value
-        return cls(layers, tuple(payload["devices"])).moved_to("device")
+        away = any(torch.device(device).type != "cpu" for device in payload["devices"])
+        return cls(layers, tuple(payload["devices"])).moved_to("device") if away else cls(layers)
 
 
 def _device_of(layer: Tensors) -> str:
@@ -105,7 +106,9 @@ def _copied(source: LayerTensors, targets: list[str]) -> tuple[tuple[Tensors, ..
     return tuple(layers), tuple(stream.record_event() for stream in streams.values())
 
 
-def _copy(value: torch.Tensor, target: torch.device, streams: dict[torch.device, Any], source: LayerTensors) -> torch.Tensor:
+def _copy(
+    value: torch.Tensor, target: torch.device, streams: dict[torch.device, Any], source: LayerTensors
+) -> torch.Tensor:
     device = value.device if value.is_cuda else target
     if device.type != "cuda":
         return value.to(target, copy=True)
@@ -132,5 +135,5 @@ _streams: dict[torch.device, Any] = {}
 def _side_stream(device: torch.device) -> Any:
     """One stream a device for copies, so that they overlap with compute."""
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+
 try:
     from ._planner import Problem
 except ImportError as error:  # no silent Python fallback: it would be a thousand times slower
@@ -137,7 +138,7 @@ def _search(place: Callable[[float], _Placement], few: _Placement, many: _Placem
     """
     trial_price = few.cost / (limit + 1) ** 2  # right when the cost left falls like 1 / (k + 1)
     for step in count(1):
-        # The price of the chord between the two finds a placement strictly between them, or proves that there is none.
+        # The price of the chord between the two finds a placement strictly between them, or proves there is none.
         gap = len(many.nodes) - len(few.nodes)
         on_chord = gap <= 3 or step % 4 == 0 or not many.price < trial_price < few.price
         if on_chord:
@@ -149,14 +150,14 @@ def _search(place: Callable[[float], _Placement], few: _Placement, many: _Placem
             return _spliced(few.nodes, many.nodes, limit)
         few, many = (trial, many) if len(trial.nodes) < limit else (few, trial)
         trial_price = _price_between(few, many, limit, step)
-    # The solvers are precise relative to cost + price * k, and the price may dwarf the cost: ask at the lowest safe one.
+    # Solvers are precise relative to cost + price * k, and the price may dwarf the cost: ask at the lowest safe one.
     while 0 < trial.cost < trial.price and len((lower := place(trial.cost)).nodes) == limit:
         trial = lower
     return trial.nodes
 
 
 def _price_between(few: _Placement, many: _Placement, limit: int, step: int) -> float:
-    """A guess between two prices, on log scales: none of the three is good at every shape of weights, so they alternate."""
+    """A guess between two prices, on log scales. None of the three suits all shapes of weights, so they alternate."""
     missing = math.log((limit + 1) / (len(few.nodes) + 1))
     if many.price == 0:  # a power law, with ever larger strides until the other side is found
         return few.price * math.exp(-min(2.0**step, 700.0) * missing)

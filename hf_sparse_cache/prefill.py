@@ -13,11 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from . import states
 from .live import LiveCache
 from .request import Request
 from .segmentation import MIN_SUFFIX_TOKENS, Positions
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,11 @@ def prefill_row(
         start = live.length = end
         if end in planned:
             clock = time.perf_counter()
-            request.add(end, states.capture_state(live), partial(states.capture_kv, live) if live.has_full_attention else None)
+            try:
+                kv = partial(states.capture_kv, live) if live.full_attention_layers else None
+                request.add(end, states.capture_state(live), kv)
+            except torch.OutOfMemoryError as error:
+                logger.warning_once(f"No memory to capture a checkpoint; the request goes on without it: {error}")
             capture_seconds += time.perf_counter() - clock
     return output, Timing(capture_seconds, restore_seconds)
 

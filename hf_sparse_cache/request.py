@@ -25,10 +25,11 @@ from typing import Self
 
 import numpy as np
 
+from .explain import cause
 from .policies import Policy, Prompt
 from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
 from .store import CheckpointStore
-from .tree import Checkpoint, Node, Payload
+from .tree import Checkpoint, Payload
 from .units import Span
 
 KVCapture = Callable[[int, int], Payload]
@@ -80,9 +81,7 @@ class Request:
                 if self.checkpoint.kv is not None:
                     self._held.enter_context(store.holding(self.checkpoint.kv))
             store.passed(match, self.checkpoint, space)
-            self.reason = (
-                "resumed" if self.checkpoint else _why_cold(match.path, match.overlap, match.known, usable, cuts)
-            )
+            self.reason = cause(match, self.checkpoint, usable, cuts)
             state_bytes = store.checkpoint_bytes / max(store.checkpoint_count, 1)
             kv_bytes = store.kv_bytes / max(store.kv_tokens, 1)
             need = 0.0
@@ -116,7 +115,8 @@ class Request:
             raise
         fresh = cuts[np.isin(cuts, np.asarray(wanted, dtype=np.int64)) & (cuts > self.resumed_tokens)]
         limit = len(fresh) if max_checkpoints is None else min(max_checkpoints, len(fresh))
-        self.planned: list[int] = fresh.tolist()[len(fresh) - limit :]
+        self._marked = {p for p in store.marks.positions(ids, cuts, space) if p > self.resumed_tokens}
+        self.planned: list[int] = sorted({*fresh.tolist()[len(fresh) - limit :], *self._marked})
         self.plan_seconds = time.perf_counter() - matched
 
     def kv_payloads(self) -> list[Payload]:
@@ -153,7 +153,7 @@ class Request:
         if kv is not None:
             ends = self._cuts[: index + 1].tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
-            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space)}
+            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space, self._held)}
         share = self._prompt.share(position, self.planned)
         refund = self._prompt.refund(position) if not self.captured else 0.0
         # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.
@@ -162,6 +162,8 @@ class Request:
         )
         if stored is None:
             return False
+        if position in self._marked:
+            self._store.keep(stored, self._space)
         self.captured.append(position)
         return True
 
@@ -226,29 +228,3 @@ def open_request(
     if max_checkpoints is not None and max_checkpoints < 0:
         raise ValueError(f"max_checkpoints must be at least 0 or None, got {max_checkpoints}")
     return Request(store, policy, ids.astype(np.int32, copy=False), cuts, space, max_checkpoints)
-
-
-def _why_cold(path: list[Node], overlap: int, known: bool, usable: int, cuts: Positions) -> str:
-    """The reason of a miss; the wording of this closed set is part of the interface."""
-    if not known:
-        return "nothing stored"
-    if not len(cuts) or cuts[0] > usable:
-        return f"diverges at token {overlap}"
-    if any(0 < node.lost <= usable for node in path):
-        return "evicted"
-    ahead = _first_ahead(path)
-    if ahead is not None:
-        return f"overlap of {overlap} tokens ends before the first checkpoint at {ahead}"
-    return f"never captured: the policy placed no checkpoint on the first {usable} tokens"
-
-
-def _first_ahead(path: list[Node], limit: int = 256) -> int | None:
-    """The shallowest checkpoint at or below the last node of a path, looking at `limit` nodes at most."""
-    level, first = path[-1:], None
-    while level and limit > 0:
-        found = [position for node in level for position in node.checkpoints]
-        if found:
-            first = min([*found, first] if first is not None else found)
-        limit -= len(level)
-        level = [child for node in level if not node.checkpoints for child in node.children.values()]
-    return first

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 
 from .calls import input_device
 from .errors import UnsupportedModelError
-from .payloads import LayerTensors, Tensors
+from .payloads import LayerTensors as LayerTensors  # what is captured, under the name it is known by
+from .payloads import Tensors
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ It knows tokens, positions and payload sizes; it knows no model and no torch. Us
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from . import forks
 from .eviction import Eviction, make_eviction
 from .ledger import Ledger
-from .segmentation import Tokens
+from .segmentation import Positions, Tokens
 from .sizes import parse_bytes
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
-from .units import Demotion, Span, Unit, chain_of, holder, namespace_of, unit_of
+from .units import Demotion, MovablePayload, Span, Unit, chain_of, holder, namespace_of, unit_of
 
 if TYPE_CHECKING:
     from .tiers import Tier
@@ -40,6 +40,7 @@ class CheckpointStore(Ledger):
         ValueError: if a size cannot be read or the eviction's name is unknown.
     """
 
+    reader: Callable[[bytes], MovablePayload] | None = None  # makes a payload of a file; for the tiers that need it
     durable = False  # whether this very tier outlives the process
 
     def __init__(
@@ -126,11 +127,19 @@ class CheckpointStore(Ledger):
                 self.forest.forget(self.max_remembered_tokens)
             return path
 
-    def missing_spans(self, ids: Tokens, spans: Sequence[Span], space: str = "") -> Sequence[Span]:
-        """The part of a gapless list of KV spans, from 0 upwards, that is not stored on the path of `ids`."""
+    def missing_spans(
+        self, ids: Tokens, spans: Sequence[Span], space: str = "", hold: ExitStack | None = None
+    ) -> Sequence[Span]:
+        """The part of a gapless list of KV spans, from 0 upwards, that is not stored on the path of `ids`.
+
+        The rest stays stored until the stack `hold` is closed.
+        """
         with self.lock:
             match = self.match(ids, space)
-            return spans[len(chain_of(match.path, [span for span in spans if span[1] <= match.overlap])) :]
+            chain = chain_of(match.path, [span for span in spans if span[1] <= match.overlap])
+            if hold is not None and chain:
+                hold.enter_context(self.holding(chain[-1]))
+            return spans[len(chain) :]
 
     def put(
         self,
@@ -165,15 +174,17 @@ class CheckpointStore(Ledger):
         """
         if not 1 <= position <= len(ids):
             raise ValueError(f"position must be between 1 and the prompt's {len(ids)} tokens, got {position}")
-        while True:
-            try:
-                with self.lock:
-                    checkpoint = self._insert(ids, position, state, spans, new or {}, space, urgent, share, refund)
-                    if hold is not None and checkpoint is not None:
-                        hold.enter_context(self.holding(checkpoint.kv))
-                    return checkpoint
-            except Demotion as wanted:
-                self._demote(wanted.victim)
+        with ExitStack() as chain:  # what it builds on must survive the victims that make room for it
+            while True:
+                try:
+                    with self.lock:
+                        self.missing_spans(ids[:position], spans, space, chain)
+                        checkpoint = self._insert(ids, position, state, spans, new or {}, space, urgent, share, refund)
+                        if hold is not None and checkpoint is not None:
+                            hold.enter_context(self.holding(checkpoint.kv))
+                        return checkpoint
+                except Demotion as wanted:
+                    self._demote(wanted.victim)
 
     def _insert(
         self,
@@ -199,14 +210,14 @@ class CheckpointStore(Ledger):
         account = self.account(namespace_of(space))
         checkpoint = Checkpoint(position, state, None, home, self.clock)
         checkpoint.held, checkpoint.share, checkpoint.refund = need, share, refund
-        with self.holding(chain[-1] if chain else None) as below:
-            if not self._make_room(need, checkpoint, account, urgent):
-                return None
-            for start, end in wanted:
-                below = self._attach(KVSegment(start, end, new[start, end], below, holder(path, end)), account)
-            if below is not None:
-                checkpoint.kv = below
-                below.refs += 1
+        if not self._make_room(need, checkpoint, account, urgent):
+            return None
+        below = chain[-1] if chain else None
+        for start, end in wanted:
+            below = self._attach(KVSegment(start, end, new[start, end], below, holder(path, end)), account)
+        if below is not None:
+            checkpoint.kv = below
+            below.refs += 1
         checkpoint.owner = account
         checkpoint.node.checkpoints[position] = checkpoint
         self._count(checkpoint, 1)
@@ -227,12 +238,41 @@ class CheckpointStore(Ledger):
             except Demotion as wanted:
                 self._demote(wanted.victim)
 
+    def flush(self) -> None:
+        """Copies what only memory holds to the disk tier, if there is one, the least recently used first."""
+        *faster, last = self.tiers
+        for tier in faster if last.durable else ():
+            for _, _, checkpoint in sorted(tier.checkpoints(), key=lambda item: item[2].last_used):
+                with tier.lock:
+                    if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
+                        continue  # demoted meanwhile
+                    tier.pin(checkpoint)
+                    unit = unit_of(checkpoint)
+                try:
+                    cast("Tier", last).accept(unit)
+                finally:
+                    tier.unpin(checkpoint)
+
+    def close(self, flush: bool = True) -> None:
+        """Ends the use of the disk tier, so that another process can take its folder; memory stays as it is.
+
+        Args:
+            flush: whether to write what only memory holds first (see `flush`); else it is gone with the process.
+        """
+        if flush:
+            self.flush()
+        for tier in self.tiers:
+            if tier.below is not None and tier.below.durable:
+                tier.below.release()
+                tier.below, tier.demotes = None, False
+
     def clear(self) -> None:
         """Forgets all prompts and every checkpoint that no open request uses, in every tier."""
         if self.below is not None:
             self.below.clear()
         with self.lock:
             self.clears += 1
+            self._release_marks()
             for _, _, checkpoint in self.checkpoints():
                 if not checkpoint.pins:
                     self.evict(checkpoint)
@@ -243,9 +283,24 @@ class CheckpointStore(Ledger):
         if self.below is not None:
             self.below.drop(space)
         with self.lock:
+            self._release_marks(space)
             for _, _, checkpoint in self.checkpoints(space):
                 if not checkpoint.pins:
                     self.evict(checkpoint)
+
+    def mark(self, prefix: Tokens, cuts: Positions, space: str = "") -> None:
+        """Announces a prefix: the checkpoint at its last cut is kept from now on, or as soon as a prompt brings it.
+
+        Args:
+            prefix: int32 `(length,)`.
+            cuts: the cuts of a longer prompt that begins with it, up to `length`.
+        """
+        with self.lock:
+            self.marks.add(prefix, space)
+            wanted = self.marks.positions(prefix, cuts, space)
+            for checkpoint in self.match(prefix, space).checkpoints(len(prefix)):
+                if checkpoint.position in wanted:
+                    self.keep(checkpoint, space)
 
     def lift(self, ids: Tokens, space: str = "") -> None:
         """Brings a deeper checkpoint of this prompt up from the tiers below, where there is one."""

@@ -8,6 +8,7 @@ with no lock held, and pinned on both sides meanwhile.
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from .segmentation import MIN_SUFFIX_TOKENS, Tokens
@@ -37,23 +38,24 @@ class Tier(CheckpointStore):
 
     def accept(self, unit: Unit) -> bool:
         """Takes a unit from the tier above; True if this tier, or one below it, has it now."""
-        try:
-            state = unit.state.moved_to(self.name)
-            if state is unit.state:  # it lives here already: a model on the CPU has no use for a host tier
-                return self.below is not None and self.below.accept(unit)
-            missing = self.missing_spans(unit.tokens, list(unit.kv), unit.space)
-            new = {span: unit.kv[span].moved_to(self.name) for span in missing}
-        except (MemoryError, RuntimeError) as error:  # torch reports a lack of pinned memory as a RuntimeError
-            self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
-            return False
-        stored = self.put(unit.tokens, unit.position, state, list(unit.kv), new, unit.space, urgent=True)
+        with ExitStack() as hold:
+            try:
+                state = unit.state.moved_to(self.name)
+                if state is unit.state:  # it lives here already: a model on the CPU has no use for a host tier
+                    return self.below is not None and self.below.accept(unit)
+                missing = self.missing_spans(unit.tokens, list(unit.kv), unit.space, hold)
+                new = {span: unit.kv[span].moved_to(self.name) for span in missing}
+            except (MemoryError, RuntimeError) as error:  # torch reports a lack of pinned memory as a RuntimeError
+                self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
+                return False
+            stored = self.put(unit.tokens, unit.position, state, list(unit.kv), new, unit.space, urgent=True)
         with self.lock:
             self._carry(stored, unit)
             self.forest.forget(0)  # a lower tier remembers no more than its checkpoints need
         return stored is not None or (self.below is not None and self.below.accept(unit))
 
     def fetch(self, checkpoint: Checkpoint, unit: Unit, spans: list[Span]) -> Unit | None:
-        """The unit of a pinned checkpoint as the model's own memory wants it, with the KV of `spans`; None when lost."""
+        """A pinned checkpoint's unit as the model's own memory wants it, with the KV of `spans`; None when lost."""
         state = unit.state.moved_to("device")
         kv = {span: unit.kv[span].moved_to("device") for span in spans}
         return Unit(unit.space, unit.tokens, state, kv, unit.hits)
@@ -91,8 +93,9 @@ class Tier(CheckpointStore):
                 self.pin(found[-1])
             return (found[-1] if found else None), match.overlap
 
-    def copy_up(self, checkpoint: Checkpoint, upper: CheckpointStore, ids: Tokens) -> bool:
-        """Promotes a pinned checkpoint and unpins it; False when it turned out to be lost."""
+    def copy_up(self, checkpoint: Checkpoint, upper: CheckpointStore, ids: Tokens, space: str | None = None) -> bool:
+        """Promotes a pinned checkpoint, under another name of its space if given, and unpins it; False when lost."""
+        hold = ExitStack()
         try:
             with self.lock:
                 unit = unit_of(checkpoint)
@@ -100,19 +103,21 @@ class Tier(CheckpointStore):
                 checkpoint.hits += 1
                 self.passed(self.match(unit.tokens, unit.space), checkpoint, unit.space)
             spans = list(unit.kv)
+            space = unit.space if space is None else space
             try:
-                fetched = self.fetch(checkpoint, unit, list(upper.missing_spans(ids, spans, unit.space)))
+                fetched = self.fetch(checkpoint, unit, list(upper.missing_spans(ids, spans, space, hold)))
             except (MemoryError, RuntimeError) as error:
                 self.warn("fetch", f"A state could not be brought up from the {self.name} tier: {error}")
                 return True  # it is still here; this request does without
             if fetched is None:
                 return False
             clears = upper.clears
-            stored = upper.put(ids, unit.position, fetched.state, spans, fetched.kv, unit.space, urgent=True)
+            stored = upper.put(ids, unit.position, fetched.state, spans, fetched.kv, space, urgent=True)
             upper._carry(stored, unit)
             if clears != upper.clears:
                 upper.clear()
         finally:
+            hold.close()
             self.unpin(checkpoint)
         if stored is not None and not self.durable:
             with self.lock:  # moved, not copied: host memory is for what the device does not hold
@@ -120,6 +125,9 @@ class Tier(CheckpointStore):
                     self.evict(checkpoint, demoted=True)
                     self.forest.forget(0)
         return True
+
+    def release(self) -> None:
+        """Gives back what other processes wait for; a tier in memory has nothing of the kind."""
 
     def warn(self, kind: str, message: str) -> None:
         """Logs one warning of a kind, ever: a full disk fails for every unit."""

@@ -85,7 +85,8 @@ class Scored(Eviction):
         """Tokens saved a pass for each byte."""
         above = checkpoint.above()
         saved = checkpoint.position - (above.position if above else 0)
-        return saved * max(checkpoint.share, 1e-6) / checkpoint.held
+        # Without a state of fixed size, a checkpoint under deeper ones holds nothing alone.
+        return saved * max(checkpoint.share, 1e-6) / max(checkpoint.held, 1)
 
     def ranked(self) -> tuple[NDArray[np.int64], Floats]:
         """Slots in use, least value first, and the values by slot."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import weakref
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
 
 LIVE: weakref.WeakSet[Blob] = weakref.WeakSet()
 Prefix = tuple[str, tuple[int, ...]]  # space, tokens
@@ -11,9 +17,26 @@ Prefix = tuple[str, tuple[int, ...]]  # space, tokens
 class Blob:
     """A payload that only has a size; every living one is counted."""
 
-    def __init__(self, nbytes: int, label: object = None) -> None:
-        self.nbytes, self.label = nbytes, label
+    def __init__(self, nbytes: int, label: object = None, on_host: bool = False) -> None:
+        self.nbytes, self.label, self.on_host = nbytes, label, on_host
         LIVE.add(self)
+
+    def moved_to(self, tier: str) -> Blob:
+        return self if self.on_host == (tier == "host") else Blob(self.nbytes, self.label, tier == "host")
+
+    def to_bytes(self, record: str, tokens: np.ndarray) -> bytes:
+        tensors = {"tokens": tokens, "data": np.zeros(self.nbytes, np.uint8)}
+        return safetensors.numpy.save(tensors, {"unit": record, "label": json.dumps(self.label)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Blob:
+        size = int.from_bytes(data[:8], "little")
+        label = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["label"])
+        return cls(len(safetensors.numpy.load(data)["data"]), tuples(label))
+
+
+def tuples(value: Any) -> Any:
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -21,11 +44,14 @@ def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 class NaiveStore:
-    """Checkpoints as a list in eviction order; KV bytes recounted from scratch."""
+    """Checkpoints as a list in eviction order; KV bytes recounted from scratch; `below` is the next tier."""
 
-    def __init__(self, max_memory: int, lru: bool, state_bytes: int, kv_bytes: int) -> None:
+    def __init__(
+        self, max_memory: float, lru: bool, state_bytes: int, kv_bytes: int, below: NaiveStore | None = None
+    ) -> None:
         self.max_memory, self.lru = max_memory, lru
         self.state_bytes, self.kv_bytes = state_bytes, kv_bytes
+        self.below = below
         self.seen: list[Prefix] = []
         self.entries: list[Prefix] = []  # first to go first
         self.spans: dict[Prefix, list[tuple[int, int]]] = {}
@@ -51,15 +77,51 @@ class NaiveStore:
             self.entries.remove(key)
             self.entries.append(key)
 
-    def add(self, key: Prefix, whole: Prefix, spans: list[tuple[int, int]]) -> bool:
+    def send_off(self, chains: list[Prefix], need: int) -> None:
+        """The first that may go, to the tier below if there is one."""
+        victim = next(entry for entry in self.entries if entry not in self.pins)
+        if self.below is not None:
+            self.below.accept(victim, self.spans[victim])
+        self.entries.remove(victim)
+
+    def shrink(self, chains: list[Prefix], need: int) -> bool:
+        if self.bytes_of(list(dict.fromkeys(self.pins)), chains) + need > self.max_memory:
+            return False
+        while self.bytes_of(self.entries, chains) + need > self.max_memory:
+            self.send_off(chains, need)
+        return True
+
+    def add(self, key: Prefix, whole: Prefix, spans: list[tuple[int, int]], hold: bool = True) -> bool:
         self.seen.append(whole)
         if key not in self.entries:
             self.spans[key] = spans
-            chains = [*self.held, key]
-            if self.bytes_of(list(dict.fromkeys(self.pins)), chains) + self.state_bytes > self.max_memory:
+            if not self.shrink([*self.held, key], self.state_bytes):
                 return False
-            while self.bytes_of(self.entries, chains) + self.state_bytes > self.max_memory:
-                self.entries.remove(next(entry for entry in self.entries if entry not in self.pins))
             self.entries.append(key)
-        self.held.append(key)
+        if hold:
+            self.held.append(key)
         return True
+
+    def accept(self, key: Prefix, spans: list[tuple[int, int]]) -> None:
+        if not self.add(key, key, spans, hold=False) and self.below is not None:
+            self.below.accept(key, spans)
+
+    def promote(self, key: Prefix) -> None:
+        """Moves up the deepest usable checkpoint of the lower tiers if it is deeper than its own; disk keeps a copy."""
+        best, depth, overlap, tier = None, self.deepest(key), self.overlap(key), self.below
+        while tier is not None:
+            overlap = max([overlap, *(common(key[1], ids) for space, ids in tier.entries if space == key[0])])
+            if tier.deepest(key) > depth:
+                best, depth = tier, tier.deepest(key)
+            tier = tier.below
+        if best is None:
+            return
+        prefix = (key[0], key[1][:depth])
+        best.use(prefix)
+        best.pins.append(prefix)
+        best.held.append(prefix)
+        stored = self.add(prefix, (key[0], key[1][:overlap]), best.spans[prefix], hold=False)
+        best.pins.remove(prefix)
+        best.held.remove(prefix)
+        if stored and not math.isinf(best.max_memory):  # the disk keeps its copy
+            best.entries.remove(prefix)

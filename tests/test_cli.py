@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_names_the_commands_with_an_example(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "verify"):
+    for command in ("demo", "verify", "plan", "simulate"):
         assert command in out
         assert "Example:" in run(command, "--help")[1]
 
@@ -111,6 +111,47 @@ def test_a_difference_is_an_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch,
     assert code == 1 and "NOT EXACT" in out
 
 
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Three documents of 700 tokens, four questions each."""
+    lines = []
+    for document in range(3):
+        shared = [1000 * document + token for token in range(700)]
+        lines += [json.dumps({"input_ids": [*shared, 5000 + question, *range(40)]}) for question in range(4)]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_simulate_puts_policies_side_by_side(run: Run, trace: Path) -> None:
+    options = ("simulate", str(trace), "--policy", "balanced", "--policy", "none", "--max-memory", "1GiB")
+    code, out, _ = run(*options, "--json")
+    result = json.loads(out)["policies"]
+    assert code == 0 and list(result) == ["balanced", "none"]
+    assert result["none"]["resumed_tokens"] == 0 < result["balanced"]["resumed_tokens"]
+    assert result["balanced"]["overlap_tokens"] == 3 * 3 * 700
+    assert "| balanced " in run(*options)[1]
+
+
+def test_plan_finds_the_end_of_the_documents(run: Run, trace: Path) -> None:
+    options = ("plan", "jamba-3m", "--trace", str(trace), "--grid", "100")
+    code, out, _ = run(*options, "--json")
+    result = json.loads(out)
+    (one,) = result["plans"][:1]
+    assert code == 0 and result["kv_bytes_per_token"] > 0
+    assert one["positions"] == [700] and one["recomputed_tokens"] == pytest.approx(0)
+    assert one["bytes_per_prompt"] == result["state_bytes"] + 700 * result["kv_bytes_per_token"]
+    assert "cuts every 100 tokens" in run(*options)[1]
+
+
+def test_plan_without_a_trace_spreads(run: Run) -> None:
+    code, out, _ = run("plan", "mamba-3m", "--tokens", "1000", "--grid", "10", "--json")
+    plans = json.loads(out)["plans"]
+    assert code == 0 and plans[0]["positions"] == [500]
+    costs = [row["recomputed_tokens"] for row in plans]
+    assert costs == sorted(costs, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -121,6 +162,8 @@ def test_a_difference_is_an_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch,
         (("demo", "--workload", "nowhere"), "nowhere"),
         (("verify", "mamba-3m", "--tokens", "300"), "--grid"),
         (("verify", "mamba-3m", "--dtype", "float7"), "float7"),
+        (("simulate", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("plan", "mamba-3m", "--tokens", "100"), "256"),
     ],
 )
 def test_errors_are_one_line(run: Run, arguments: tuple[str, ...], named: str) -> None:
@@ -129,9 +172,7 @@ def test_errors_are_one_line(run: Run, arguments: tuple[str, ...], named: str) -
     assert err.startswith("hf-sparse-cache: ") and len(err.strip().splitlines()) == 1
 
 
-def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "160")
@@ -139,7 +180,7 @@ def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(
     assert "\x1b[32m" in run(*options)[1]
     monkeypatch.setenv("NO_COLOR", "1")
     plain = run(*options)[1]
-    assert "┃" in plain and "\x1b[3" not in plain
+    assert "────" in plain and "|----" not in plain and "\x1b[3" not in plain
 
 
 def test_time_to_first_token_is_one_generate(monkeypatch: pytest.MonkeyPatch) -> None:

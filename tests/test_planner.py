@@ -12,11 +12,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import reference
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_sparse_cache import _planner, planner
 from hf_sparse_cache.planner import CheckpointPlan, plan_checkpoints
+
 
 # Problems compared with an oracle: 10,500, each with the solver the planner picks and with the costs-only solver.
 BRUTE_FORCE_CASES = 6_000
@@ -169,7 +171,6 @@ def test_plans_are_plain_immutable_values():
 
 
 def test_any_array_of_numbers_is_taken_and_left_alone():
-    torch = pytest.importorskip("torch")
     weights = [0, 3, 1, 4, 1, 5]
     expected = plan_checkpoints(weights, 2)
     for given_weights in (np.array(weights)[::-1][::-1], np.array(weights, np.float32), torch.tensor(weights)):

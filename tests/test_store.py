@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from reference_store import LIVE, Blob, NaiveStore, Prefix
+from reference_store import Blob
 
-from hf_sparse_cache.eviction import FIFO, LRU
 from hf_sparse_cache.policies import NoCheckpoints, make_policy
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.segmentation import cut_positions
@@ -21,8 +16,6 @@ from hf_sparse_cache.sizes import parse_bytes
 from hf_sparse_cache.store import CheckpointStore
 
 GRID = 2
-PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
-SPACES = st.sampled_from(["", "b"])
 
 
 def begin(store: CheckpointStore, ids: list[int], space: str = "") -> Request:
@@ -36,93 +29,6 @@ def run(store: CheckpointStore, ids: list[int], positions: list[int], kv: int = 
             if position > request.resumed_tokens:
                 request.add(position, Blob(10), (lambda a, b: Blob(kv * (b - a))) if kv else None)
     return request
-
-
-class StoreMachine(RuleBasedStateMachine):
-    @initialize(budget=st.integers(10, 120), lru=st.booleans(), kv=st.sampled_from([0, 0, 1, 3]))
-    def start(self, budget: int, lru: bool, kv: int) -> None:
-        gc.collect()
-        LIVE.clear()
-        self.store = CheckpointStore(budget, LRU() if lru else FIFO(), None)
-        self.naive = NaiveStore(budget, lru, 10, kv)
-        self.kv = kv
-        self.open: list[tuple[Request, Prefix]] = []
-
-    def begin(self, key: Prefix) -> Request:
-        request = begin(self.store, list(key[1]), key[0])
-        assert request.overlap_tokens == self.naive.overlap(key)
-        assert request.resumed_tokens == self.naive.deepest(key)
-        if request.checkpoint is not None:
-            prefix = (key[0], key[1][: request.resumed_tokens])
-            self.naive.pins.append(prefix)
-            self.naive.held.append(prefix)
-            self.naive.use(prefix)
-            assert request.checkpoint.state.label == prefix
-            covered = [payload.label for payload in request.kv_payloads()]
-            assert covered == [(prefix[1][:end], start) for start, end in self.naive.spans[prefix]]
-        return request
-
-    def end(self, request: Request, key: Prefix, added: list[Prefix]) -> None:
-        prefix = (key[0], key[1][: request.resumed_tokens])
-        if prefix[1]:
-            self.naive.pins.remove(prefix)
-            self.naive.held.remove(prefix)
-        for held in added:
-            self.naive.held.remove(held)
-
-    @rule(ids=PROMPTS, space=SPACES, picks=st.sets(st.integers(1, 6)))
-    def serve(self, ids: list[int], space: str, picks: set[int]) -> None:
-        key: Prefix = (space, tuple(ids))
-        request, added = self.begin(key), []
-        kv = (lambda a, b: Blob(self.kv * (b - a), (key[1][:b], a))) if self.kv else None
-        for position in sorted(GRID * pick for pick in picks):
-            if request.resumed_tokens < position <= len(ids) - 2:
-                prefix = (space, key[1][:position])
-                spans = [(p - GRID, p) for p in range(GRID, position + 1, GRID)] if self.kv else []
-                stored = request.add(position, Blob(10, prefix), kv)
-                assert stored == self.naive.add(prefix, key, spans)
-                added += [prefix] if stored else []
-        request.close()
-        self.naive.seen.append(key)
-        self.end(request, key, added)
-
-    @precondition(lambda self: len(self.open) < 3)
-    @rule(ids=PROMPTS, space=SPACES)
-    def hold(self, ids: list[int], space: str) -> None:
-        key: Prefix = (space, tuple(ids))
-        self.open.append((self.begin(key), key))
-
-    @precondition(lambda self: self.open)
-    @rule()
-    def fail(self) -> None:
-        request, key = self.open.pop(0)
-        with pytest.raises(KeyError), request:
-            raise KeyError
-        self.end(request, key, [])
-
-    @precondition(lambda self: not self.open)
-    @rule()
-    def clear(self) -> None:
-        self.store.clear()
-        self.naive.entries, self.naive.seen = [], []
-        assert self.store.remembered_tokens == 0
-        assert not self.store.forest.roots
-
-    @invariant()
-    def same_bytes(self) -> None:
-        if not hasattr(self, "store"):
-            return
-        assert self.store.used_bytes == self.naive.used() <= self.naive.max_memory
-        stored = sorted((space, tuple(path.tolist())) for space, path, _ in self.store.checkpoints())
-        assert stored == sorted(self.naive.entries)
-        assert len(self.store) == len(stored)
-        assert sum(blob.nbytes for blob in LIVE) == self.store.used_bytes
-
-
-TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
 
 
 def test_document_is_stored_once() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import builtin
+from ..machine import describe_machine
 from .benching import bench
 from .screen import Screen, fail
 
@@ -40,11 +41,15 @@ def _model_names(incomplete: str) -> list[str]:
     return [name for name in builtin.SIZES if name.startswith(incomplete)]
 
 
+ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
 Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
 Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500MB or 2GiB.")]
 Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's choice.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+
+
+_DEMO_MODELS = {"mamba": "mamba-21m", "jamba": "jamba-30m", "zamba2": "zamba2-30m"}
 
 
 @app.command()
@@ -60,6 +65,7 @@ def demo(
     document: Annotated[Path | None, typer.Option(help="A text file of your own, with --question.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 6000,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller models and 1,500 tokens: seconds.")] = False,
     uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
     policy: Policy = None,
     max_memory: Memory = "2GiB",
@@ -76,30 +82,32 @@ def demo(
     from . import sources
 
     screen = Screen(json)
-    names = list(model) if model else ["mamba-21m", "jamba-30m", "zamba2-30m"]
-    tasks = _tasks(workload, documents, document, question)
+    names = model or [f"{family}-3m" if quick else size for family, size in _DEMO_MODELS.items()]
+    tokens = min(tokens, 1500) if quick else tokens
+    reading = sources.reading(workload, documents, document, question or [], tokens)
     _quiet()
     if any(name in builtin.SIZES for name in names):
         screen.say(
-            "Built-in models have random weights: what they would answer means nothing and is not shown. What is shown "
-            "is time to first token, memory and exactness, which depend on the architecture alone.\n"
+            "Built-in models have random weights: what they would answer means nothing and is not shown. What is "
+            "shown is time to first token, memory and exactness, which depend on the architecture alone.\n"
         )
     results = []
     for name in names:
-        own = None if tasks else sources.own_document()
-        loaded, tokenizer = builtin.load(name, [task.prompt for task in tasks] or [own[0] if own else ""], dtype, device)
-        asked = tasks or sources.about(sources.shorten(own[0], tokenizer, tokens), sources.QUESTIONS, own[1])
+        loaded, tokenizer = builtin.load(name, reading.texts, dtype, device)
         options: dict[str, Any] = {"max_memory": max_memory, "grid": grid, **({"policy": policy} if policy else {})}
-        results.append(work.run(name, loaded, tokenizer, asked, screen, uncached=uncached, **options))
+        tasks = reading.tasks(tokenizer)
+        results.append(work.run(name, loaded, tokenizer, tasks, screen, uncached=uncached, **options))
     passed = all(result.exactness.passed for result in results)
-    screen.emit({"passed": passed, **_environment(), "models": [result.to_dict() for result in results]})
+    screen.emit({"passed": passed, "machine": describe_machine(), "models": [result.to_dict() for result in results]})
     raise typer.Exit(0 if passed else 1)
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)],
-    tokens: Annotated[int | None, typer.Option(help="Tokens of each prompt; default: three grid steps.", min=8)] = None,
+    model: ModelName,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each prompt; default: three grid steps.", min=8)
+    ] = None,
     prompts: Annotated[int, typer.Option(help="How many prompts to check.", min=1, max=7)] = 3,
     document: Annotated[Path | None, typer.Option(help="A text file to take the prompts from.")] = None,
     policy: Policy = None,
@@ -120,22 +128,67 @@ def verify(
     loaded, tokenizer = builtin.load(model, [text], dtype, device)
     options = {"grid": grid, **({"policy": policy} if policy else {})}
     report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
-    screen.emit({"model": model, **result, **_environment()})
+    screen.emit({"model": model, **result, "machine": describe_machine()})
     raise typer.Exit(0 if report.passed else 1)
 
 
-def _tasks(workload: Path | None, documents: int, document: Path | None, question: list[str] | None) -> list[Any]:
-    from . import sources
+@app.command()
+def plan(
+    model: ModelName,
+    trace: Annotated[
+        Path | None, typer.Option(help="Workload folder or .jsonl of token ids; default: prompts that part anywhere.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the prompts without a trace.", min=64)] = 8192,
+    max_memory: Memory = "2GiB",
+    grid: Grid = None,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint of a model costs, and the best places for 1, 2, 4, ... of them.
 
-    if workload is not None and document is not None:
-        raise ValueError("--workload and --document are both given; choose one.")
-    if workload is not None:
-        return sources.read_workload(workload, documents)
-    if document is not None:
-        if not question or len(question) < 2:
-            raise ValueError("--document needs at least two --question options: the first one pays for the others.")
-        return sources.about(document.read_text(encoding="utf-8"), question, document.name)
-    return []
+    Example: `hf-sparse-cache plan zamba2-30m --tokens 8000`
+    """
+    import numpy as np
+
+    from . import planning
+
+    screen = Screen(json)
+    _quiet()
+    sizes = planning.Sizes.of(builtin.load(model, [""])[0], grid)
+    weights = np.ones(tokens + 1) if trace is None else planning.overlap_weights(trace)
+    prompts = f"prompts of {tokens:,} tokens that part anywhere" if trace is None else f"the requests of {trace.name}"
+    screen.emit({"model": model, **planning.plan(sizes, weights, max_memory, prompts, screen)})
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="Workload folder, or .jsonl with one list of token ids a line.")],
+    policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: learned, dp, block.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Take the sizes from this model.", autocompletion=_model_names)
+    ] = None,
+    state_bytes: Annotated[int, typer.Option(help="Bytes of a checkpoint's states, without --model.", min=1)] = 2**20,
+    kv_bytes_per_token: Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0)] = 0,
+    max_memory: Annotated[str | None, typer.Option(help="Budget, such as 2GiB; default: no limit.")] = None,
+    max_checkpoints: Annotated[int | None, typer.Option(help="Most new checkpoints a prompt.", min=0)] = None,
+    grid: Grid = None,
+    warmup: Annotated[float, typer.Option(help="Leading fraction that is served but not counted.")] = 0.0,
+    json: Json = False,
+) -> None:
+    """Serve a trace without a model, and show what each policy would reuse of it.
+
+    Example: `hf-sparse-cache simulate trace.jsonl --max-memory 2GiB --policy learned --policy block`
+    """
+    from . import planning
+
+    screen = Screen(json)
+    _quiet()
+    if model is None:
+        sizes = planning.Sizes(state_bytes, kv_bytes_per_token, grid or 64)
+    else:
+        sizes = planning.Sizes.of(builtin.load(model, [""])[0], grid)
+    names = policy or ["learned", "dp", "block"]
+    limits: dict[str, Any] = {"max_memory": max_memory, "max_checkpoints": max_checkpoints, "warmup": warmup}
+    screen.emit({"trace": str(trace), **planning.replay(trace, sizes, names, screen, **limits)})
 
 
 def _quiet() -> None:
@@ -145,17 +198,6 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-
-
-def _environment() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
 
 
 app.command()(bench)

@@ -104,7 +104,9 @@ def run(
     repeated = [index for index in range(1, len(tasks)) if tasks[index].document == tasks[index - 1].document]
     timed = _spread(repeated or list(range(len(tasks))), uncached)
     proved = _spread(repeated or list(range(len(tasks))), checked)
-    work = sum(prompt.shape[1] for prompt in (prompts[0], *(prompts[i] for i in timed), *(prompts[i] for i in proved * 2)))
+    work = sum(
+        prompt.shape[1] for prompt in (prompts[0], *(prompts[i] for i in timed), *(prompts[i] for i in proved * 2))
+    )
     screen.say(f"{describe(name, model)}", style="bold")
     answered = []
     with SparsePrefixCache(model, tokenizer, **options) as cache, screen.progress(work, name) as steps:
@@ -163,10 +165,10 @@ def _spread(indices: list[int], count: int) -> list[int]:
 
 
 def _show(result: Result, screen: Screen) -> None:
-    columns = ("question", "prompt", "overlap", "resumed", "computed", "first token", "uncached", "ratio", "stored")
+    columns = ("question", "prompt", "overlap", "resumed", "computed", "cached", "uncached", "ratio", "stored")
     rows = [
         (
-            row.question if len(row.question) <= 48 else row.question[:47] + "…",
+            row.question if len(row.question) <= 44 else row.question[:43] + "…",
             f"{row.prompt_tokens:,}",
             f"{row.overlap_tokens:,}",
             f"{row.resumed_tokens:,}",
@@ -174,18 +176,21 @@ def _show(result: Result, screen: Screen) -> None:
             f"{row.cached_seconds:.3f} s",
             "" if row.uncached_seconds is None else f"{row.uncached_seconds:.3f} s",
             "" if row.ratio is None else f"{row.ratio:.1f}×",
-            f"{row.checkpoints} checkpoints, {format_bytes(row.stored_bytes)}",
+            f"{row.checkpoints} · {format_bytes(row.stored_bytes)}",
         )
         for row in result.answered
     ]
     screen.table(columns, rows)
+    screen.say("In tokens; cached and uncached: time to first token; stored: checkpoints · bytes.")
     if result.ratios:
         screen.say(
-            f"Time to first token, side by side with stock generate(): {min(result.ratios):.1f}× to "
-            f"{max(result.ratios):.1f}× lower once the document is known."
+            f"Side by side with stock generate(), the first token came {min(result.ratios):.1f}× to "
+            f"{max(result.ratios):.1f}× sooner once the document was known."
         )
     report = result.exactness
-    sentence = "EXACT" if report.passed else "NOT EXACT" if report.resumed_tokens else "NOT PROVED, nothing was resumed"
+    sentence = (
+        "EXACT" if report.passed else "NOT EXACT" if report.resumed_tokens else "NOT PROVED, nothing was resumed"
+    )
     screen.say(
         f"{sentence}: {len(report.rows)} prompts run stock, cold and warm; {report.resumed_tokens:,} tokens resumed; "
         f"warm equals cold bit for bit: {'yes' if report.bitwise else 'NO'}; "

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -42,11 +43,16 @@ class Screen:
         if self._json:
             return
         if not self._out.is_terminal:
-            self.say(f"{title}\n\n{markdown_table(columns, rows)}\n" if title else f"{markdown_table(columns, rows)}\n")
+            self.say(
+                f"{title}\n\n{markdown_table(columns, rows)}\n" if title else f"{markdown_table(columns, rows)}\n"
+            )
             return
-        drawn = Table(title=title or None, title_justify="left", header_style="bold")
+        drawn = Table(title=title or None, header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        # Figures are never cut; the first column gives way on a narrow terminal.
+        widths[0] = max(6, min(widths[0], self._out.width - sum(widths[1:]) - 2 * len(widths)))
         for index, column in enumerate(columns):
-            drawn.add_column(column, justify="right" if index else "left", overflow="fold")
+            drawn.add_column(column, justify="right" if index else "left", no_wrap=True, width=widths[index])
         for row in rows:
             drawn.add_row(*row)
         self._out.print(drawn)

@@ -1,6 +1,7 @@
 """What the commands run on: a model by name, and questions about a long text."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,38 @@ class Task:
     prompt: str
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is to be read: the texts, for a tokenizer to learn from, and the tasks once there is a tokenizer."""
+
+    texts: list[str]
+    tasks: Callable[[Any], list[Task]]
+
+
+def reading(
+    workload: Path | None, documents: int, document: Path | None, questions: Sequence[str], tokens: int
+) -> Reading:
+    """A workload, or a document with questions, or else the first `tokens` tokens of the project's own document.
+
+    Raises:
+        ValueError: Both are given, or too few questions.
+    """
+    if workload is not None and document is not None:
+        raise ValueError("--workload and --document are both given; choose one.")
+    if workload is not None:
+        tasks = read_workload(workload, documents)
+        return Reading([task.prompt for task in tasks], lambda tokenizer: tasks)
+    if document is not None:
+        if len(questions) < 2:
+            raise ValueError("--document needs at least two --question options: the first one pays for the others.")
+        tasks = about(document.read_text(encoding="utf-8"), questions, document.name)
+        return Reading([task.prompt for task in tasks], lambda tokenizer: tasks)
+    text, name = own_document()
+    return Reading([text], lambda tokenizer: about(shorten(text, tokenizer, tokens), QUESTIONS, name))
+
+
 def own_document() -> tuple[str, str]:
-    """A long text that we wrote, and its name: the project's documentation, or its source where that is not installed."""
+    """A long text that we wrote, and its name: the documentation, or the source where only the package is there."""
     package = Path(__file__).resolve().parents[1]
     root = package.parent
     files = [root / name for name in _DOCUMENTS if (root / name).is_file()]
@@ -44,7 +75,7 @@ def own_document() -> tuple[str, str]:
     return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in files), name
 
 
-def about(document: str, questions: tuple[str, ...] | list[str], name: str) -> list[Task]:
+def about(document: str, questions: Sequence[str], name: str) -> list[Task]:
     """Tasks that share their document."""
     return [Task(name, question, f"{document}\n\nQuestion: {question}\nAnswer:") for question in questions]
 
@@ -74,7 +105,8 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
         if len(seen) > groups:
             break
         *before, question = (texts[segment] for segment in segments)
-        tasks.append(Task(f"{folder.name}/{request['group_id']}", question.strip(), "".join(before) + question))
+        asked = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
+        tasks.append(Task(f"{folder.name}/{request['group_id']}", asked, "".join(before) + question))
     return tasks
 
 

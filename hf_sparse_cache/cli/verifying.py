@@ -1,19 +1,26 @@
 """The exactness badge: a table of prompts that ran stock, cold and resumed, and a verdict."""
 
-import platform
 from typing import Any
 
 import torch
-import transformers
 
 from ..cache import SparsePrefixCache
-from ..exactness import ExactnessReport, check_exactness
+from ..exactness import ExactnessReport, ExactnessRow, check_exactness
+from ..machine import describe_machine
 from .screen import Screen
 from .sources import QUESTIONS, describe
 
 
 def run(
-    name: str, model: Any, tokenizer: Any, text: str, screen: Screen, *, tokens: int | None, prompts: int, **options: Any
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    screen: Screen,
+    *,
+    tokens: int | None,
+    prompts: int,
+    **options: Any,
 ) -> tuple[ExactnessReport, dict[str, Any]]:
     """Check one model and write the badge.
 
@@ -42,7 +49,7 @@ def run(
         endings = [tokenizer(question, add_special_tokens=False)["input_ids"] for question in QUESTIONS[:prompts]]
         ids = [torch.tensor(common + ending) for ending in endings]
         with screen.progress(len(ids), name) as steps:
-            rows = []
+            rows: list[ExactnessRow] = []
             for index, prompt in enumerate(ids):
                 steps.now(f"{name}: prompt {index + 1} of {len(ids)}")
                 report = check_exactness(model, [prompt], cache=cache)
@@ -65,9 +72,10 @@ def run(
     screen.table(columns, cells)
     # ExactnessReport says the verdict in its last line.
     screen.say(str(report).rsplit("\n", 1)[-1], style="green" if report.passed else "bold red")
+    where = describe_machine()
     screen.say(
-        f"{model.dtype} on {model.device}, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{model.dtype} on {model.device}; {where['cpu']}, {where['threads']} threads; torch {where['torch']}, "
+        f"transformers {where['transformers']}"
     )
     return report, {
         "passed": report.passed,

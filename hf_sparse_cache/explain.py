@@ -1,0 +1,144 @@
+"""Why a prompt resumes where it does, and what would let it resume deeper.
+
+The causes are a closed set; their wording is part of the interface:
+
+- `resumed`
+- `nothing stored`
+- `diverges at token n`
+- `overlap of n tokens ends before the first checkpoint at m`
+- `evicted`
+- `never captured: ...`
+- `weights changed: ...` and `call not supported: ...`, which the handle adds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .tree import Checkpoint, Match, Node
+
+
+if TYPE_CHECKING:
+    from .store import CheckpointStore
+
+
+# Tokens decoded on either side of the place where a prompt leaves what is known.
+_CONTEXT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one prompt would reuse; `str()` of it reads as a sentence.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        overlap_tokens: tokens it shares with earlier prompts, whether or not states are still stored.
+        resumed_tokens: tokens that it would skip.
+        reason: the cause, from the closed set of this module.
+        remedy: what would have helped; empty when nothing is lost.
+        context: the decoded text around the divergence, where a tokenizer is known.
+    """
+
+    prompt_tokens: int
+    overlap_tokens: int
+    resumed_tokens: int
+    reason: str
+    remedy: str = ""
+    context: str = ""
+
+    def __str__(self) -> str:
+        start = (
+            f"Of {self.prompt_tokens:,} tokens, {self.overlap_tokens:,} are shared with earlier prompts and "
+            f"{self.resumed_tokens:,} would be skipped: {self.reason}"
+        )
+        where = f" (at {self.context!r})" if self.context else ""
+        return f"{start}{where}." + (f" {self.remedy}" if self.remedy else "")
+
+
+def explain(
+    store: CheckpointStore,
+    ids: Tokens,
+    cuts: Positions,
+    space: str,
+    decode: Callable[[list[int]], str] | None = None,
+) -> Explanation:
+    """What a prompt would reuse now, without running or changing anything.
+
+    Args:
+        store: what is stored.
+        ids: the prompt, int32 of shape `(N,)`.
+        cuts: its cuts.
+        space: where to look.
+        decode: turns token ids into text.
+    """
+    with store.lock:
+        match = store.match(ids, space)
+        usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
+        stored = match.checkpoints(usable)
+        checkpoint = stored[-1] if stored else None
+        reason = cause(match, checkpoint, usable, cuts)
+    resumed = checkpoint.position if checkpoint else 0
+    lost = int(cuts[cuts <= usable][-1]) - resumed if len(cuts) and cuts[0] <= usable else 0
+    context = ""
+    if decode is not None and match.known and match.overlap < len(ids):
+        around = ids[max(0, match.overlap - _CONTEXT_TOKENS) : match.overlap + _CONTEXT_TOKENS]
+        context = decode(around.tolist())
+    return Explanation(len(ids), match.overlap, resumed, reason, _remedy(reason, lost, match, len(ids)), context)
+
+
+def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positions) -> str:
+    """The cause for one prompt.
+
+    Args:
+        match: what the tree knows of the prompt.
+        checkpoint: the one it resumes from, if any.
+        usable: the deepest position at which it may resume.
+        cuts: the prompt's cuts.
+    """
+    if checkpoint is not None:
+        return "resumed"
+    if not match.known:
+        return "nothing stored"
+    if not len(cuts):
+        return "never captured: the prompt is shorter than the first cut"
+    if cuts[0] > usable:
+        return f"diverges at token {match.overlap}"
+    if any(0 < node.lost <= usable for node in match.path):
+        return "evicted"
+    ahead = _first_ahead(match.path)
+    if ahead is not None:
+        return f"overlap of {match.overlap} tokens ends before the first checkpoint at {ahead}"
+    return f"never captured: the policy placed no checkpoint on the first {usable} tokens"
+
+
+def _remedy(reason: str, lost: int, match: Match, length: int) -> str:
+    if reason == "resumed":
+        if lost <= 0:
+            return ""
+        return f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on the shared part would keep one there."
+    if reason == "nothing stored":
+        return "The first prompt of a kind is always computed; a later one that starts alike resumes."
+    if reason.startswith("diverges"):
+        return "That is before the first cut: put what changes behind what stays, or use a smaller grid."
+    if reason == "evicted":
+        return "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint."
+    if reason.startswith("overlap of"):
+        return "Call cache.mark() on the shared part: a checkpoint is then kept at its end."
+    if length <= match.overlap:
+        return "A prompt this short has nothing worth storing; a smaller grid would cut it."
+    return "Call cache.mark() on the shared part, or raise max_checkpoints or max_memory."
+
+
+def _first_ahead(path: list[Node], limit: int = 256) -> int | None:
+    """The shallowest checkpoint at or below the last node of a path, looking at `limit` nodes at most."""
+    level, first = path[-1:], None
+    while level and limit > 0:
+        found = [position for node in level for position in node.checkpoints]
+        if found:
+            first = min([*found, first] if first is not None else found)
+        limit -= len(level)
+        level = [child for node in level if not node.checkpoints for child in node.children.values()]
+    return first

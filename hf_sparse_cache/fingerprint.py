@@ -1,0 +1,145 @@
+"""What a stored state depends on besides its tokens, by content, so that another process can tell if it may use it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from .disk import FORMAT
+from .forks import ForkSafeLock
+from .weights import identity
+
+if TYPE_CHECKING:
+    from .cache import SparsePrefixCache
+
+# Packages whose kernels replace torch's own in these models; another version may round differently.
+KERNEL_PACKAGES = (
+    "mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core", "kernels", "flash-attn", "triton", "xformers",
+)  # fmt: skip
+_VOLATILE = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")
+_lock = ForkSafeLock()
+_digests: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
+
+
+def space_of(handle: SparsePrefixCache, weights: str) -> str:
+    """Where a handle's prompts live in its store.
+
+    In a store that dies with the process the weights are named by `weights`, at no cost; in one with a disk tier, and
+    for a saved cache, by their content. The namespace follows the first unit separator, which JSON never contains.
+    """
+    if not handle.store.outlives_process:
+        return f"{weights}, grid {handle.grid}, cut ids {handle._cut_ids}, {handle.config.exactness}\x1f{handle.config.namespace}"
+    return durable_space(describe(handle), handle.config.namespace)
+
+
+def durable_space(description: dict[str, Any], namespace: str) -> str:
+    """The name of a space that means the same in every process."""
+    return json.dumps(description, sort_keys=True, separators=(",", ":")) + "\x1f" + namespace
+
+
+def describe(handle: SparsePrefixCache) -> dict[str, Any]:
+    """Everything that decides whether a state can be continued bit for bit, as JSON values.
+
+    Raises:
+        ValueError: weights are offloaded and cannot be read.
+    """
+    model, config = handle.model, handle.model.config
+    return {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "weights": weights_digest(model),
+        "config": _digest(json.dumps(config_values(config), sort_keys=True, default=str)),
+        "dtype": sorted({str(tensor.dtype) for tensor in model.parameters()}),
+        "attention": str(getattr(config, "_attn_implementation", None)),
+        "experts": str(getattr(config, "_experts_implementation", None)),
+        "devices": sorted({_device(tensor.device) for tensor in model.parameters()}),
+        "threads": torch.get_num_threads(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "grid": handle.grid,
+        "cut ids": list(handle._cut_ids),
+        "min distance": max(2, handle.grid // 4),
+        "exactness": handle.config.exactness,
+    }
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A model's configuration without what says nothing about its arithmetic."""
+    values: dict[str, Any] = json.loads(json.dumps(config.to_dict(), sort_keys=True, default=str))
+    return {name: value for name, value in values.items() if name not in _VOLATILE}
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What two descriptions disagree on, one phrase each, saved value first."""
+    found = []
+    for name in sorted({*saved, *current}):
+        before, now = saved.get(name, "absent"), current.get(name, "absent")
+        if before != now:
+            hashed = name in ("weights", "config")
+            found.append(f"other {name}" if hashed else f"{name} {before} instead of {now}")
+    return found
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """BLAKE2b over every parameter and buffer: name, dtype, shape and all bytes. Cached until the weights change.
+
+    It reads everything once, at about 1 GB/s a core. A sample would be cheaper, and blind to a small edit of a few
+    weights, which is exactly what an adapter or a merge may be.
+
+    Raises:
+        ValueError: weights are offloaded and cannot be read.
+    """
+    name = identity(model)
+    with _lock:
+        known = _digests.get(model)
+        if known is not None and known[0] == name:
+            return known[1]
+    tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
+    offloaded = [key for key, tensor in tensors if tensor.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"The model's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), so states cannot be "
+            "tied to them beyond this process. Load the whole model into memory, or use a store without a disk tier."
+        )
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        parts = list(pool.map(lambda item: _tensor_digest(*item), tensors))
+    digest = _digest("".join(parts))
+    with _lock:
+        _digests[model] = (name, digest)
+    return digest
+
+
+@torch.no_grad()
+def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+    found = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    found.update(flat.numpy().data)
+    return found.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,170 @@
+"""Saving what a handle has stored, and loading it in another process: safetensors and JSON, no pickle.
+
+A saved cache is a folder: `sparse_cache.json` says what it belongs to, and each state and KV segment is a file of its
+own (see `files`). The states reveal the prompts they were made from: files are readable by their owner alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from transformers.utils import logging
+
+from . import files, fingerprint
+from .disk import DiskTier
+from .payloads import LayerTensors
+from .tiers import Tier
+from .units import unit_of
+
+if TYPE_CHECKING:
+    from .cache import SparsePrefixCache
+
+logger = logging.get_logger(__name__)
+MANIFEST = "sparse_cache.json"
+
+
+class SavedFolder(DiskTier):
+    """The units of one space in one flat folder."""
+
+    def folder_of(self, space: str) -> Path:
+        return self.folder
+
+
+class Persistent:
+    """What a handle can do with folders."""
+
+    def save_pretrained(self: SparsePrefixCache, save_directory: str | Path) -> int:  # type: ignore[misc]
+        """Write every checkpoint of this handle's weights and namespace, from all tiers, to a folder.
+
+        A save replaces what an earlier one left there. One that is interrupted leaves a smaller cache, not a broken
+        one. The files reveal the prompts; they are readable by their owner alone and are never pushed to the Hub.
+
+        Args:
+            save_directory: made when it is not there.
+
+        Returns:
+            The number of checkpoints saved.
+
+        Raises:
+            ValueError: the folder holds a cache of another model or namespace, or the weights are offloaded.
+            OSError: a file cannot be written.
+        """
+        folder = Path(save_directory)
+        description = fingerprint.describe(self)
+        manifest = {
+            "fingerprint": description,
+            "namespace": self.config.namespace,
+            "config": fingerprint.config_values(self.model.config),
+            "settings": {"max_memory": self.store.max_memory, "max_checkpoints": self.config.max_checkpoints},
+        }
+        if (folder / MANIFEST).exists():
+            _refuse_other(folder, _manifest(folder), manifest, "save there; choose another folder, or delete this one")
+        files.private_folder(folder)
+        files.write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
+        target = SavedFolder(folder, None)
+        stale = {id(checkpoint): checkpoint for checkpoint in target.load(folder)}
+        space = fingerprint.durable_space(description, self.config.namespace)
+        saved = 0
+        own, _ = self._space()
+        for tier in reversed(self.store.tiers):  # the slowest first: what is used most is written last
+            for _, tokens, checkpoint in sorted(tier.checkpoints(own), key=lambda item: item[2].last_used):
+                with tier.lock:
+                    if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
+                        continue  # evicted meanwhile
+                    tier.pin(checkpoint)
+                    unit = unit_of(checkpoint)
+                try:
+                    found = tier.fetch(checkpoint, unit, list(unit.kv)) if isinstance(tier, Tier) else unit
+                    if found is not None:
+                        found.space = space
+                        saved += target.write(found)
+                finally:
+                    tier.unpin(checkpoint)
+                kept = target.match(tokens, space).checkpoints(len(tokens))
+                stale = {key: item for key, item in stale.items() if not any(item is other for other in kept[-1:])}
+        for checkpoint in stale.values():
+            target.evict(checkpoint)
+        target.sweep()
+        return len(target)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path, model: Any, tokenizer: Any = None, **options: Any) -> Self:
+        """Make a handle with the checkpoints that `save_pretrained` wrote.
+
+        A file that is damaged or gone is left out, with one warning, and so is what builds on it.
+
+        Args:
+            save_directory: the folder.
+            model: the model the states were made with: same weights, configuration, dtype, implementations, devices.
+            tokenizer: as it was when the cache was saved.
+            options: as for the class; grid, exactness, namespace and sizes default to the saved ones.
+
+        Raises:
+            ValueError: the states cannot be continued exactly by this model in this environment; names what differs.
+            OSError: there is no such folder, or it cannot be read.
+        """
+        folder = Path(save_directory)
+        manifest = _manifest(folder)
+        saved = manifest["fingerprint"]
+        defaults = {
+            "grid": saved.get("grid"),
+            "exactness": saved.get("exactness", "bitwise"),
+            "namespace": manifest["namespace"],
+            "max_checkpoints": manifest["settings"]["max_checkpoints"],
+        }
+        if options.get("store") is None:
+            defaults["max_memory"] = manifest["settings"]["max_memory"]
+        handle: Any = cls(model, tokenizer, **{**defaults, **options})  # type: ignore[call-arg]
+        try:
+            current = {
+                "fingerprint": fingerprint.describe(handle),
+                "namespace": handle.config.namespace,
+                "config": fingerprint.config_values(model.config),
+            }
+            _refuse_other(folder, manifest, current, "continue its states; make a new cache with this model instead")
+            source = SavedFolder(folder, None, read_only=True)
+            source.reader = LayerTensors.from_bytes
+            space, _ = handle._space()
+            found = source.load(folder)
+            loaded = sum(_load(source, item, handle.store, space) for item in found)
+        except BaseException:
+            handle.detach()
+            raise
+        logger.info(f"Loaded {loaded} of {len(found)} checkpoints from {folder}.")
+        return handle  # type: ignore[no-any-return]
+
+
+def _load(source: SavedFolder, checkpoint: Any, store: Any, space: str) -> bool:
+    with source.lock:
+        if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
+            return False  # it built on a file that turned out to be damaged
+        source.pin(checkpoint)
+        tokens = unit_of(checkpoint).tokens
+    return source.copy_up(checkpoint, store, tokens, space)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no saved SparsePrefixCache: it has no {MANIFEST}; see save_pretrained")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        _ = manifest["fingerprint"]["format"], manifest["namespace"], manifest["settings"]["max_checkpoints"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete the folder and save the cache again") from error
+    return manifest
+
+
+def _refuse_other(folder: Path, saved: dict[str, Any], current: dict[str, Any], cannot: str) -> None:
+    found = fingerprint.differences(saved["fingerprint"], current["fingerprint"])
+    if "other config" in found:
+        keys = fingerprint.differences(saved.get("config", {}), current["config"])
+        found[found.index("other config")] = "other config (" + ", ".join(keys[:4]) + ")"
+    if saved["namespace"] != current["namespace"]:
+        found.append(f"namespace {saved['namespace']!r} instead of {current['namespace']!r}")
+    if found:
+        raise ValueError(
+            f"The cache saved in {folder} belongs to another setting: {'; '.join(found)}. This model cannot {cannot}."
+        )

@@ -1,0 +1,112 @@
+"""`explain` names the cause and the remedy without changing anything; `mark` keeps what was announced."""
+
+import pytest
+import torch
+from tiny_models import random_ids
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache
+
+
+GRID = 32
+DOCUMENT = random_ids(160, seed=1)
+
+
+def prompt(seed: int, length: int = 40) -> torch.Tensor:
+    return torch.cat([DOCUMENT, random_ids(length, seed=seed)], dim=1)
+
+
+def serve(model: PreTrainedModel, cache: SparsePrefixCache, ids: torch.Tensor) -> None:
+    model.generate(ids, past_key_values=cache, max_new_tokens=1)
+
+
+def test_every_cause(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID, policy="last") as cache:
+        first = cache.explain(prompt(2))
+        assert first.reason == "nothing stored" and first.remedy and first.resumed_tokens == 0
+        serve(jamba, cache, prompt(2))
+        before = (cache.stats(), [c.hits for _, _, c in cache.store.checkpoints()])
+        whole = cache.explain(prompt(2)[0])
+        assert whole.reason == "resumed" and whole.resumed_tokens == 192 and whole.remedy == ""
+        behind = cache.explain(prompt(3))
+        assert behind.reason == "overlap of 160 tokens ends before the first checkpoint at 192" and "mark" in behind.remedy
+        early = cache.explain(torch.cat([DOCUMENT[:, :20], random_ids(80, seed=9)], dim=1))
+        assert early.reason == "diverges at token 20" and "smaller grid" in early.remedy
+        assert cache.explain(DOCUMENT[:, :10]).reason.startswith("never captured: the prompt is shorter")
+        for _, _, checkpoint in cache.store.checkpoints():
+            cache.store.evict(checkpoint)
+        lost = cache.explain(prompt(2))
+        assert lost.reason == "evicted" and "max_memory" in lost.remedy
+        assert before[0].requests == cache.stats().requests == 1
+        assert str(lost).startswith("Of 200 tokens, 200 are shared")
+    with SparsePrefixCache(jamba, grid=GRID, policy="none") as cache:
+        serve(jamba, cache, prompt(2))
+        assert cache.explain(prompt(3)).reason.startswith("never captured: the policy placed no checkpoint")
+
+
+def test_explain_agrees_with_what_happens(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID) as cache:
+        for seed in (2, 3, 4, 3):
+            said = cache.explain(prompt(seed))
+            serve(jamba, cache, prompt(seed))
+            done = cache.last_request
+            assert (said.reason, said.resumed_tokens, said.overlap_tokens) == (
+                done.reason,
+                done.resumed_tokens,
+                done.overlap_tokens,
+            )
+
+
+def test_other_namespace_shows_nothing(jamba: PreTrainedModel) -> None:
+    store = CheckpointStore()
+    with (
+        SparsePrefixCache(jamba, grid=GRID, store=store, namespace="a") as one,
+        SparsePrefixCache(jamba, grid=GRID, store=store, namespace="b") as other,
+    ):
+        serve(jamba, one, prompt(2))
+        assert other.explain(prompt(2)).reason == "nothing stored"
+
+
+def test_context_is_decoded(jamba: PreTrainedModel) -> None:
+    text = "the quick brown fox jumps over the lazy dog again and again until it rests"
+    words = Tokenizer(models.WordLevel({word: index + 3 for index, word in enumerate(sorted({*text.split(), "my"}))}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    with SparsePrefixCache(jamba, tokenizer, grid=4, policy="balanced") as cache:
+        serve(jamba, cache, tokenizer(text, return_tensors="pt")["input_ids"])
+        said = cache.explain("the quick brown fox jumps over my lazy dog again")
+        assert (said.overlap_tokens, said.resumed_tokens) == (6, 4)
+        assert "jumps over my lazy" in said.context and said.context in str(said)
+
+
+@pytest.mark.parametrize("exactness", ["bitwise", "numerical"])
+def test_a_mark_is_captured_and_never_evicted(jamba: PreTrainedModel, exactness: str) -> None:
+    where = 160 if exactness == "bitwise" else 171
+    document = random_ids(171, seed=1)
+    with SparsePrefixCache(jamba, grid=GRID, policy="none", exactness=exactness) as cache:
+        cache.mark(document)
+        cache.mark(document)  # twice is once
+        serve(jamba, cache, torch.cat([document, random_ids(30, seed=2)], dim=1))
+        assert cache.last_request.captured == (where,)
+        serve(jamba, cache, torch.cat([document, random_ids(30, seed=3)], dim=1))
+        assert cache.last_request.resumed_tokens == where
+        cache.store.resize(1)  # nothing fits any more, but what was marked stays
+        assert len(cache.store) == 1
+        cache.clear()
+        assert len(cache.store) == 0
+        serve(jamba, cache, torch.cat([document, random_ids(30, seed=4)], dim=1))
+        assert cache.last_request.captured == ()
+
+
+def test_a_mark_keeps_what_is_stored_already(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced") as cache:
+        serve(jamba, cache, prompt(2))
+        cache.mark(DOCUMENT)
+        cache.store.resize(1)
+        assert [c.position for _, _, c in cache.store.checkpoints()] == [160]
+
+
+def test_a_mark_that_could_not_be_kept_is_refused(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID) as cache, pytest.raises(ValueError, match="first cut at 32"):
+        cache.mark(DOCUMENT[:, :31])

@@ -1,0 +1,430 @@
+"""Saved caches, restarts, tenants, threads, forks and a lack of memory, on a pure, a hybrid and a shared-attention model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache, fingerprint, states
+from hf_sparse_cache.payloads import LayerTensors
+
+GRID = 32
+DOCUMENT = tiny_models.random_ids(96, seed=1)
+
+
+@pytest.fixture(params=["Mamba", "Jamba", "Zamba2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def stores() -> Iterator[list[CheckpointStore]]:
+    made: list[CheckpointStore] = []
+    yield made
+    for store in made:
+        store.close()
+
+
+def question(seed: int, length: int = 20) -> torch.Tensor:
+    return torch.cat([DOCUMENT, tiny_models.random_ids(length, seed=seed)], dim=1)
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor, cache: SparsePrefixCache) -> torch.Tensor:
+    out = model.generate(
+        ids, past_key_values=cache, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    return torch.stack(out.logits)
+
+
+def handle(model: PreTrainedModel, **options: Any) -> SparsePrefixCache:
+    return SparsePrefixCache(model, **{"grid": GRID, "policy": "balanced", **options})
+
+
+def cold_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with handle(model, policy="none") as cache:
+        return logits(model, ids, cache)
+
+
+def small_store(model: PreTrainedModel, folder: Path, **options: Any) -> CheckpointStore:
+    """A store with room for about one checkpoint of the document, and a disk tier."""
+    with handle(model) as cache:
+        one = cache.size.state_bytes + 128 * cache.size.kv_bytes_per_token
+    return CheckpointStore(one, "lru", disk_memory="1GiB", disk_dir=folder, **options)
+
+
+def all_tensors(cache: SparsePrefixCache) -> list[torch.Tensor]:
+    found: dict[int, LayerTensors] = {}
+    for _, _, checkpoint in cache.store.checkpoints():
+        found[id(checkpoint.state)] = checkpoint.state
+        segment = checkpoint.kv
+        while segment is not None:
+            found[id(segment.payload)], segment = segment.payload, segment.parent
+    layers = [layer for payload in found.values() for layer in payload.layers]
+    return [value for layer in layers for value in layer.values() if torch.is_tensor(value)]
+
+
+def test_a_reloaded_cache_continues_bit_for_bit(family: str, tmp_path: Path) -> None:
+    model = tiny_models.build(family)
+    cold = cold_logits(model, question(3))
+    with handle(model) as cache:
+        logits(model, question(2), cache)
+        assert cache.save_pretrained(tmp_path / "a") == cache.stats().checkpoints > 0
+        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == cache.store.used_bytes
+        bytes_before = cache.store.used_bytes
+    del model, cache
+    gc.collect()
+    model = tiny_models.build(family)  # the same weights in new tensors: another process, as far as we can tell
+    with SparsePrefixCache.from_pretrained(tmp_path / "a", model, policy="balanced") as cache:
+        assert cache.grid == GRID and cache.store.used_bytes == bytes_before
+        assert torch.equal(logits(model, question(3), cache), cold)
+        assert cache.last_request.resumed_tokens == 96
+    with SparsePrefixCache.from_pretrained(tmp_path / "a", model, policy="none") as twin:  # the check can fail
+        for tensor in all_tensors(twin):
+            tensor.zero_()
+        wiped = logits(model, question(3), twin)
+        assert twin.last_request.resumed_tokens == 96 and not torch.equal(wiped, cold)
+
+
+def test_a_disk_tier_is_found_again(family: str, tmp_path: Path, stores: list[CheckpointStore]) -> None:
+    model = tiny_models.build(family)
+    cold = [cold_logits(model, question(seed)) for seed in (2, 3, 4)]
+    for life in range(2):
+        stores.append(small_store(model, tmp_path))
+        with handle(model, store=stores[-1]) as cache:
+            for seed, expected in zip((2, 3, 4), cold, strict=True):
+                assert torch.equal(logits(model, question(seed), cache), expected)
+                assert cache.last_request.resumed_tokens == (96 if life or seed > 2 else 0)
+            assert stores[-1].evictions == 0 and (life or stores[-1].demotions > 0)
+            assert sum(tensor.nbytes for tensor in all_tensors(cache)) == stores[-1].used_bytes
+        stores[-1].close()
+        del cache, model
+        gc.collect()
+        model = tiny_models.build(family)
+
+
+def saved(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
+    with handle(model, **options) as cache:
+        logits(model, question(2), cache)
+        cache.save_pretrained(folder)
+    return folder
+
+
+def other_weights(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        next(iter(model.parameters())).view(-1)[7] += 1e-6
+
+
+REFUSALS: list[tuple[str, Callable[[Any], Any], dict[str, Any]]] = [
+    ("other weights", other_weights, {}),
+    ("other config .rms_norm_eps", lambda model: setattr(model.config, "rms_norm_eps", 1e-3), {}),
+    ("dtype", lambda model: model.to(torch.bfloat16), {}),
+    ("attention eager", lambda model: setattr(model.config, "_attn_implementation", "sdpa"), {}),
+    ("grid 32 instead of 64", lambda model: None, {"grid": 64}),
+    ("namespace '' instead of 'b'", lambda model: None, {"namespace": "b"}),
+]
+
+
+@pytest.mark.parametrize(("named", "change", "options"), REFUSALS)
+def test_another_setting_is_refused_by_name(
+    jamba: PreTrainedModel, tmp_path: Path, named: str, change: Callable[[Any], Any], options: dict[str, Any]
+) -> None:
+    jamba.config._attn_implementation = "eager"
+    saved(jamba, tmp_path / "a")
+    change(jamba)
+    with pytest.raises(ValueError, match=named):
+        SparsePrefixCache.from_pretrained(tmp_path / "a", jamba, **options)
+    with handle(jamba, **options) as cache, pytest.raises(ValueError, match=named):
+        cache.save_pretrained(tmp_path / "a")
+    assert "_prefill" not in jamba.__dict__
+
+
+@pytest.mark.parametrize(
+    "name", ["torch", "transformers", "format", "threads", "devices", "kernels", "cut ids", "matmul precision"]
+)
+def test_another_environment_is_refused_by_name(jamba: PreTrainedModel, tmp_path: Path, name: str) -> None:
+    manifest = saved(jamba, tmp_path / "a") / "sparse_cache.json"
+    found = json.loads(manifest.read_text())
+    found["fingerprint"][name] = "5.0"
+    manifest.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=f"{name} 5.0 instead of"):
+        SparsePrefixCache.from_pretrained(tmp_path / "a", jamba)
+
+
+def test_every_tensor_and_byte_of_the_weights_counts(jamba: PreTrainedModel) -> None:
+    seen = {fingerprint.weights_digest(jamba)}
+    for number, tensor in enumerate([*jamba.parameters(), *jamba.buffers()]):
+        flat = tensor.detach().view(-1)
+        before = flat[-1].clone()
+        with torch.no_grad():
+            tensor.view(-1)[-1] = before * 1.01 + 1
+        seen.add(fingerprint.weights_digest(jamba))
+        assert len(seen) == number + 2
+        with torch.no_grad():
+            tensor.view(-1)[-1] = before
+    assert fingerprint.weights_digest(jamba) in seen
+
+
+def test_saved_files_are_private_and_a_save_replaces(jamba: PreTrainedModel, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with handle(jamba) as cache:
+        logits(jamba, question(2), cache)
+        logits(jamba, tiny_models.random_ids(80, seed=9), cache)
+        both = cache.save_pretrained(folder)
+        files = set(os.listdir(folder))
+        assert cache.save_pretrained(folder) == both and set(os.listdir(folder)) == files  # nothing is written twice
+        cache.clear()
+        logits(jamba, question(2), cache)
+        assert cache.save_pretrained(folder) == len(cache.store) < both
+    for path in (folder, *folder.iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+
+
+@pytest.mark.parametrize("kind", ["state", "kv"])
+def test_a_damaged_unit_is_left_out_with_what_builds_on_it(
+    jamba: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    cold = cold_logits(jamba, question(3))
+    folder = saved(jamba, tmp_path / "a")
+    before = set(os.listdir(folder))
+    total = len(list(folder.glob("state*")))
+    victim = max(folder.glob(f"{kind}*"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[-9] ^= 4
+    victim.write_bytes(data)
+    with SparsePrefixCache.from_pretrained(folder, jamba, policy="balanced") as cache:
+        assert len(cache.store) == total - 1 if kind == "state" else len(cache.store) < total
+        assert len([record for record in caplog.records if "lost" in record.message]) == 1
+        assert torch.equal(logits(jamba, question(3), cache), cold)
+    assert set(os.listdir(folder)) == before  # loading changes nothing
+
+
+def test_no_pickle() -> None:
+    for path in Path(states.__file__).parent.glob("*.py"):
+        code = path.read_text().replace("safetensors.torch.load", "")
+        assert "import pickle" not in code and "torch.load(" not in code, path
+
+
+# -- tenants ----------------------------------------------------------------------------------------------------------
+
+NAMES = ["", "a", "a\x1f", "\x1f", "\x1fa", "a\x1fb", "b", '","x":"', "é", "../..", "null"]
+
+
+def serve_tokens(store: CheckpointStore, space: str, ids: list[int]) -> int:
+    from reference_store import Blob
+    from test_store import begin
+
+    with begin(store, ids, space) as request:
+        assert request.checkpoint is None or request.checkpoint.state.label == space
+        for position in range(request.resumed_tokens + 2, len(ids) - 1, 2):
+            request.add(position, Blob(10, space))
+    return request.overlap_tokens
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(NAMES), st.lists(st.integers(0, 1), min_size=5, max_size=9)), max_size=9),
+    st.booleans(),
+)
+def test_no_namespace_sees_another(requests: list[tuple[str, list[int]]], restart: bool) -> None:
+    import tempfile
+
+    from reference_store import Blob
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_sparse_cache.files.os.fsync", lambda descriptor: None)
+        seen: list[tuple[str, list[int]]] = []
+        store = CheckpointStore(20, "lru", disk_memory="1GiB", disk_dir=folder)
+        for namespace, ids in requests:
+            if restart:
+                store.close()
+                store = CheckpointStore(20, "lru", disk_memory="1GiB", disk_dir=folder)
+            for tier in store.tiers:
+                tier.reader = Blob.from_bytes
+            space = fingerprint.durable_space({"weights": "same"}, namespace)
+            own = [other for name, other in seen if name == namespace]
+            shared = max((int(np.argmin([*(x == y for x, y in zip(ids, o, strict=False)), False])) for o in own), default=0)
+            assert serve_tokens(store, space, ids) <= shared
+            seen.append((namespace, ids))
+        store.close()
+
+
+def test_tenants_do_not_share_states_or_statistics(jamba: PreTrainedModel, tmp_path: Path, stores: list[Any]) -> None:
+    stores.append(small_store(jamba, tmp_path))
+    with handle(jamba, store=stores[0], namespace="a") as a, handle(jamba, store=stores[0], namespace="b") as b:
+        logits(jamba, question(2), a)
+        assert b.stats().checkpoints == b.stats().checkpoint_bytes == b.stats().kv_bytes == b.stats().evictions == 0
+        logits(jamba, question(2), b)
+        assert b.last_request.resumed_tokens == b.last_request.overlap_tokens == 0
+        assert b.last_request.reason == "nothing stored"
+        b.save_pretrained(tmp_path / "saved")
+    manifest = json.loads((tmp_path / "saved" / "sparse_cache.json").read_text())
+    assert manifest["namespace"] == "b"
+    stores[0].close()
+    stores.append(small_store(jamba, tmp_path))
+    with handle(jamba, store=stores[1], namespace="c") as c:
+        logits(jamba, question(2), c)
+        assert c.last_request.resumed_tokens == 0
+    with handle(jamba, store=stores[1], namespace="a") as a:
+        logits(jamba, question(2), a)
+        assert a.last_request.resumed_tokens == 96
+
+
+def test_a_namespace_may_have_a_budget_of_its_own() -> None:
+    store = CheckpointStore(100, "lru", namespace_memory={"a": 30})
+    spaces = {name: fingerprint.durable_space({}, name) for name in ("a", "b")}
+    for number in range(6):
+        serve_tokens(store, spaces["b"], [7, number, 1, 1])
+    for number in range(9):
+        serve_tokens(store, spaces["a"], [number, *range(10)])
+        assert store.account("a").used_bytes <= 30
+    assert store.account("b").used_bytes == 60  # the tenant at its limit takes nothing from the others
+    assert store.used_bytes == sum(account.used_bytes for account in store.accounts.values())
+
+
+# -- threads, forks, memory -------------------------------------------------------------------------------------------
+
+
+def test_eight_threads_and_constant_eviction(family: str, tmp_path: Path, stores: list[CheckpointStore]) -> None:
+    """8 x 200 requests in the full run; fewer by default, as each is a real prefill."""
+    rounds = int(os.environ.get("HF_SPARSE_CACHE_TEST_ROUNDS", "5"))
+    model = tiny_models.build(family)
+    prompts = [question(seed, 10) if seed % 2 else tiny_models.random_ids(70 + seed, seed=seed) for seed in range(6)]
+    with handle(model, policy="none") as cache:
+        expected = [logits(model, ids, cache) for ids in prompts]
+    stores.append(small_store(model, tmp_path))
+    wrong: list[Any] = []
+
+    def work(first: int) -> None:
+        order = np.random.default_rng(first)
+        try:
+            for _ in range(rounds):
+                index = int(order.integers(len(prompts)))
+                if not torch.equal(logits(model, prompts[index], cache), expected[index]):
+                    wrong.append(index)
+        except BaseException as error:  # noqa: BLE001
+            wrong.append(error)
+
+    with handle(model, store=stores[0]) as cache:
+        run_threads([threading.Thread(target=work, args=(first,)) for first in range(8)])
+        assert not wrong
+        assert cache.stats().requests == 8 * rounds and stores[0].demotions > 0
+        for tier in stores[0].tiers:
+            assert tier.used_bytes <= (tier.max_memory or 0) and tier.reserved_bytes == 0
+            assert not any(checkpoint.pins for _, _, checkpoint in tier.checkpoints())
+        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == stores[0].used_bytes
+
+
+def run_threads(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=300)
+        assert not thread.is_alive(), "deadlock"
+
+
+def test_two_threads_store_a_new_document_once(jamba: PreTrainedModel) -> None:
+    with handle(jamba) as alone:
+        logits(jamba, question(2), alone)
+        expected = alone.store.used_bytes
+    with handle(jamba) as cache:
+        start = threading.Barrier(2)
+
+        def work() -> None:
+            start.wait()
+            logits(jamba, question(2), cache)
+
+        run_threads([threading.Thread(target=work) for _ in range(2)])
+        assert cache.store.used_bytes == expected
+        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == expected
+
+
+def in_child(cache: SparsePrefixCache, sender: Any) -> None:
+    try:
+        before = (len(cache.store), cache.store.used_bytes, cache.stats().requests, cache.store.below)
+        with cache.store.lock:
+            pass
+        result = logits(cache.model, question(3), cache)
+        sender.send((before, result.numpy(), cache.last_request.reason, None))
+    except BaseException as error:  # noqa: BLE001
+        sender.send((None, None, None, repr(error)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_process_starts_clean(jamba: PreTrainedModel, tmp_path: Path, stores: list[CheckpointStore]) -> None:
+    stores.append(small_store(jamba, tmp_path))
+    cold = cold_logits(jamba, question(3))
+    with handle(jamba, store=stores[0]) as cache:
+        logits(jamba, question(2), cache)
+        held = (len(stores[0]), len(stores[0].below))
+        locked, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with stores[0].lock, cache._lock, cache.policy.lock, fingerprint._lock:
+                locked.set()
+                leave.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        locked.wait()
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        child = multiprocessing.get_context("fork").Process(target=in_child, args=(cache, sender))
+        child.start()
+        assert receiver.poll(60), "the child hangs"
+        before, result, reason, error = receiver.recv()
+        child.join(10)
+        leave.set()
+        holder.join()
+        assert error is None and before == (0, 0, 0, None) and reason == "nothing stored"
+        assert np.array_equal(result, cold.numpy())
+        assert (len(stores[0]), len(stores[0].below)) == held  # the parent has lost nothing
+        assert torch.equal(logits(jamba, question(3), cache), cold)
+        assert cache.last_request.resumed_tokens == 96
+
+
+def test_no_memory_to_capture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build(family)
+    cold, own, calls = cold_logits(model, question(2)), states.capture_state, []
+
+    def capture(cache: Any) -> LayerTensors:
+        calls.append(cache)
+        if len(calls) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(cache)
+
+    with handle(model) as cache:
+        monkeypatch.setattr(states, "capture_state", capture)
+        assert torch.equal(logits(model, question(2), cache), cold)
+        assert len(cache.last_request.captured) == len(calls) // 2 > 0
+        assert torch.equal(logits(model, question(2), cache), cold)
+        assert cache.last_request.resumed_tokens > 0
+
+
+def test_no_memory_to_move(jamba: PreTrainedModel, tmp_path: Path, stores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.append(small_store(jamba, tmp_path))
+    cold = cold_logits(jamba, question(2))
+
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with handle(jamba, store=stores[0]) as cache:
+        monkeypatch.setattr(LayerTensors, "to_bytes", fail)
+        for _ in range(2):
+            assert torch.equal(logits(jamba, question(2), cache), cold)
+        assert len(stores[0].below) == 0 and stores[0].below.reserved_bytes == 0
+        assert stores[0].evictions > 0 == stores[0].demotions

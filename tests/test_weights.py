@@ -1,0 +1,168 @@
+"""A model that changes under the cache is noticed before the next match; one that does not change is left in peace."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from matrix import Bench
+from tiny_models import build
+
+from hf_sparse_cache.weights import identity
+
+
+def optimizer_step(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits.sum().backward()
+    optimizer.step()
+
+
+def load_state_dict(model: Any) -> None:
+    model.load_state_dict(build("Jamba", seed=5).state_dict())
+
+
+def through_data(model: Any) -> None:
+    """As adapters are merged: neither the version counter nor the address moves."""
+    projection(model).weight.data += 0.1
+
+
+def replaced_module(model: Any) -> None:
+    """As adapters are attached."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base = base
+            self.scale = 1.5
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.base(*args, **kwargs) * self.scale
+
+    attention = next(module for module in model.modules() if hasattr(module, "q_proj"))
+    attention.q_proj = Adapted(attention.q_proj)
+
+
+def replaced_parameter(model: Any) -> None:
+    projection(model).weight = torch.nn.Parameter(projection(model).weight.detach() * 1.5)
+
+
+def cast(model: Any) -> None:
+    model.to(torch.float64)
+    model.set_experts_implementation("eager")
+
+
+def attention_implementation(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
+def steering_hook(model: Any) -> None:
+    projection(model).register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def projection(model: Any) -> Any:
+    return next(module for module in model.modules() if hasattr(module, "q_proj")).q_proj
+
+
+CHANGES = [
+    optimizer_step,
+    load_state_dict,
+    through_data,
+    replaced_module,
+    replaced_parameter,
+    cast,
+    attention_implementation,
+    steering_hook,
+]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    yield Bench("Jamba", model=build("Jamba"))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_is_noticed(bench: Bench, change: Callable[[Any], None]) -> None:
+    with bench.handle() as cache:
+        bench.warm(cache)
+        change(bench.model)
+        expected = bench.generate(bench.prompt(1), None)
+        found = bench.generate(bench.prompt(1), cache)
+        assert found.distance(expected) <= 1e-4
+        assert cache.last_request.resumed_tokens == 0
+        assert "weights changed" in cache.last_request.reason
+        assert bench.generate(bench.prompt(2), cache) and cache.last_request.reason == "resumed"
+
+
+def read(model: Any) -> None:
+    model.state_dict()
+    list(model.named_parameters())
+
+
+def hidden_states(model: Any) -> None:
+    """Makes transformers install hooks of its own."""
+    model(input_ids=torch.arange(3, 9)[None], output_hidden_states=True, output_attentions=True, use_cache=False)
+
+
+def freeze(model: Any) -> None:
+    model.requires_grad_(False)
+    model.train()
+    model.eval()
+
+
+@pytest.mark.parametrize("harmless", [read, hidden_states, freeze])
+def test_no_false_alarm(bench: Bench, harmless: Callable[[Any], None]) -> None:
+    with bench.handle() as cache:
+        bench.warm(cache)
+        harmless(bench.model)
+        bench.generate(bench.prompt(1), cache)
+        assert cache.last_request.reason == "resumed"
+
+
+def test_a_handle_made_anew_finds_its_store(bench: Bench) -> None:
+    with bench.handle() as cache:
+        bench.warm(cache)
+        store = cache.store
+    with bench.handle(store=store) as cache:
+        bench.generate(bench.prompt(1), cache)
+        assert cache.last_request.resumed_tokens > 0
+
+
+def test_adapters_of_peft(bench: Bench) -> None:
+    """Attached, switched, disabled, merged, unloaded."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with bench.handle() as cache:
+        bench.warm(cache)
+
+        def check() -> None:
+            expected = bench.generate(bench.prompt(1), None)
+            assert bench.generate(bench.prompt(1), cache).distance(expected) <= 1e-4
+            assert "weights changed" in cache.last_request.reason
+            bench.generate(bench.prompt(2), cache)
+            assert cache.last_request.reason == "resumed"
+
+        adapted = peft.get_peft_model(bench.model, settings).eval()
+        check()
+        adapted.add_adapter("other", settings)
+        adapted.set_adapter("other")
+        check()
+        with adapted.disable_adapter():
+            check()
+        check()
+        adapted.merge_adapter()
+        check()
+        adapted.unload()
+        check()
+
+
+def test_looking_costs_a_millisecond_for_a_thousand_tensors() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(500)])
+    name = identity(model)
+    fastest = float("inf")
+    for _ in range(100):  # the machine may be busy: the fastest is the cost
+        started = time.perf_counter()
+        assert identity(model) == name
+        fastest = min(fastest, time.perf_counter() - started)
+    assert fastest <= 1e-3, f"{1e3 * fastest:.2f} ms"
