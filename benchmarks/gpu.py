@@ -1,14 +1,16 @@
 """What is the cache worth on an accelerator? A hybrid of 1 to 3 B parameters in bfloat16 under long shared prefixes.
 
-    python -m benchmarks.gpu                                     1.5 B parameters on "cuda", prefixes of 4k, 16k and 64k
-    python -m benchmarks.gpu --model 2.7b --prefix 16384 --json benchmarks/results/gpu.json
+    python -m benchmarks.gpu                       1.6 B parameters on "cuda", prefixes of 4k, 16k and 64k tokens
+    python -m benchmarks.gpu --model 2.9b --prefix 16384 --json benchmarks/results/gpu.json
     python -m benchmarks.gpu --model tiny --device cpu --prefix 512 --repeats 1      does it run at all?
 
 Random weights, nothing is downloaded. For each prefix: a first question about it, and further questions, each by stock
-generate() and by the cache in turn; time to first token, bytes stored, most bytes allocated on the device with and without
-the cache, and whether a resumed run equals a cold one bit for bit. Clocks are read after the device has finished.
+generate() and by the cache in turn; time to first token, bytes stored, most bytes allocated on the device with and
+without the cache, and whether a resumed run equals a cold one bit for bit. Clocks are read after the device has
+finished.
 
-The seconds that the cache notes itself (capture, restore) are those of the host: work queued on the device is not in them.
+The seconds that the cache notes itself (capture, restore) are those of the host: work queued on the device is not in
+them.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from hf_sparse_cache.stats import format_bytes
 
 
 # Hidden size and layers of a Bamba: Mamba-2 layers, attention in one layer of four.
-MODELS = {"tiny": (128, 4), "1.5b": (2048, 28), "2.7b": (2560, 32)}
+MODELS = {"tiny": (128, 4), "1.6b": (2048, 20), "2.9b": (2560, 24)}
 VOCABULARY, SUFFIX = 32000, 256
 
 
@@ -62,7 +64,7 @@ def build(size, device, dtype, seed):
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() == 2:  # by fan-in, so that a lost state shows in the logits
                 weight.normal_(0.0, weight.shape[1] ** -0.5)
     model.generation_config.eos_token_id = None
@@ -124,7 +126,7 @@ def _per_token(served):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="1.5b")
+    parser.add_argument("--model", choices=MODELS, default="1.6b")
     parser.add_argument("--prefix", type=int, action="append", help="shared tokens; repeat for more")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")

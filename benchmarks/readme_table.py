@@ -3,8 +3,8 @@
     python -m benchmarks.readme_table            rewrites README.md between its two marks
     python -m benchmarks.readme_table --check    exit code 1 if README.md does not say what the results say
 
-Every folder of `hf-sparse-cache bench --out benchmarks/results/NAME` gives rows to the first table, costs.json (written by
-`python -m benchmarks.bench_costs`) gives the second.
+Every folder of `hf-sparse-cache bench --out benchmarks/results/NAME` gives rows to the first table, costs.json
+(written by `python -m benchmarks.bench_costs`) gives the second.
 """
 
 import argparse
@@ -29,7 +29,10 @@ def tables(results):
     for folder in sorted(path.parent for path in results.glob("*/metrics.json")):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["measured"]
-        parts += [_bench(measured, config["settings"]["policies"][0]), _circumstances(config, folder.relative_to(results))]
+        parts += [
+            _bench(measured, config["settings"]["policies"][0]),
+            _circumstances(config, folder.relative_to(results)),
+        ]
     costs = results / "costs.json"
     if costs.is_file():
         content = json.loads(costs.read_text(encoding="utf-8"))
@@ -39,7 +42,17 @@ def tables(results):
 
 
 def _bench(measured, policy):
-    columns = ("model", "workload", "first token, stock", "with the cache", "sooner", "limit", "skipped", "stored", "exact")
+    columns = (
+        "model",
+        "workload",
+        "first token, stock",
+        "with the cache",
+        "sooner",
+        "limit",
+        "skipped",
+        "stored",
+        "exact",
+    )
     stock = {(row["model"], row["dataset"]): row for row in measured if row["contender"] == "stock"}
     cells = []
     for row in measured:

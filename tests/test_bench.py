@@ -152,7 +152,11 @@ def test_workloads_from_files(tmp_path: Path) -> None:
         workloads.load_workload(str(tmp_path / "qa.jsonl"), columns=("story",))
     with pytest.raises(FileNotFoundError, match="nowhere.csv"):
         workloads.load_workload("nowhere.csv")
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "?"}]
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "?"},
+    ]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}), encoding="utf-8")
     first, second = workloads.load_workload(str(tmp_path / "chat.jsonl")).data["text"]
     assert first.endswith("Hi<|im_end|>\n<|im_start|>assistant\n") and second.startswith(first + "\n"[:0] + "Hello")
@@ -173,7 +177,12 @@ def test_block_hashes_become_tokens(tmp_path: Path) -> None:
     (tmp_path / "requests.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     asked = workloads.load_workload(str(tmp_path)).requests(None, seed=0, max_prompt_tokens=None, vocabulary=100)
     first, second = (one.ids for one in asked)
-    assert len(first) == 12 and len(second) == 16 and (first[:8] == second[:8]).all() and (first[8:] != second[8:12]).all()
+    assert (
+        len(first) == 12
+        and len(second) == 16
+        and (first[:8] == second[:8]).all()
+        and (first[8:] != second[8:12]).all()
+    )
 
 
 def test_a_failed_check_shows_in_the_verdict() -> None:

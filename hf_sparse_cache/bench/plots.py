@@ -62,7 +62,9 @@ def _against_overlap(axes: Any, rows: Any, first: Any, policies: list[str]) -> N
         times = served.set_index(["repeat", "request"])["first_token_seconds"]
         shared = depth.reindex(times.index)
         wide = name in policies or name == "stock"
-        axes.scatter(shared, times, s=26 if wide else 12, alpha=0.8, label=name, color=colour(name, policies), linewidths=0)
+        axes.scatter(
+            shared, times, s=26 if wide else 12, alpha=0.8, label=name, color=colour(name, policies), linewidths=0
+        )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
