@@ -127,7 +127,7 @@ def _serve_all(
     seen: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     exactness: dict[str, Any] = {c.name: {"requests": 0, "bitwise": 0, "max_abs_logit_diff": 0.0} for c in contenders}
-    # What is there already is left out of the collections between requests, which would take longer than some requests.
+    # What is there already is left out of the collections between requests, which would be slow.
     gc.collect()
     gc.freeze()
     tokens = sum(len(asked.ids) for asked in requests) * len(contenders)
