@@ -12,10 +12,10 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format support bench clean
+.PHONY: help demo test lint format support bench clean test-matrix test-floor
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: .venv/core  ## Questions about a long document on three small models, with and without the cache
 	$(BIN)/hf-sparse-cache demo $(DEMO_ARGS)
@@ -32,14 +32,23 @@ lint: .venv/dev  ## ruff, mypy and cython-lint
 format: .venv/dev  ## Format and sort imports in place
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-support: .venv/dev  ## Every cell of the exactness matrix: slow
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py --full-matrix $(PYTEST_ARGS)
+# Exactness on the newest and on the oldest supported transformers.
+MATRIX_TESTS := $(addprefix tests/test_,matrix.py sabotage.py exactness.py mamba1.py numerical.py multimodal.py requests.py weights.py)
+
+test-matrix: .venv/dev test-floor  ## The exactness tests on the oldest supported transformers and on the newest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
+
+test-floor: .venv-floor/ready  ## The exactness tests on the oldest supported transformers
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
+
+support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: slow
+	$(BIN)/python tests/support_table.py
 
 bench: .venv/dev  ## The benchmarks, one after the other
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first, by itself: then no other package decides which build of it is taken.
@@ -59,3 +68,14 @@ clean:  ## Remove the virtual environment and everything that was built
 .venv/dev: .venv/base $(BUILT_FROM)
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch .venv/core $@
+
+# An older transformers and what it needs older; torch and all the rest are those of .venv, seen through a .pth file.
+.venv-floor/ready: .venv/dev constraints-floor.txt
+	$(PYTHON) -m venv --clear .venv-floor
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venv-floor/constraints.txt
+	.venv-floor/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --constraint .venv-floor/constraints.txt --requirement constraints-floor.txt
+	.venv-floor/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
+	    newest = str(there).replace(".venv-floor", ".venv"); \
+	    (there / "newest.pth").write_text(f"import site; site.addsitedir({newest!r})\n")'
+	@touch $@

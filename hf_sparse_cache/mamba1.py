@@ -30,6 +30,8 @@ _SCAN = "mamba_selective_scan"
 # Bounds the [block, B, D, N] temporaries; small blocks also stay in the processor's cache.
 _BLOCK_TOKENS = 64
 
+# A compiled graph would remember the state of the call that it was traced with.
+_outside_graphs: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 _pending = threading.local()
 _lock = ForkSafeLock()
 _users: dict[str, int] = {}
@@ -59,8 +61,7 @@ def uninstall(model_type: str) -> None:
             setattr(importlib.import_module(_MODULES[model_type]), _SCAN, _stock.pop(model_type))
 
 
-# Both are left out of compiled graphs, which would remember the state of the call that they were traced with.
-@torch.compiler.disable
+@_outside_graphs
 def announce(state: torch.Tensor | None) -> None:
     """Set (or with None clear) the state from which the next scan of this thread starts.
 
@@ -74,7 +75,7 @@ def announce(state: torch.Tensor | None) -> None:
 def _resuming(stock: Callable[..., Any]) -> Callable[..., Any]:
     """The stock scan, except that it starts from the announced state when there is one."""
 
-    @torch.compiler.disable
+    @_outside_graphs
     def scan(
         x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **options: Any
     ) -> Any:
@@ -84,8 +85,9 @@ def _resuming(stock: Callable[..., Any]) -> Callable[..., Any]:
         resume = scan_from if x.device.type == "cpu" else around_kernel(stock)
         return resume(next(states), x, dt, A, B, C, **options)
 
-    scan.__wrapped__ = stock  # type: ignore[attr-defined]
-    return scan
+    resuming: Callable[..., Any] = scan
+    resuming.__wrapped__ = stock  # type: ignore[attr-defined]
+    return resuming
 
 
 def _step_sizes(dt: torch.Tensor, delta_bias: torch.Tensor | None, delta_softplus: bool) -> torch.Tensor:
@@ -165,7 +167,9 @@ def around_kernel(stock: Callable[..., Any]) -> Callable[..., Any]:
         for start in range(0, x.shape[-1], _BLOCK_TOKENS):
             block = slice(start, start + _BLOCK_TOKENS)
             decay = torch.exp(elapsed[:, :, block, None] * A[None, :, None, :])  # (B, D, block, N)
-            added = torch.einsum("bdln,bnl->bdl", (decay * h[:, :, None, :]).to(decay.dtype), C[:, :, block].to(decay.dtype))
+            added = torch.einsum(
+                "bdln,bnl->bdl", (decay * h[:, :, None, :]).to(decay.dtype), C[:, :, block].to(decay.dtype)
+            )
             y[:, :, block] += (added if gate is None else added * F.silu(gate[:, :, block])).to(y.dtype)
         last = last + torch.exp(elapsed[:, :, -1, None] * A) * h
         return (y, last) if options.get("return_last_state") else y

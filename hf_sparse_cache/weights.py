@@ -1,9 +1,9 @@
 """Notice that a model is no longer the one whose states are stored, cheaply enough to look before every match.
 
-Seen are in-place updates (an optimizer step, `load_state_dict`), replaced tensors and modules (adapters, casts, moves),
-adapters that are switched, scaled or merged, hooks, and the choice of attention and expert implementations. Tensors are
-told apart by identity, address and version counter. Writing through `.data` leaves all three as they are, so a few
-values of every tensor in main memory are compared as well; an edit through `.data` that misses them all is not seen.
+Seen are in-place updates (an optimizer step, `load_state_dict`), replaced tensors and modules (adapters, casts,
+moves), adapters that are switched, scaled or merged, hooks, and the choice of attention and expert implementations.
+Tensors are told apart by identity, address and version counter. Writing through `.data` leaves all three as they are,
+so a few values of every tensor in main memory are compared as well; an edit that misses them all is not seen.
 """
 
 import itertools
@@ -41,7 +41,7 @@ def identity(model: torch.nn.Module) -> str:
 
 
 class _Watch:
-    """The tensors of a model as they were at one moment. It keeps them alive until the next look, or the model's end."""
+    """The tensors of a model at one moment. It keeps them alive until the next look, or the end of the model."""
 
     name = ""
 
@@ -112,7 +112,7 @@ def _foreign_hooks(module: torch.nn.Module) -> tuple[int, ...]:
 
 
 def _plain(tensor: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """The tensors with data that make up a parameter: itself, or the parts of a quantised one; none while offloaded."""
+    """The tensors with data in a parameter: itself, or the parts of a quantised one; none while offloaded."""
     if tensor is None or tensor.is_meta:
         return
     if hasattr(tensor, "__tensor_flatten__"):
@@ -131,7 +131,7 @@ def _pointers(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def _samples(tensors: list[torch.Tensor]) -> list[list[Any]]:
-    """The bits of a few values of every tensor in main memory, as views on them, in one list for each size of value."""
+    """The bits of a few values of every tensor in main memory, as views, in one list for each size of value."""
     views: dict[int, list[Any]] = {size: [] for size in _BITS}
     for tensor in tensors:
         size = tensor.element_size()

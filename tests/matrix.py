@@ -1,8 +1,8 @@
 """The exactness matrix: model family x way of calling `generate()` x dtype.
 
 A cell runs one call three times on one tiny model: stock (without a handle), cold (with a handle that has nothing) and
-warm (with a handle that has served a prompt with a common prefix). Warm must equal cold bit for bit, and stock within a
-tolerance; and something must have been resumed, or the request must say why not.
+warm (with a handle that has served a prompt with a common prefix). Warm must equal cold bit for bit, and stock within
+a tolerance; and something must have been resumed, or the request must say why not.
 
 A new way of calling is one row in `matrix_calls.CALLS`; a new family is one row in `tiny_families.ROWS`.
 """
@@ -13,13 +13,14 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from tiny_families import FAMILIES, PAD, VOCABULARY
+from tiny_families import PAD, VOCABULARY
 from tiny_models import available_families, build, random_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.families import REFUSED, family_of
+
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Warm against stock. Internal float32 islands bound float64; in 16 bits one ulp can send a token to another expert.
@@ -28,6 +29,8 @@ NEW_TOKENS = 5
 POLICY = "balanced"  # short prompts have a checkpoint at every cut, so that reuse never depends on what was learned
 # Families on which every call runs in every test session; the rest run the core calls only.
 REPRESENTATIVE = ("Mamba", "Mamba2", "Jamba", "Zamba2", "Qwen3.5", "LFM3", "Gemma3")
+# Families that the oldest supported transformers does not have.
+NOT_ON_FLOOR = {"KimiLinear", "BailingHybrid", "Qwen4Exp", "GLM5Next", "LFM3", "Inkling2"}
 # What upstream itself gets wrong, family -> dtype -> why; such cells are shown, not run.
 BROKEN_UPSTREAM = {"Inkling2": {"bfloat16": "stock forward mixes float32 and bfloat16 and raises"}}
 
@@ -64,7 +67,9 @@ class Outcome:
         """Largest logit difference, up to and with the step at which the tokens of a row begin to differ."""
         largest = 0.0
         start = self.tokens.shape[1] - len(self.logits)
-        for row in range(self.logits[0].shape[0] if self.logits and self.tokens.shape[0] == self.logits[0].shape[0] else 0):
+        for row in range(
+            self.logits[0].shape[0] if self.logits and self.tokens.shape[0] == self.logits[0].shape[0] else 0
+        ):
             for step, (one, two) in enumerate(zip(self.logits, other.logits, strict=False)):
                 finite = torch.isfinite(one[row]) & torch.isfinite(two[row])
                 largest = max(largest, float((one[row] - two[row])[finite].double().abs().max()))
@@ -83,7 +88,7 @@ class Call:
         reason: "" when a prefix must be resumed, else a part of `last_request.reason` that says why none was.
         refused: why transformers itself does not allow it on this model, "" when it does.
         core: runs on every family in every session, not on the representative ones alone.
-        slow: runs on one family in every session.
+        slow: runs on one family in every session, on the representative ones in the full matrix.
         reference: the call to compare with where it is not the same call without the handle.
     """
 
@@ -103,10 +108,17 @@ class Cell:
     family: str
     call: str
     dtype: str
-    status: str  # "exact", "uncached" (stock results, with a reason), "not allowed" (by transformers), "broken upstream"
+    status: (
+        str  # "exact", "uncached" (stock results, with a reason), "not allowed" (by transformers), "broken upstream"
+    )
     resumed_tokens: int = 0
     max_diff: float = 0.0
     note: str = ""
+
+
+def runs(call: Call, family: str, dtype: str) -> bool:
+    """Whether a cell belongs to the full matrix: slow calls are run on the representative families in float32 only."""
+    return not call.slow or (family in REPRESENTATIVE and dtype == "float32")
 
 
 @lru_cache(maxsize=4)
@@ -211,6 +223,3 @@ def run_cell(label: str, call: Call, dtype: str) -> Cell:
 def vocabulary() -> dict[str, int]:
     """Words of the tiny vocabulary, for calls that need a tokenizer."""
     return {f"<{index}>": index for index in range(VOCABULARY)}
-
-
-__all__ = ["Bench", "Call", "Cell", "FAMILIES", "Outcome", "left_padded", "run_cell", "supported_families"]

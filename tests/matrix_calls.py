@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_sparse_cache import SparsePrefixCache
 
+
 Handle = SparsePrefixCache | None
 
 
@@ -151,8 +152,7 @@ def _stopped(bench: Bench, handle: Handle) -> Outcome:
 
 def _constrained(bench: Bench, handle: Handle) -> Outcome:
     length = bench.prompt(1).shape[1]
-    outcome = _greedy(bench, handle, prefix_allowed_tokens_fn=lambda row, ids: [FIRST_WORD + len(ids) - length, 50])
-    return outcome
+    return _greedy(bench, handle, prefix_allowed_tokens_fn=lambda row, ids: [FIRST_WORD + len(ids) - length, 50])
 
 
 def _turns(bench: Bench, handle: Handle) -> Outcome:
@@ -222,7 +222,9 @@ def _threads(bench: Bench, handle: Handle) -> Outcome:
         thread.start()
     for thread in threads:
         thread.join()
-    return Outcome(outcomes[1].tokens, outcomes[1].logits, extra=[outcomes[seed].tokens.tolist() for seed in (1, 2, 3)])
+    return Outcome(
+        outcomes[1].tokens, outcomes[1].logits, extra=[outcomes[seed].tokens.tolist() for seed in (1, 2, 3)]
+    )
 
 
 def _stateful(model: PreTrainedModel) -> str:
@@ -255,12 +257,17 @@ CALLS = [
     Call("mask given", _masked),
     Call("streamer", _streamed),
     Call("pipeline", lambda bench, handle: _pipeline(bench, handle, [bench.prompt(1)])),
-    Call("pipeline, batched", lambda bench, handle: _pipeline(bench, handle, [bench.prompt(1), bench.prompt(3)], batch_size=2)),
+    Call(
+        "pipeline, batched",
+        lambda bench, handle: _pipeline(bench, handle, [bench.prompt(1), bench.prompt(3)], batch_size=2),
+    ),
     Call("prefill_chunk_size", _options(prefill_chunk_size=11), reference=_greedy),
     Call("use_cache=False", _options(use_cache=False), reason="use_cache=False"),
     Call("inputs_embeds", _embeddings, reason="inputs_embeds", refused=_no_embeddings),
     Call("output_hidden_states", _hidden, reason="output_hidden_states"),
-    Call("output_attentions", _options(output_attentions=True), reason="output_attentions", refused=_without_attention),
+    Call(
+        "output_attentions", _options(output_attentions=True), reason="output_attentions", refused=_without_attention
+    ),
     Call("scores and logits", _scores),
     Call("logits processors", _processed),
     Call("stopping criteria", _stopped),

@@ -72,7 +72,8 @@ class Case:
         ids = torch.cat([self.text(seed)["input_ids"], image, random_ids(9, seed=8)], dim=1)
         torch.manual_seed(seed)
         media = {
-            name: torch.randn(shape) if isinstance(shape, tuple) else torch.tensor(shape) for name, shape in self.media.items()
+            name: torch.randn(shape) if isinstance(shape, tuple) else torch.tensor(shape)
+            for name, shape in self.media.items()
         }
         return {"input_ids": ids, self.types: (ids == IMAGE).long(), **media}
 
@@ -106,4 +107,6 @@ def test_text_is_reused_and_images_are_not(case: Case) -> None:
 
 def test_an_image_changes_the_reply(case: Case) -> None:
     """Otherwise the test above would prove nothing."""
-    assert not torch.allclose(case.logits(**case.image(3)), case.logits(**case.image(3) | {"pixel_values": case.image(4)["pixel_values"]}))
+    assert not torch.allclose(
+        case.logits(**case.image(3)), case.logits(**case.image(3) | {"pixel_values": case.image(4)["pixel_values"]})
+    )

@@ -1,4 +1,4 @@
-"""Weights that are offloaded, dispatched or quantised: the same prefix reuse, on what a machine without GPU can express."""
+"""Weights that are offloaded, dispatched or quantised: the same prefix reuse, as far as a CPU can express it."""
 
 import gc
 from pathlib import Path
@@ -36,9 +36,11 @@ def dispatched(model: Any, folder: Path) -> Any:
 def placed_by_device_map(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder / "model")
     budget = {"cpu": "300KB"}  # too little: the rest goes to disk
-    return type(model).from_pretrained(
-        folder / "model", device_map="auto", max_memory=budget, offload_folder=folder / "offload"
-    ).eval()
+    return (
+        type(model)
+        .from_pretrained(folder / "model", device_map="auto", max_memory=budget, offload_folder=folder / "offload")
+        .eval()
+    )
 
 
 PLACEMENTS = [offloaded_to_memory, offloaded_to_disk, dispatched, placed_by_device_map]
@@ -69,7 +71,9 @@ def test_states_stay_beside_their_layer() -> None:
     with bench.handle() as cache:
         bench.warm(cache)
         for _, _, checkpoint in cache.store.checkpoints():
-            tensors = [value for layer in checkpoint.state.layers for value in layer.values() if torch.is_tensor(value)]
+            tensors = [
+                value for layer in checkpoint.state.layers for value in layer.values() if torch.is_tensor(value)
+            ]
             assert tensors and all(value.device == CPU for value in tensors)
 
 
@@ -92,7 +96,9 @@ def test_weights_quantised_by_torchao(family: str) -> None:
         warm = bench.generate(bench.prompt(1), cache)
         assert cache.last_request.reason == "resumed"
         assert warm.equals(cold) and warm.distance(expected) <= 1e-4
-        quantized = next(parameter for parameter in bench.model.parameters() if hasattr(parameter, "__tensor_flatten__"))
+        quantized = next(
+            parameter for parameter in bench.model.parameters() if hasattr(parameter, "__tensor_flatten__")
+        )
         quantized.data.qdata.zero_()
         bench.generate(bench.prompt(1), cache)
         assert "weights changed" in cache.last_request.reason

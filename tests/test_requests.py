@@ -1,5 +1,6 @@
 """What can happen around a request: copies, threads, several handles and models, interruptions."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -62,7 +63,10 @@ def test_two_handles_on_one_model() -> None:
         bench.warm(first)
         bench.warm(second)
         one, two = (bench.generate(bench.prompt(1), cache) for cache in (first, second))
-        assert (first.last_request.resumed_tokens, second.last_request.resumed_tokens) == (2 * bench.step, 2 * bench.step)
+        assert (first.last_request.resumed_tokens, second.last_request.resumed_tokens) == (
+            2 * bench.step,
+            2 * bench.step,
+        )
         assert one.distance(two) <= 1e-4
         first.detach()
         assert bench.generate(bench.prompt(1), second).equals(two)
@@ -122,10 +126,8 @@ def test_interrupted_prefill_leaves_the_next_request_right(family: str, error: t
                 raise error("stop")
 
             hook = place.register_forward_hook(interrupt)
-            try:
+            with contextlib.suppress(error):  # not raised where the module has no part in a prefill
                 bench.generate(bench.prompt(2), cache)
-            except error:
-                pass
             hook.remove()
             assert bench.generate(bench.prompt(1), None).equals(stock)
             assert bench.generate(bench.prompt(1), cache).equals(expected)

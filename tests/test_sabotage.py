@@ -29,7 +29,9 @@ def has_state(cache: SparsePrefixCache) -> bool:
 
 
 def zeroed(bench: Bench, cache: SparsePrefixCache) -> None:
-    payloads = [found.state for found in checkpoints(cache)] if has_state(cache) else [s.payload for s in segments(cache)]
+    payloads = (
+        [found.state for found in checkpoints(cache)] if has_state(cache) else [s.payload for s in segments(cache)]
+    )
     for payload in payloads:
         for layer in payload.layers:
             for value in layer.values():
@@ -91,4 +93,6 @@ def test_sabotaged_twin_is_rejected(family: str) -> None:
             report = check_exactness(bench.model, [bench.prompt(1)], cache=cache, max_new_tokens=2)
             assert report.resumed_tokens > 0
             assert not report.bitwise and not report.passed, f"{how} was not noticed"
-            assert report.max_abs_logit_diff > 1e-3, f"{how} changed the logits by {report.max_abs_logit_diff:.1e} only"
+            assert report.max_abs_logit_diff > 1e-3, (
+                f"{how} changed the logits by {report.max_abs_logit_diff:.1e} only"
+            )

@@ -81,6 +81,13 @@ class Workload:
         return asked
 
 
+def from_texts(name: str, rows: Sequence[tuple[str, str]]) -> Workload:
+    """A workload of `(group, text)` in arrival order within each group."""
+    import datasets
+
+    return Workload(name, name, datasets.Dataset.from_list([{"group": group, "text": text} for group, text in rows]))
+
+
 def load_workload(
     source: str, *, columns: Sequence[str] = (), config: str | None = None, split: str = "train"
 ) -> Workload:

@@ -9,6 +9,7 @@ import typer
 
 from .. import builtin
 from ..machine import describe_machine
+from .benching import bench
 from .screen import Screen, fail
 
 
@@ -197,6 +198,9 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -105,7 +105,8 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
         if len(seen) > groups:
             break
         *before, question = (texts[segment] for segment in segments)
-        tasks.append(Task(f"{folder.name}/{request['group_id']}", question.strip(), "".join(before) + question))
+        asked = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
+        tasks.append(Task(f"{folder.name}/{request['group_id']}", asked, "".join(before) + question))
     return tasks
 
 

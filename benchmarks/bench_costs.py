@@ -1,0 +1,296 @@
+"""What does the cache cost where it cannot help? The cases nobody likes to show, each against its rival in the same run.
+
+    python -m benchmarks.bench_costs                                     every case on three built-in models, 5 repeats
+    python -m benchmarks.bench_costs --model jamba-30m --only overhead   one case on one model
+    python -m benchmarks.bench_costs --json benchmarks/results/costs.json
+
+overhead     prompts that share nothing: stock generate() in one shot, in the same chunks, and with the cache
+short        prompts shorter than a grid step, which can never be resumed
+tiny-budget  a budget of little more than one checkpoint, under prompts that do share
+cold-start   making the handle and serving its first prompt
+one-token    one new token after a long known prefix: against stock, and against the limit (only what is left to compute,
+             from a live cache that is ready)
+decode       a long decode: seconds a token with the cache and without
+big-store    the same prompts on an empty store and on one that remembers 10,000 others
+memory       memory that processes take, with the cache less without it, over the bytes that the cache accounts for
+
+A repeat serves all prompts with every contender in turn; handles are fresh in each. A ratio is one contender's time over
+another's in one repeat; printed are the median and the range over the repeats. Built-in models have random weights and
+prompts are random tokens: neither changes what is timed.
+"""
+
+import argparse
+import gc
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from transformers.utils import logging
+
+from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
+from hf_sparse_cache.bench.workloads import Asked
+from hf_sparse_cache.builtin import SIZES, build_model
+from hf_sparse_cache.machine import describe_machine
+from hf_sparse_cache.report import table
+from hf_sparse_cache.request import open_request
+from hf_sparse_cache.segmentation import cut_positions
+from hf_sparse_cache.simulator import Sized
+
+
+VOCABULARY = 8192
+
+
+def prompts(count, tokens, shared=0, groups=1, seed=0):
+    """Random prompts; those of a group share their first tokens, and follow each other in turn."""
+    draw = np.random.RandomState(seed)
+    heads = [draw.randint(3, VOCABULARY, shared) for _ in range(groups)]
+    rows = [np.concatenate([heads[i % groups], draw.randint(3, VOCABULARY, tokens - shared)]) for i in range(count)]
+    return [Asked(str(index % groups), row.astype(np.int32)) for index, row in enumerate(rows)]
+
+
+def cached(model, name="learned", **options):
+    return Cached(model, None, name, "learned", **{"max_memory": "2GiB", **options})
+
+
+def alternate(contenders, asked, new_tokens=1, start=0):
+    """Every prompt by every contender in turn: the requests of each."""
+    served = {contender.name: [] for contender in contenders}
+    for index, one in enumerate(asked):
+        for contender in contenders:
+            contender.prepare(one)
+        shift = (index + start) % len(contenders)
+        for contender in contenders[shift:] + contenders[:shift]:
+            gc.collect()
+            result = contender.serve(one, new_tokens, False)
+            if result is not None:
+                served[contender.name].append(result)
+    return served
+
+
+def repeated(arguments, make, asked, new_tokens=1):
+    """A list of `alternate` results, one a repeat, each with fresh contenders."""
+    runs = []
+    for repeat in range(arguments.repeats):
+        contenders = make()
+        try:
+            runs.append(alternate(contenders, asked, new_tokens, repeat))
+        finally:
+            for contender in contenders:
+                contender.close()
+    return runs
+
+
+def first_tokens(served):
+    return sum(request.first_token_seconds for request in served)
+
+
+def ratio(runs, one, other, measure=first_tokens):
+    return [measure(run[one]) / measure(run[other]) for run in runs]
+
+
+def share(runs, name, *parts):
+    """Seconds of some parts of a contender's prefill over the whole of it, a repeat each."""
+    totals = [{part: sum(getattr(r, part) for r in run[name]) for part in (*parts, "prefill_seconds")} for run in runs]
+    return [sum(total[part] for part in parts) / total["prefill_seconds"] for total in totals]
+
+
+def overhead(arguments, model):
+    grid = cached(model).handle.grid
+    asked = prompts(arguments.prompts, arguments.tokens)
+    runs = repeated(arguments, lambda: [Contender(model), Chunked(model, grid), cached(model)], asked)
+    copying = share(runs, "learned", "capture_seconds", "restore_seconds")
+    return {
+        "cache / stock, same chunks": (ratio(runs, "learned", "chunked"), "<= 1.03"),
+        "cache / stock, one shot": (ratio(runs, "learned", "stock"), "<= 1.10"),
+        "capture and restore / prefill": (copying, "<= 0.02"),
+        "matching and planning / prefill": (share(runs, "learned", "match_seconds", "plan_seconds"), ""),
+    }
+
+
+def short(arguments, model):
+    asked = prompts(4 * arguments.prompts, min(128, arguments.tokens))
+    runs = repeated(arguments, lambda: [Contender(model), cached(model)], asked)
+    return {"cache / stock": (ratio(runs, "learned", "stock"), "")}
+
+
+def tiny_budget(arguments, model):
+    handle = cached(model).handle
+    one = handle.size.state_bytes + handle.grid * handle.size.kv_bytes_per_token
+    asked = prompts(4 * arguments.prompts, arguments.tokens, shared=arguments.tokens * 3 // 4, groups=arguments.prompts)
+    runs = repeated(
+        arguments,
+        lambda: [Contender(model), cached(model, "tiny", max_memory=one + one // 2), cached(model, "ample")],
+        asked,
+    )
+    evictions = [sum(request.evictions for request in run["tiny"]) for run in runs]
+    return {
+        "tiny budget / stock": (ratio(runs, "tiny", "stock"), ""),
+        "ample budget / stock": (ratio(runs, "ample", "stock"), ""),
+        "evictions a request": ([count / len(asked) for count in evictions], ""),
+        "eviction / prefill": (share(runs, "tiny", "eviction_seconds"), ""),
+    }
+
+
+def cold_start(arguments, model):
+    (asked,) = prompts(1, arguments.tokens)
+    making, first = [], []
+    for repeat in range(arguments.repeats):
+        started = time.perf_counter()
+        SparsePrefixCache(model).detach()
+        made = time.perf_counter() - started
+        contenders = [Contender(model), cached(model)]
+        served = alternate(contenders, [asked], start=repeat)
+        contenders[1].close()
+        stock = first_tokens(served["stock"])
+        making.append(made / stock)
+        first.append(first_tokens(served["learned"]) / stock)
+    return {"making the handle / stock": (making, ""), "its first prompt / stock": (first, "")}
+
+
+def one_token(arguments, model):
+    asked = prompts(arguments.prompts + 1, arguments.tokens, shared=arguments.tokens - 64)
+
+    def make():
+        own = cached(model)
+        own.serve(asked[0], 1, False)
+        return [Contender(model), Limit(own), own]
+
+    runs = repeated(arguments, make, asked[1:])
+    copying = share(runs, "learned", "capture_seconds", "restore_seconds")
+    return {
+        "stock / cache": (ratio(runs, "stock", "learned"), ""),
+        "cache / limit": (ratio(runs, "learned", "limit"), "<= 1.15"),
+        "capture and restore / prefill": (copying, "<= 0.02"),
+    }
+
+
+def decode(arguments, model):
+    def per_token(served):
+        return statistics.median((r.total_seconds - r.first_token_seconds) / (r.new_tokens - 1) for r in served)
+
+    asked = prompts(2, min(256, arguments.tokens))
+    runs = repeated(arguments, lambda: [Contender(model), cached(model)], asked, arguments.new_tokens)
+    return {"seconds a token, cache / stock": (ratio(runs, "learned", "stock", per_token), "<= 1.01")}
+
+
+def big_store(arguments, model):
+    asked = prompts(arguments.prompts, arguments.tokens, seed=1)
+    full = cached(model, "full")
+    fill(full.handle, arguments.store)
+    runs = []
+    for repeat in range(arguments.repeats):
+        empty = cached(model, "empty")
+        new = [Asked(one.group, np.roll(one.ids, repeat + 1)) for one in asked]
+        runs.append(alternate([empty, full], new, start=repeat))
+        empty.close()
+    full.close()
+    parts = ("match_seconds", "plan_seconds", "eviction_seconds")
+    return {
+        f"{arguments.store:,} prompts / empty": (ratio(runs, "full", "empty"), ""),
+        "matching, planning, eviction / prefill": (share(runs, "full", *parts), ""),
+        "the same on an empty store": (share(runs, "empty", *parts), ""),
+    }
+
+
+def fill(handle, count, tokens=512):
+    """Prompts of other users: remembered, with checkpoints that only have a size."""
+    space = handle._space()[0]
+    size = handle.size
+    kv = (lambda start, end: Sized((end - start) * size.kv_bytes_per_token)) if size.kv_bytes_per_token else None
+    for one in prompts(count, tokens, shared=tokens // 2, groups=max(1, count // 20), seed=2):
+        cuts = cut_positions(one.ids, handle.grid)
+        with open_request(handle.store, handle.policy, one.ids, cuts, space=space) as request:
+            for position in request.planned:
+                request.add(position, Sized(size.state_bytes), kv)
+
+
+def memory(arguments, name):
+    """Two processes that serve the same prompts; the bytes of the one that caches, less those of the one that does not."""
+    rows = []
+    for _ in range(min(3, arguments.repeats)):
+        with_cache, without = (_process(arguments, name, mode) for mode in ("cached", "stock"))
+        rows.append((with_cache["peak"] - without["peak"]) / with_cache["stored"])
+    return {f"memory taken / {with_cache['stored'] / 2**20:,.0f} MiB stored": (rows, "<= 1.10")}
+
+
+def _process(arguments, name, mode):
+    command = [sys.executable, "-m", "benchmarks.bench_costs", "--child", mode, "--model", name]
+    command += ["--tokens", str(arguments.tokens), "--prompts", str(3 * arguments.prompts)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(arguments):
+    import resource
+
+    model = build_model(arguments.model[0], vocab_size=VOCABULARY)
+    contender = Contender(model) if arguments.child == "stock" else cached(model, max_memory=None)
+    for one in prompts(arguments.prompts, arguments.tokens):
+        contender.serve(one, 1, False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": peak, "stored": contender.peak_bytes(), "held": contender.held_bytes()}))
+
+
+CASES = {
+    "overhead": overhead,
+    "short": short,
+    "tiny-budget": tiny_budget,
+    "cold-start": cold_start,
+    "one-token": one_token,
+    "decode": decode,
+    "big-store": big_store,
+    "memory": memory,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", choices=SIZES, help="built-in model; repeat for more")
+    parser.add_argument("--only", action="append", choices=CASES)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a prompt")
+    parser.add_argument("--prompts", type=int, default=3, help="distinct prompts in each repeat")
+    parser.add_argument("--new-tokens", type=int, default=256, help="to decode in the case 'decode'")
+    parser.add_argument("--store", type=int, default=10_000, help="prompts remembered in the case 'big-store'")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--child", choices=("stock", "cached"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    if arguments.child:
+        return child(arguments)
+    results = []
+    for name in arguments.model or ["mamba-21m", "jamba-30m", "zamba2-30m"]:
+        model = build_model(name, vocab_size=VOCABULARY)
+        warm = prompts(2, 600, shared=550, seed=9)
+        own = cached(model)
+        alternate([Contender(model), own], warm, 2)
+        own.close()
+        for case in arguments.only or CASES:
+            started = time.perf_counter()
+            found = CASES[case](arguments, name if case == "memory" else model)
+            for what, (values, bound) in found.items():
+                results.append({"model": name, "case": case, "what": what, "values": values, "bound": bound})
+            print(f"{name} {case}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    columns = ("model", "case", "ratio", "median", "range", "bound")
+    print(table(columns, [_cells(result) for result in results]))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        command = shlex.join(["python", "-m", "benchmarks.bench_costs", *sys.argv[1:]])
+        content = {"command": command, "machine": describe_machine(), "seed": 0, "results": results}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _cells(result):
+    low, high = min(result["values"]), max(result["values"])
+    median = statistics.median(result["values"])
+    return result["model"], result["case"], result["what"], f"{median:.3f}", f"{low:.3f} to {high:.3f}", result["bound"]
+
+
+if __name__ == "__main__":
+    main()

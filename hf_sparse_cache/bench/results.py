@@ -1,0 +1,124 @@
+"""One folder a run: what was asked for, every request, and what came out; a run that was interrupted goes on from it.
+
+`config.json` (settings, command, machine), `units/` (one model on one workload, once: what an interrupted run need not
+do again; stores are in memory, so a unit that was interrupted begins anew), `requests.parquet`, `metrics.json`, `plots/`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..machine import describe_machine
+
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .runner import Unit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run measures.
+
+    Attributes:
+        models, datasets: names; every model serves every dataset.
+        columns, config, split: of datasets that are not workload folders, see `load_workload`.
+        policies: of the cache; the first one is what the verdict is about.
+        rivals: some of `RIVALS`.
+        requests, per_group: how much of a dataset; None for all.
+        max_prompt_tokens: longer prompts are shortened; None leaves them.
+        checked: requests whose logits are compared.
+    """
+
+    models: tuple[str, ...]
+    datasets: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    config: str | None = None
+    split: str = "train"
+    policies: tuple[str, ...] = ("learned",)
+    rivals: tuple[str, ...] = ("stock", "chunked", "deepcopy", "dense", "limit")
+    max_memory: str = "2GiB"
+    grid: int | None = None
+    max_new_tokens: int = 8
+    requests: int | None = 15
+    per_group: int | None = 5
+    max_prompt_tokens: int | None = None
+    repeats: int = 1
+    checked: int = 3
+    device: str = "cpu"
+    dtype: str = "auto"
+    seed: int = 42
+
+
+class Folder:
+    """The results of one run.
+
+    Args:
+        path: made if it does not exist.
+        settings: of the run; those of a run that is already there must be the same.
+        command: that made it.
+
+    Raises:
+        ValueError: the folder holds a run with other settings; the message names what differs.
+    """
+
+    def __init__(self, path: Path, settings: Settings, command: str) -> None:
+        self.path = path
+        content = json.loads(json.dumps({"settings": asdict(settings), "command": command, "machine": describe_machine()}))
+        known = path / "config.json"
+        if known.is_file():
+            before = json.loads(known.read_text(encoding="utf-8"))
+            differ = sorted(
+                key for key, value in content["settings"].items() if before["settings"].get(key, value) != value
+            )
+            if differ:
+                raise ValueError(f"--out {path} holds a run with other settings ({', '.join(differ)}); give another folder.")
+            content = before
+        else:
+            (path / "units").mkdir(parents=True, exist_ok=True)
+            _write(known, content)
+        self.config: dict[str, Any] = content
+
+    def holds(self, model: str, dataset: str, repeat: int) -> bool:
+        """Whether this unit is finished."""
+        return self._unit(model, dataset, repeat).with_suffix(".json").is_file()
+
+    def save(self, unit: Unit) -> None:
+        """Keeps a finished unit: its requests first, so that its summary says that all is there."""
+        import pandas
+
+        name = self._unit(unit.summary["model"], unit.summary["dataset"], unit.summary["repeat"])
+        rows = pandas.DataFrame(unit.rows)
+        rows.insert(0, "model", unit.summary["model"])
+        rows.insert(1, "dataset", unit.summary["dataset"])
+        rows.to_parquet(name.with_suffix(".parquet"), index=False)
+        _write(name.with_suffix(".json"), unit.summary)
+
+    def finish(self) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
+        """Every request and every summary so far; writes `requests.parquet`."""
+        import pandas
+
+        files = sorted((self.path / "units").glob("*.json"))
+        summaries = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        rows = pandas.concat([pandas.read_parquet(file.with_suffix(".parquet")) for file in files], ignore_index=True)
+        rows.to_parquet(self.path / "requests.parquet", index=False)
+        return rows, summaries
+
+    def write(self, name: str, content: Any) -> None:
+        """Writes a JSON file."""
+        _write(self.path / name, content)
+
+    def _unit(self, model: str, dataset: str, repeat: int) -> Path:
+        words = [re.sub(r"[^\w.-]+", "-", word).strip("-").replace(".", "_") for word in (model, dataset)]
+        return self.path / "units" / f"{'--'.join(words)}--{repeat}"
+
+
+def _write(file: Path, content: Any) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(file)

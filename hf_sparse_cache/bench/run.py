@@ -1,0 +1,70 @@
+"""A whole run: every model on every workload, as often as asked, into one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import metrics, page, plots
+from .results import Folder, Settings
+from .runner import run_unit
+from .workloads import Workload
+
+
+def run(
+    settings: Settings,
+    out: Path,
+    command: str,
+    load: Callable[[str], Workload],
+    *,
+    report: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Measures what `out` does not hold yet, then writes metrics, plots and, if asked, the report.
+
+    Args:
+        out: the results folder; see `results`.
+        command: noted with the results.
+        load: a workload by the name in `settings.datasets`.
+        report: an HTML file to write.
+        say: told of every unit as it begins.
+
+    Returns:
+        The rows of `metrics.measure`.
+    """
+    folder = Folder(out, settings, command)
+    for repeat in range(settings.repeats):  # the first round shows everything once
+        for dataset in settings.datasets:
+            workload = None
+            for model in settings.models:
+                name = _name(dataset)
+                if folder.holds(model, name, repeat):
+                    continue
+                workload = workload or load(dataset)
+                say(f"{model} on {name}, repeat {repeat + 1} of {settings.repeats}")
+                unit = run_unit(settings, model, workload, repeat)
+                unit.summary["dataset"] = name
+                folder.save(unit)
+    rows, summaries = folder.finish()
+    measured = metrics.measure(rows, summaries)
+    folder.write("metrics.json", {"measured": measured, "units": summaries})
+    _draw(out, rows, measured, list(settings.policies))
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(page.build(folder.config, rows, summaries, measured), encoding="utf-8")
+    return measured
+
+
+def _draw(out: Path, rows: Any, measured: list[dict[str, Any]], policies: list[str]) -> None:
+    (out / "plots").mkdir(exist_ok=True)
+    for (model, dataset), unit in rows.groupby(["model", "dataset"], sort=False):
+        own = [row for row in measured if (row["model"], row["dataset"]) == (model, dataset)]
+        for title, svg in plots.draw(unit, own, policies).items():
+            name = "-".join(f"{Path(str(model)).name} {dataset} {title}".lower().replace(",", "").replace("/", " ").split())
+            (out / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+
+
+def _name(dataset: str) -> str:
+    """A dataset's name in tables: of a path, its last part."""
+    return Path(dataset).name if Path(dataset).exists() else dataset

@@ -1,0 +1,128 @@
+"""The command `bench`: its options, and what it prints. The measuring is done in `hf_sparse_cache.bench`."""
+
+import hashlib
+import json as jsonlib
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .screen import Screen
+
+
+RIVALS = ("stock", "chunked", "deepcopy", "dense", "limit")
+OWN = "documentation"
+# What --quick changes, unless told otherwise.
+QUICK: dict[str, Any] = {"requests": 4, "per_group": 2, "max_prompt_tokens": 1500, "max_new_tokens": 2, "checked": 1}
+FULL: dict[str, Any] = {"requests": 15, "per_group": 5, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
+
+
+def bench(
+    model: Annotated[list[str] | None, typer.Option(help="Built-in model, folder or Hub id; repeat for more.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub id, .jsonl/.csv/.parquet/.txt file or workload folder; repeat for more.")
+    ] = None,
+    columns: Annotated[str, typer.Option(help="Columns that make up a prompt, such as article,question.")] = "",
+    config: Annotated[str | None, typer.Option(help="Configuration of the Hub dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    policy: Annotated[list[str] | None, typer.Option(help="Policy of the cache; repeat for more.")] = None,
+    rival: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(RIVALS)}; 'none' for none. Default: all that are right.")
+    ] = None,
+    max_memory: Annotated[str, typer.Option(help="Bytes that each policy may store.")] = "2GiB",
+    grid: Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt.", min=1)] = None,
+    requests: Annotated[int | None, typer.Option(help="How many requests of each dataset; 0 for all.", min=0)] = None,
+    per_group: Annotated[int | None, typer.Option(help="How many of each document or chat; 0 for all.", min=0)] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Shorten longer prompts; 0 for no.", min=0)] = None,
+    repeats: Annotated[int, typer.Option(help="How often everything is measured.", min=1)] = 1,
+    checked: Annotated[int | None, typer.Option(help="Requests whose logits are compared.", min=0)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the arrivals, and of a built-in model's weights.")] = 42,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; a run that was interrupted goes on.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")] = False,
+) -> None:
+    """Serve a real workload with and without the cache, side by side, and report what it is worth on this machine.
+
+    Example: `hf-sparse-cache bench --model jamba-30m --quick --report report.html`
+    """
+    import transformers
+
+    from ..bench import metrics
+    from ..bench.results import Settings
+    from ..bench.run import run
+
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    screen = Screen(json)
+    given = {
+        "requests": requests,
+        "per_group": per_group,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "checked": checked,
+    }
+    sizes = {name: default if given[name] is None else given[name] for name, default in (QUICK if quick else FULL).items()}
+    unlimited = ("requests", "per_group", "max_prompt_tokens")
+    settings = Settings(
+        models=tuple(model or ("mamba-21m", "jamba-30m", "zamba2-30m")),
+        datasets=tuple(dataset or (OWN,)),
+        columns=tuple(part.strip() for part in columns.split(",") if part.strip()),
+        config=config,
+        split=split,
+        policies=tuple(policy or ("learned",)),
+        rivals=_rivals(rival),
+        max_memory=max_memory,
+        grid=grid,
+        repeats=repeats,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        **{name: value or None if name in unlimited else value for name, value in sizes.items()},
+    )
+    folder = out or Path("bench-runs") / _digest(asdict(settings))
+    command = shlex.join(["hf-sparse-cache", *sys.argv[1:]])
+    if not json:
+        screen.say(f"Results go to {folder}; the same command goes on there if it is interrupted.\n")
+    measured = run(
+        settings, folder, command, lambda name: _load(name, settings), report=report, say=lambda line: screen.say(line)
+    )
+    screen.say()
+    screen.table(*metrics.table(measured))
+    screen.table(*metrics.costs(measured))
+    for sentence in metrics.verdict(measured, settings.policies[0]):
+        screen.say(sentence)
+    screen.emit({"out": str(folder), "report": str(report) if report else None, "measured": measured})
+    exact = all(row["checked_bitwise"] == row["checked_resumed"] for row in measured)
+    raise typer.Exit(0 if exact else 1)
+
+
+def _rivals(chosen: list[str] | None) -> tuple[str, ...]:
+    if not chosen:
+        return RIVALS
+    unknown = [name for name in chosen if name not in (*RIVALS, "none")]
+    if unknown:
+        raise ValueError(f"--rival {unknown[0]}: choose from {', '.join(RIVALS)}, none")
+    return tuple(name for name in RIVALS if name in chosen)
+
+
+def _load(name: str, settings: Any) -> Any:
+    from ..bench.workloads import from_texts, load_workload
+
+    if name == OWN:
+        from . import sources
+
+        document, _ = sources.own_document()
+        return from_texts(OWN, [(OWN, task.prompt) for task in sources.about(document, sources.QUESTIONS, OWN)])
+    return load_workload(name, columns=settings.columns, config=settings.config, split=settings.split)
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(jsonlib.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]

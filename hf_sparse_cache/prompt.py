@@ -1,0 +1,73 @@
+"""What a policy may look at: one prompt, how it met the tree, and where the memory stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .eviction import Terms
+from .overlap import Forecast
+from .segmentation import Positions, Tokens
+from .views import Shape
+
+
+@dataclass
+class Prompt:
+    """What a policy may look at.
+
+    Attributes:
+        ids: tokens of shape `(N,)`.
+        cuts: where checkpoints may sit, ascending.
+        overlap: tokens shared with earlier prompts.
+        resumed: position the prefill resumes at; only cuts behind it can be captured.
+        path_ends: ends of the tree's edges on the shared path (the last one may lie behind `overlap`).
+        path_passes: number of earlier prompts along the whole of each such edge.
+        limit: most new checkpoints, or None.
+        latest: shape of the latest prompt along the last of these edges, if the policy left one.
+        terms: what new checkpoints would earn and cost.
+        state_bytes, kv_bytes_per_token: sizes, averaged over what is stored; 0 before anything is.
+        resumed_bytes: size of the state the prefill resumes from.
+        shape, forecast: what the policy makes of the prompt, for the eviction and for later prompts.
+    """
+
+    ids: Tokens
+    cuts: Positions
+    overlap: int
+    resumed: int
+    path_ends: NDArray[np.int64]
+    path_passes: NDArray[np.int64]
+    limit: int | None = None
+    latest: Shape | None = None
+    terms: Terms = Terms()
+    state_bytes: float = 0.0
+    kv_bytes_per_token: float = 0.0
+    resumed_bytes: int = 0
+    shape: Shape | None = None
+    forecast: Forecast | None = None
+
+    @property
+    def open_cuts(self) -> Positions:
+        """The cuts that this prefill passes: those behind the resumed position."""
+        return self.cuts[np.searchsorted(self.cuts, self.resumed, side="right") :]
+
+    def share(self, position: int, planned: list[int]) -> float:
+        """Of the prompts that will pass `position`, those expected to leave before the next planned checkpoint."""
+        if self.forecast is None:
+            return 1.0
+        return self.forecast.share(position, next((other for other in planned if other > position), None))
+
+    def refund(self, position: int) -> float:
+        """Bytes of the resumed state that a checkpoint at `position` makes superfluous."""
+        if self.forecast is None or not self.resumed:
+            return 0.0
+        return self.resumed_bytes * (1.0 - self.forecast.share(self.resumed, position))
+
+    def snap(self, positions: Iterable[float]) -> list[int]:
+        """The deepest open cut at or before each position, ascending and distinct; none where there is none."""
+        cuts = self.open_cuts
+        index = np.unique(np.searchsorted(cuts, np.fromiter(positions, dtype=np.float64), side="right")) - 1
+        found: list[int] = cuts[index[index >= 0]].tolist()
+        return found
