@@ -140,7 +140,7 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         tokens = self._tokens_of(ids)
         space = self._space()[0]
         # Two more tokens, which are never special, so that the last cut may be the end of the prefix itself.
-        cuts = self._cuts(np.append(tokens, np.int32([-1, -1])), space, len(tokens))
+        cuts = self._cuts(np.append(tokens, np.full(2, -1, dtype=np.int32)), space, len(tokens))
         if not len(cuts):
             raise ValueError(
                 f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. Mark "

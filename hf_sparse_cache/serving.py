@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.utils import logging
@@ -23,6 +23,9 @@ from .stats import Recorder, RequestInfo
 from .store import CheckpointStore
 from .weights import identity
 
+
+if TYPE_CHECKING:
+    from .cache import SparsePrefixCache
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +69,7 @@ class Serving:
     def open_live_cache(self) -> LiveCache:
         """A fresh live cache that will ask this handle for its prefix."""
         live = LiveCache(self._config)
-        live.handle = self
+        live.handle = cast("SparsePrefixCache", self)
         return live
 
     def note_unsupported(self, input_ids: torch.Tensor | None, why: str) -> None:
@@ -85,7 +88,7 @@ class Serving:
         """
         check_ids(input_ids, self.model.get_input_embeddings().num_embeddings)
         rows = unpadded_rows(input_ids, model_kwargs.get("attention_mask"))
-        kwargs = {name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs}
+        kwargs: dict[str, Any] = {name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs}
         distinct: dict[bytes, int] = {}
         order = [distinct.setdefault(row.cpu().numpy().tobytes(), len(distinct)) for row in rows]
         alone = len(rows) == 1 and len(rows[0]) == input_ids.shape[1]
@@ -152,7 +155,7 @@ class Serving:
         weights = identity(self.model)
         with self._lock:
             before, self._weights = self._weights, weights
-            old, self._space_name = self._space_name, fingerprint.space_of(self, weights)
+            old, self._space_name = self._space_name, fingerprint.space_of(cast("SparsePrefixCache", self), weights)
             new = self._space_name
         if before != weights:
             self.store.drop(old)

@@ -136,7 +136,9 @@ def simulate(
             counted[2] += request.resumed_tokens
     return SimulationResult(
         len(prompts) - first,
-        *counted,
+        counted[0],
+        counted[1],
+        counted[2],
         captured,
         store.peak_bytes,
         store.evictions,
