@@ -1,4 +1,5 @@
-"""Views of an overlap depth: each one a guess at where later prompts leave this prompt, learned from where earlier ones did.
+"""Views of an overlap depth: each one a guess at where later prompts leave this prompt, learned from where earlier
+ones did.
 
 A view answers with a distribution function over depths. It is one small class; a new one is one class and one row in
 `VIEWS`, and the mixture in `overlap.py` finds out what it is worth.
