@@ -19,7 +19,7 @@ from .calls import as_ids, check_ids, input_device, unpadded_rows
 from .config import SparseCacheConfig
 from .cost import prefill_cost
 from .explain import Explanation, explain
-from .families import Family, family_of
+from .families import Family, family_of, unwrapped
 from .live import LiveCache
 from .payloads import LayerTensors
 from .persistence import Persistent
@@ -70,6 +70,7 @@ class SparsePrefixCache(Persistent, Stateless):
         config: SparseCacheConfig | None = None,
     ) -> None:
         super().__init__()
+        model = unwrapped(model)
         self.family: Family = family_of(model)
         name = policy if isinstance(policy, str) else type(policy).__name__
         given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
