@@ -16,7 +16,7 @@ from . import forks, generation, mamba1, states
 from .config import SparseCacheConfig
 from .cost import prefill_cost
 from .explain import Explanation, explain
-from .families import family_of
+from .families import family_of, unwrapped
 from .live import LiveCache
 from .payloads import LayerTensors
 from .persistence import Persistent
@@ -66,6 +66,7 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         config: SparseCacheConfig | None = None,
     ) -> None:
         super().__init__()
+        model = unwrapped(model)
         self.family = family_of(model)
         name = policy if isinstance(policy, str) else type(policy).__name__
         given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
