@@ -9,6 +9,7 @@ import transformers
 
 from hf_sparse_cache.builtin import build_tokenizer, load
 from hf_sparse_cache.cli.sources import own_document
+from hf_sparse_cache.families import FAMILIES, REFUSED
 
 
 ROOT = Path(__file__).parents[1]
@@ -48,3 +49,13 @@ def test_the_demo_has_enough_to_read() -> None:
     text, name = own_document()
     assert name == "the project's documentation"
     assert len(build_tokenizer([text])(text)["input_ids"]) >= 5000
+
+
+def test_the_readme_names_every_family() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Supported models")[1].split("\n\n")[1]
+    supported, refused = section.split("Refused")
+    for family in FAMILIES.values():
+        assert re.search(rf"(?<![\w-]){re.escape(family.name)}(?![\w-])", supported), family.name
+    for name in ("MiniMax", "RWKV", "xLSTM", "RecurrentGemma"):
+        assert name in refused
+    assert len(REFUSED) == 4
