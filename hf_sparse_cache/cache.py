@@ -165,7 +165,7 @@ class SparsePrefixCache(Persistent, Stateless):
 
     def after_fork(self) -> None:
         """In a child process: counted from zero, with locks of its own."""
-        self._lock, self._stats, self._last_request = threading.Lock(), CacheStats(), None
+        self._lock, self._recorder = threading.Lock(), Recorder()
         self.policy.lock = threading.Lock()
 
     def __enter__(self) -> "SparsePrefixCache":

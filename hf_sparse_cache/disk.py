@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .segmentation import Tokens
 from .tiers import Tier
 from .tree import Checkpoint, KVSegment, Match, Payload
 from .units import Span, Unit, chain_of, unit_of
+
 
 FORMAT = 1  # of the files; another number is not read
 NO_TOKENS = np.zeros(0, dtype=np.int32)
@@ -235,10 +236,8 @@ class DiskTier(Tier):
             self.warn("read", f"A stored state is lost, as {culprit.path} cannot be used: {error}")
             self.lose(culprit)
             return None
-        try:
+        with suppress(OSError):
             os.utime(_file(unit.state).path)  # the next start keeps the order of use
-        except OSError:
-            pass
         return Unit(unit.space, unit.tokens, state, kv, unit.hits)
 
     def lose(self, culprit: StoredFile) -> None:
@@ -258,12 +257,8 @@ class DiskTier(Tier):
         Raises:
             OSError: the folder cannot be listed.
         """
-        sizes: dict[str, int] = {}
-        for path in sorted(folder.iterdir()):
-            if path.name.endswith(files.TEMPORARY):
-                self._unlink([StoredFile(path, 0)])  # of a process that was killed
-            elif path.name.endswith(files.SUFFIX):
-                sizes[path.name] = path.stat().st_size
+        sizes, leftovers = files.units_in(folder)
+        self._unlink([StoredFile(path, 0) for path in leftovers])  # of a process that was killed
         found: list[tuple[float, str, dict[str, Any], Tokens]] = []
         for name in (name for name in sizes if name.startswith("state-")):
             path = folder / name

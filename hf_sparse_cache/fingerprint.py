@@ -18,6 +18,7 @@ from .disk import FORMAT
 from .forks import ForkSafeLock
 from .weights import identity
 
+
 if TYPE_CHECKING:
     from .cache import SparsePrefixCache
 
