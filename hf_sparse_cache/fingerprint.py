@@ -18,6 +18,7 @@ from .disk import FORMAT
 from .forks import ForkSafeLock
 from .weights import identity
 
+
 if TYPE_CHECKING:
     from .cache import SparsePrefixCache
 
@@ -37,7 +38,8 @@ def space_of(handle: SparsePrefixCache, weights: str) -> str:
     for a saved cache, by their content. The namespace follows the first unit separator, which JSON never contains.
     """
     if not handle.store.outlives_process:
-        return f"{weights}, grid {handle.grid}, cut ids {handle._cut_ids}, {handle.config.exactness}\x1f{handle.config.namespace}"
+        segmentation = f"grid {handle.grid}, cut ids {handle._cut_ids}, {handle.config.exactness}"
+        return f"{weights}, {segmentation}, {_modes(handle.model)}\x1f{handle.config.namespace}"
     return durable_space(describe(handle), handle.config.namespace)
 
 
@@ -62,8 +64,8 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
         "attention": str(getattr(config, "_attn_implementation", None)),
         "experts": str(getattr(config, "_experts_implementation", None)),
         "devices": sorted({_device(tensor.device) for tensor in model.parameters()}),
+        "modes": _modes(model),
         "threads": torch.get_num_threads(),
-        "matmul precision": torch.get_float32_matmul_precision(),
         "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -72,6 +74,13 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
         "min distance": max(2, handle.grid // 4),
         "exactness": handle.config.exactness,
     }
+
+
+def _modes(model: Any) -> str:
+    """Switches of the process under which the same weights compute something else."""
+    kind = model.device.type
+    autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
+    return f"autocast {autocast}, matmul precision {torch.get_float32_matmul_precision()}"
 
 
 def config_values(config: Any) -> dict[str, Any]:

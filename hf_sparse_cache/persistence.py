@@ -18,6 +18,7 @@ from .payloads import LayerTensors
 from .tiers import Tier
 from .units import unit_of
 
+
 if TYPE_CHECKING:
     from .cache import SparsePrefixCache
 

@@ -11,10 +11,11 @@ from .eviction import Eviction
 from .segmentation import Tokens
 from .tree import Checkpoint, KVSegment, Node, Payload
 
+
 Span = tuple[int, int]
 
 
-class Demotion(Exception):  # noqa: N818 - a request to the caller, not an error
+class Demotion(Exception):
     """Room can be made once `victim`, pinned meanwhile, is copied to the tier below, without the lock."""
 
     def __init__(self, victim: Checkpoint) -> None:

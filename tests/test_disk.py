@@ -22,6 +22,7 @@ from hf_sparse_cache import files
 from hf_sparse_cache.disk import DiskTier
 from hf_sparse_cache.store import CheckpointStore
 
+
 KV = 5  # bytes of keys and values a token
 UNIT = 10 + 4 * KV
 
@@ -30,10 +31,10 @@ UNIT = 10 + 4 * KV
 def opened(tmp_path: Path) -> Iterator[Callable[..., CheckpointStore]]:
     stores: list[CheckpointStore] = []
 
-    def make(max_memory: int = UNIT, disk_memory: int | str = "1GiB", folder: Path = tmp_path / "tier") -> CheckpointStore:
+    def make(max_memory: int = UNIT, disk_memory: int | str = "1GiB") -> CheckpointStore:
         for store in stores:
             store.close(flush=False)
-        stores.append(CheckpointStore(max_memory, "lru", disk_memory=disk_memory, disk_dir=folder))
+        stores.append(CheckpointStore(max_memory, "lru", disk_memory=disk_memory, disk_dir=tmp_path / "tier"))
         for tier in stores[-1].tiers:
             tier.reader = Blob.from_bytes
         return stores[-1]
@@ -269,7 +270,7 @@ def test_one_process_has_the_folder(opened: Any, tmp_path: Path, caplog: pytest.
 
 
 def test_killed_while_saving(opened: Any, tmp_path: Path) -> None:
-    """A process is killed in the middle of a file, twenty times; each start finds whole units and cleans up the rest."""
+    """A process is killed in the middle of a file; each start finds whole units and cleans up the rest."""
     program = f"""
         import os, sys
         sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
