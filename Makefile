@@ -12,7 +12,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format support bench clean test-matrix test-floor
+.PHONY: help demo test lint format support bench bench-table clean test-matrix test-floor
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,7 +45,10 @@ support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: 
 	$(BIN)/python tests/support_table.py
 
 bench: .venv/dev  ## The benchmarks, one after the other
-	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/results/
+	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
 	rm -rf .venv .venv-floor build dist *.egg-info _planner.c hf_sparse_cache/*.so

@@ -1,12 +1,11 @@
 """`SparseCacheConfig`: the settings of a handle as one object that can be saved, shared and pushed to the Hub."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from transformers.utils import PushToHubMixin
-
+from .hub import Shareable
+from .report import table
 from .sizes import parse_bytes
 
 
@@ -15,7 +14,7 @@ EXACTNESS = ("bitwise", "numerical")
 
 
 @dataclass(frozen=True)
-class SparseCacheConfig(PushToHubMixin):  # type: ignore[misc]
+class SparseCacheConfig(Shareable):
     """Settings of a `SparsePrefixCache`; the same names, defaults and errors as its keyword arguments.
 
     Args:
@@ -31,6 +30,8 @@ class SparseCacheConfig(PushToHubMixin):  # type: ignore[misc]
     Raises:
         ValueError: A value is out of range; the message names the argument.
     """
+
+    file_name: ClassVar[str] = CONFIG_NAME
 
     max_memory: int | str | None = "2GiB"
     max_checkpoints: int | None = None
@@ -48,25 +49,22 @@ class SparseCacheConfig(PushToHubMixin):  # type: ignore[misc]
         if self.grid is not None and self.grid < 2:
             raise ValueError(f"grid must be at least 2 tokens, not {self.grid}; leave it out for the family's own.")
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the settings as JSON into a folder, and push it to the Hub if asked to. No prompt is in it."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        from . import __version__
-
-        content = {**asdict(self), "hf_sparse_cache_version": __version__}
-        (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name."""
+        return asdict(self)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> "SparseCacheConfig":
-        """Read settings from a folder or a Hub repository. Keys that this version does not know are ignored."""
-        path = Path(name_or_path) / CONFIG_NAME
-        if not path.is_file():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, **kwargs))
-        content = json.loads(path.read_text(encoding="utf-8"))
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Settings from `to_dict`; unknown keys are ignored, missing ones have their defaults."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in known})
+
+    def card(self) -> str:
+        """A table of the settings and how to use them."""
+        rows = table(("setting", "value"), [(name, f"`{value!r}`") for name, value in self.to_dict().items()])
+        return (
+            "# Settings of a sparse prefix cache\n\nFor `SparsePrefixCache` of hf_sparse_cache: exact prefix reuse for "
+            f"recurrent and hybrid language models.\n\n{rows}\n\n```python\nfrom hf_sparse_cache import "
+            'SparseCacheConfig, SparsePrefixCache\n\nconfig = SparseCacheConfig.from_pretrained("this repository or '
+            'folder")\ncache = SparsePrefixCache(model, tokenizer, config=config)\n```\n'
+        )

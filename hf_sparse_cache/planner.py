@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
+
+from .hub import Shareable
 
 
 try:
@@ -34,7 +36,7 @@ _TRUSTED_RATIO = 1e5
 
 
 @dataclass(frozen=True)
-class CheckpointPlan:
+class CheckpointPlan(Shareable):
     """Checkpoints for one distribution of overlap depths.
 
     Attributes:
@@ -43,8 +45,41 @@ class CheckpointPlan:
             the unit of `prefill_cost` (tokens by default). The price of the checkpoints is not in it.
     """
 
+    file_name: ClassVar[str] = "checkpoint_plan.json"
+
     positions: tuple[int, ...]
     expected_cost: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Positions as a list, and the cost."""
+        return {"positions": list(self.positions), "expected_cost": self.expected_cost}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The plan from `to_dict`; unknown keys are ignored.
+
+        Raises:
+            ValueError: a field is missing or is not what it should be; the message names it.
+        """
+        for name in ("positions", "expected_cost"):
+            if name not in content:
+                raise ValueError(f"{name} is missing: a plan has positions and expected_cost, this is {dict(content)}")
+        found = content["positions"]
+        if not isinstance(found, list | tuple):
+            raise ValueError(f"positions is {found!r}: give a list of positions")
+        positions = [_count("positions", position) for position in found]
+        if any(here <= before for before, here in zip([0, *positions], positions, strict=False)):
+            raise ValueError(f"positions is {positions}: give positions of at least 1 in ascending order")
+        return cls(tuple(positions), _price("expected_cost", content["expected_cost"]))
+
+    def card(self) -> str:
+        """The positions and how to use them."""
+        return (
+            f"# A checkpoint plan\n\n{len(self.positions)} positions, in tokens, at which a prefix cache keeps the state "
+            f"of a recurrent language model: {', '.join(f'{position:,}' for position in self.positions) or 'none'}. "
+            f"Expected cost {self.expected_cost:g} for a unit of weight.\n\n```python\nfrom hf_sparse_cache import "
+            'CheckpointPlan\n\nplan = CheckpointPlan.from_pretrained("this repository or folder")\n```\n'
+        )
 
 
 def plan_checkpoints(

@@ -30,7 +30,7 @@ SIGNS = {"exact": "●", "uncached": "○", "not allowed": "–", "broken upstre
 NOT_RUN = "·"
 # What a reader must know about a row beyond its numbers.
 LIMITS = {
-    "Inkling2": "bfloat16: stock raises in its own forward",
+    "Inkling2": "load with `from_pretrained(dtype=...)`: its router must stay in float32, or stock raises",
     "Qwen4Exp": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "GLM5Next": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "Zamba2": "states produced by decoding differ from a prefill's and are never stored",
@@ -47,6 +47,7 @@ ROUTED_FAMILIES = (
     "LFM2-MoE",
     "Zaya",
     "Inkling",
+    "Inkling2",
 )
 
 Row = Iterable[str]
@@ -152,8 +153,8 @@ prompt with a common prefix (warm).
 - {SIGNS["broken upstream"]} **broken upstream**: the model fails without the cache as well.
 - {NOT_RUN} not run: tracing takes long, so it runs on some families only.
 
-**{sum(totals.values()):,} cells run: {summary(totals)}.** The sabotaged twin of every family, with states zeroed, taken
-from another prompt, or off by one token, is rejected (`tests/test_sabotage.py`).
+**{sum(totals.values()):,} cells run: {summary(totals)}.** The sabotaged twin of every family, with states zeroed, of
+another prompt, or off by one token, is rejected (`tests/test_sabotage.py`).
 
 ## Families
 

@@ -191,6 +191,27 @@ def simulate(
     screen.emit({"trace": str(trace), **planning.replay(trace, sizes, names, screen, **limits)})
 
 
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Written by save_pretrained, or a disk_dir.")],
+    tree: Annotated[bool, typer.Option("--tree", help="Every checkpoint below the one that it continues.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id, to show text instead of token ids.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a stored cache holds, by prefix and by byte. It changes nothing.
+
+    Example: `hf-sparse-cache inspect my_cache --tree`
+    """
+    from transformers import AutoTokenizer
+
+    from . import inspecting
+
+    screen = Screen(json)
+    _quiet()
+    decoder = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    screen.emit(inspecting.run(folder, decoder, tree, screen))
+
+
 def _quiet() -> None:
     """Leave out what transformers says about kernels and padding: the screen belongs to the result."""
     from transformers.utils import logging

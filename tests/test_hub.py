@@ -1,0 +1,129 @@
+"""Configs and plans on disk and on the Hub: JSON that can be compared, a card, and nothing lost on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from transformers.utils import hub
+
+from hf_sparse_cache import CheckpointPlan, SparseCacheConfig, __version__, plan_checkpoints
+from hf_sparse_cache.hub import Shareable
+
+
+PLAN = plan_checkpoints([0.1, 0.0, 0.5, 0.2, 1.0], 2)
+CONFIG = SparseCacheConfig(max_memory="64MiB", grid=128, namespace="anna")
+
+
+@pytest.fixture(params=[CONFIG, PLAN], ids=["config", "plan"])
+def shared(request: pytest.FixtureRequest) -> Shareable:
+    return request.param
+
+
+def test_round_trip(shared: Shareable, tmp_path: Path) -> None:
+    shared.save_pretrained(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["README.md", shared.file_name]
+    assert type(shared).from_pretrained(str(tmp_path / "new")) == shared
+    text = (tmp_path / "new" / shared.file_name).read_text(encoding="utf-8")
+    content = json.loads(text)
+    assert content["hf_sparse_cache_version"] == __version__
+    assert text == json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def test_unknown_keys_are_tolerated(shared: Shareable, tmp_path: Path) -> None:
+    content = {**shared.to_dict(), "hf_sparse_cache_version": "9.9", "from_the_future": [1]}
+    (tmp_path / shared.file_name).write_text(json.dumps(content), encoding="utf-8")
+    assert type(shared).from_pretrained(tmp_path) == shared
+
+
+def test_a_card_that_is_there_stays(shared: Shareable, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    shared.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+class FakeHub:
+    """Stands in for the Hub's API: keeps the files of one commit."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        self.options: dict[str, Any] = {}
+
+    def create_repo(self, repo_id: str, **options: Any) -> "FakeHub":
+        self.repo_id, self.options = f"me/{repo_id}", options
+        return self
+
+    def create_commit(self, repo_id: str, operations: list[Any], **options: Any) -> str:
+        assert repo_id == self.repo_id
+        for operation in operations:
+            self.files[operation.path_in_repo] = Path(operation.path_or_fileobj).read_text(encoding="utf-8")
+        return "committed"
+
+
+def _push(shared: Shareable, monkeypatch: pytest.MonkeyPatch, existing_card: str | None, **options: Any) -> FakeHub:
+    def load(repo_id: object, **_: Any) -> ModelCard:
+        if isinstance(repo_id, Path):  # a file: not the Hub
+            return ModelCard(repo_id.read_text(encoding="utf-8"))
+        if existing_card is None:
+            raise EntryNotFoundError("no card")
+        return ModelCard(existing_card)
+
+    fake = FakeHub()
+    monkeypatch.setattr(hub, "hf_api", lambda: fake)
+    monkeypatch.setattr(ModelCard, "load", load)
+    assert shared.push_to_hub("thing", **options) == "committed"
+    return fake
+
+
+def test_push_brings_the_file_and_a_card(shared: Shareable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = _push(shared, monkeypatch, None, private=True, tags=["mine"])
+    assert fake.options["private"] is True
+    assert sorted(fake.files) == ["README.md", shared.file_name]
+    (tmp_path / shared.file_name).write_text(fake.files[shared.file_name], encoding="utf-8")
+    assert type(shared).from_pretrained(tmp_path) == shared
+    card = ModelCard(fake.files["README.md"])
+    assert card.data.library_name == "hf_sparse_cache"
+    assert card.data.tags == ["hf_sparse_cache", "mine"]
+    assert shared.card().strip() in card.text
+    assert "More Information Needed" not in card.text
+
+
+def test_push_keeps_the_card_of_a_repository(shared: Shareable, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _push(shared, monkeypatch, "---\nlicense: mit\n---\n\nWritten by hand.\n")
+    assert "Written by hand." in fake.files["README.md"]
+    assert "license: mit" in fake.files["README.md"]
+
+
+def test_save_may_push(shared: Shareable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pushed: list[object] = []
+    monkeypatch.setattr(Shareable, "push_to_hub", lambda self, repo_id, **kwargs: pushed.append((repo_id, kwargs)))
+    shared.save_pretrained(tmp_path / "name", push_to_hub=True, private=True)
+    shared.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="me/other")
+    assert pushed == [("name", {"private": True}), ("me/other", {})]
+
+
+def test_a_folder_without_the_file(shared: Shareable, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=shared.file_name):
+        type(shared).from_pretrained(tmp_path)
+    for text, said in (("not JSON", "not JSON"), ("[1]", "holds a list")):
+        (tmp_path / shared.file_name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            type(shared).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"positions": [1]}, "expected_cost is missing"),
+        ({"positions": [2, 1], "expected_cost": 1.0}, "positions is"),
+        ({"positions": [0], "expected_cost": 1.0}, "positions is"),
+        ({"positions": ["a"], "expected_cost": 1.0}, "positions is 'a'"),
+        ({"positions": 3.5, "expected_cost": 1.0}, "positions is 3.5"),
+        ({"positions": [1], "expected_cost": -1}, "expected_cost is -1"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(content: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        CheckpointPlan.from_dict(content)
