@@ -38,7 +38,7 @@ class VLLMAlign(Policy):
 
 
 class VLLMAll(Policy):
-    """vLLM `--mamba-cache-mode all`: the state at every block boundary. Source: vllm-project/vllm PRs 25752 and 50172."""
+    """vLLM `--mamba-cache-mode all`: a state at every block boundary. Source: vllm-project/vllm PRs 25752, 50172."""
 
     def __init__(self, block: int = 512) -> None:
         super().__init__()

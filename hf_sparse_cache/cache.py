@@ -96,7 +96,7 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         self._finalizer = weakref.finalize(self, _release, model, self._config.model_type)
         forks.starts_clean(self)
 
-    # -- what a user reads ----------------------------------------------------------------------------------------------
+    # -- what a user reads --------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
         """Totals since the handle was made, and what its store holds of its namespace now, in the fastest tier."""
@@ -144,8 +144,8 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         cuts = self._cuts(np.append(tokens, np.full(2, -1, dtype=np.int32)), space, len(tokens))
         if not len(cuts):
             raise ValueError(
-                f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. Mark "
-                "a longer prefix or make the handle with a smaller grid."
+                f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. "
+                "Mark a longer prefix or make the handle with a smaller grid."
             )
         self.store.mark(tokens, cuts, space)
 

@@ -13,8 +13,7 @@ import torch
 
 from . import states
 from .cache import SparsePrefixCache
-from .calls import as_ids
-from .calls import input_device
+from .calls import as_ids, input_device
 from .live import LiveCache
 from .report import table
 
@@ -88,7 +87,15 @@ class ExactnessReport:
         return self.resumed_tokens > 0 and kept and close
 
     def __str__(self) -> str:
-        columns = ("prompt", "resumed", "logits = cold", "states = cold", "max |Δ logit| to stock", "same tokens", "reason")
+        columns = (
+            "prompt",
+            "resumed",
+            "logits = cold",
+            "states = cold",
+            "max |Δ logit| to stock",
+            "same tokens",
+            "reason",
+        )
         body = [
             (
                 f"{row.prompt_tokens:,}",
@@ -107,7 +114,11 @@ class ExactnessReport:
         elif self.resumed_tokens == 0:
             verdict = "NOT PROVED: nothing was resumed, so nothing was tested"
         else:
-            verdict = "NOT EXACT" if not self.bitwise and self.mode == "bitwise" else f"NOT EXACT: further than {self.tolerance:.0e} from stock"
+            verdict = (
+                "NOT EXACT"
+                if not self.bitwise and self.mode == "bitwise"
+                else f"NOT EXACT: further than {self.tolerance:.0e} from stock"
+            )
         return f"{table(columns, body)}\n\n{verdict}; max logit difference to stock {self.max_abs_logit_diff:.1e}"
 
 

@@ -121,7 +121,7 @@ def _remedy(reason: str, lost: int, match: Match, length: int) -> str:
     if reason == "resumed":
         if lost <= 0:
             return ""
-        return f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on the shared part would keep one there."
+        return f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
     if reason == "nothing stored":
         return "The first prompt of a kind is always computed; a later one that starts alike resumes."
     if reason.startswith("diverges"):

@@ -1,4 +1,4 @@
-"""The books of one tier: what is stored, in bytes and by namespace, what is pinned, and who goes when room is short."""
+"""The books of one tier: what is stored, in bytes and by namespace, what is pinned, who goes when room is short."""
 
 from __future__ import annotations
 

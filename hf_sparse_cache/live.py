@@ -1,6 +1,6 @@
 """The live cache: what one request's `generate()` works on, from prefill to the last token.
 
-A `DynamicCache` of the model's own layer classes, which therefore decodes exactly as an uncached run does. It adds what
+A `DynamicCache` of the model's own layer classes, which therefore decodes just as an uncached run does. It adds what
 transformers leaves open for models without full attention, and it tells the Mamba-1 scan from which state to start.
 """
 
@@ -32,7 +32,8 @@ class LiveCache(DynamicCache):
         self.length = 0
         self._recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         self.full_attention_layers = sum(
-            isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer) for layer in self.layers
+            isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+            for layer in self.layers
         )
         self._scan_forgets = mamba1.needs_hook(config.get_text_config(decoder=True).model_type)
 

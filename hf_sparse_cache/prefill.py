@@ -21,6 +21,7 @@ from .payloads import LayerTensors
 from .request import Request
 from .segmentation import MIN_SUFFIX_TOKENS, Positions
 
+
 logger = logging.get_logger(__name__)
 
 

@@ -59,7 +59,9 @@ class Serving:
                 "SparsePrefixCache(model) for each model; they may share a store."
             )
         if not self._finalizer.alive:
-            raise ValueError("past_key_values is a SparsePrefixCache that was detached. Make a new one, with its store.")
+            raise ValueError(
+                "past_key_values is a SparsePrefixCache that was detached. Make a new one, with its store."
+            )
 
     @property
     def attached_to(self) -> str:
@@ -79,7 +81,7 @@ class Serving:
         self._recorder.add(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
 
     def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
-        """Run the prefill of a request, reusing what is stored, and return the model's output with the live cache in it.
+        """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
 
         Args:
             live: the request's live cache, filled in place.
@@ -88,7 +90,9 @@ class Serving:
         """
         check_ids(input_ids, self.model.get_input_embeddings().num_embeddings)
         rows = unpadded_rows(input_ids, model_kwargs.get("attention_mask"))
-        kwargs: dict[str, Any] = {name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs}
+        kwargs: dict[str, Any] = {
+            name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs
+        }
         distinct: dict[bytes, int] = {}
         order = [distinct.setdefault(row.cpu().numpy().tobytes(), len(distinct)) for row in rows]
         alone = len(rows) == 1 and len(rows[0]) == input_ids.shape[1]
@@ -107,7 +111,9 @@ class Serving:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _serve_row(self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]) -> Any:
+    def _serve_row(
+        self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
+    ) -> Any:
         started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
         space, changed = self._space()

@@ -69,7 +69,7 @@ class SimulationResult:
     def __str__(self) -> str:
         return (
             f"{self.requests:,} requests · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · resumed "
-            f"{self.resumed_tokens:,} ({self.resume_rate:.1%} of the prompt, {self.capture_rate:.1%} of the overlap) · "
+            f"{self.resumed_tokens:,} ({self.resume_rate:.1%} of prompts, {self.capture_rate:.1%} of the overlap) · "
             f"{self.checkpoints:,} checkpoints, peak {self.peak_bytes:,} bytes"
         )
 

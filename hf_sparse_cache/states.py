@@ -218,7 +218,9 @@ def capture_state(cache: Cache) -> LayerTensors:
 
 def capture_kv(cache: Cache, start: int, end: int) -> LayerTensors:
     """Clone the keys and values of the full-attention layers of a batch-1 cache for positions start..end-1."""
-    return LayerTensors(tuple(_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers))
+    return LayerTensors(
+        tuple(_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers)
+    )
 
 
 def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .views import Floats
 
+
 PASS_EDGES = np.asarray([1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 29, 38, 50, 80, 150])
 LEVEL_EDGES = np.asarray([1, 2, 3, 5, 9])
 AGE_EDGES: Floats = np.unique(np.round(np.concatenate([[0], np.geomspace(4, 2**14, 22)])))

@@ -12,6 +12,7 @@ from .eviction import Eviction, Terms
 from .survival import SurvivalTables, cell_of
 from .views import Floats
 
+
 if TYPE_CHECKING:
     from .overlap import Forecast
     from .tree import Checkpoint, Node

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+
 Floats = NDArray[np.float64]
 LOG_EDGES: Floats = np.concatenate([[0.0], np.exp2(np.arange(0, 22))])  # distances 0, 1, 2-3, 4-7, ...
 

@@ -25,9 +25,7 @@ def handle(model: PreTrainedModel, **options: object) -> SparsePrefixCache:
 
 
 def stock_logits(model: PreTrainedModel, **inputs: object) -> torch.Tensor:
-    out = model.generate(
-        **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
     return torch.stack(out.logits)
 
 
@@ -190,9 +188,8 @@ class TestErrors:
 
     def test_cache_of_another_model(self, model: PreTrainedModel) -> None:
         other = build("Jamba", seed=3)
-        with handle(other) as cache, handle(model):
-            with pytest.raises(ValueError, match="made for another model"):
-                model.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        with handle(other) as cache, handle(model), pytest.raises(ValueError, match="made for another model"):
+            model.generate(question(2), past_key_values=cache, max_new_tokens=1)
         with handle(other) as cache, pytest.raises(ValueError, match="past_key_values"):
             model.generate(question(2), past_key_values=cache, max_new_tokens=1)
 

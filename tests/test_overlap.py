@@ -25,7 +25,9 @@ def test_views_are_distribution_functions(kind: type[View], length: int, data: s
     view, described = kind(), shape(length, overlap, ends if overlap else ())
     for depth in data.draw(st.lists(st.integers(0, length), max_size=5)):
         view.learn(depth, described, data.draw(st.floats(0.01, 1.0)), 0.99)
-    depths = np.sort(np.asarray([0, *data.draw(st.lists(st.integers(0, length), max_size=8)), length + 1], dtype=float))
+    depths = np.sort(
+        np.asarray([0, *data.draw(st.lists(st.integers(0, length), max_size=8)), length + 1], dtype=float)
+    )
     below = view.below(depths, described)
     assert below[0] == pytest.approx(0.0, abs=1e-9)
     assert below[-1] == pytest.approx(1.0, abs=1e-9)

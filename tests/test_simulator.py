@@ -21,7 +21,9 @@ def prompts(count: int = 60) -> list[np.ndarray]:
     generator = np.random.default_rng(3)
     roots = [generator.integers(0, 9, 300).astype(np.int32) for _ in range(5)]
     return [
-        np.concatenate([roots[i % 5][: int(generator.integers(50, 300))], generator.integers(0, 9, 80)]).astype(np.int32)
+        np.concatenate([roots[i % 5][: int(generator.integers(50, 300))], generator.integers(0, 9, 80)]).astype(
+            np.int32
+        )
         for i in range(count)
     ]
 
