@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from .calls import input_device
 from .disk import FORMAT
 from .forks import ForkSafeLock
 from .weights import identity
@@ -78,7 +79,7 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
 
 def _modes(model: Any) -> str:
     """Switches of the process under which the same weights compute something else."""
-    kind = model.device.type
+    kind = input_device(model).type  # offloaded weights say "meta"
     autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
     return f"autocast {autocast}, matmul precision {torch.get_float32_matmul_precision()}"
 
