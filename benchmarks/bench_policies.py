@@ -26,6 +26,7 @@ from hf_sparse_cache.policies import POLICIES, Policy, make_policy
 from hf_sparse_cache.simulator import simulate
 from hf_sparse_cache.traces import Trace, load_trace
 
+
 HERE = Path(__file__).parent
 BUDGETS = {
     "64": (64, 1, 0),

@@ -17,11 +17,12 @@ from hf_sparse_cache.tree import Checkpoint, Forest, Node
 from hf_sparse_cache.values import Scored
 from hf_sparse_cache.views import Floats
 
+
 NEVER = 2**40
 
 
 class Future:
-    """Who passes where, and when: the tree of all prompts of a trace, each edge with the requests that run along it."""
+    """Who passes where, and when: the tree of all prompts, each edge with the requests that run along it."""
 
     def __init__(self, trace: Iterable[Tokens]) -> None:
         self.forest = Forest()

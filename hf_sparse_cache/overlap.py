@@ -14,6 +14,7 @@ import numpy as np
 from .segmentation import Positions
 from .views import VIEWS, Floats, Shape
 
+
 FRESH, EXTENDS, BRANCHES, RETURNS = range(
     4
 )  # nothing shared; longer than an earlier prompt; new junction; known junction

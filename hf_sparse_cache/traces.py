@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .segmentation import Tokens
 
+
 Tokenize = Callable[[str], Sequence[int]]
 DEFAULT_VOCABULARY = "qwen3.5-27b"
 

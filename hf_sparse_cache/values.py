@@ -12,6 +12,7 @@ from .eviction import Eviction, Terms
 from .survival import SurvivalTables, cell_of
 from .views import Floats
 
+
 if TYPE_CHECKING:
     from .overlap import Forecast
     from .tree import Checkpoint, Node
@@ -172,7 +173,7 @@ class Learned(Scored):
 
     def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
         """The checkpoint of least value a byte, or None if all that must go is worth more than the newcomer."""
-        first = None
+        first: Checkpoint | None = None
         while first is None:
             order, values = self.ranked()
             freed = lost = 0.0
