@@ -22,7 +22,7 @@ NEVER = 2**40
 
 
 class Future:
-    """Who passes where, and when: the tree of all prompts of a trace, each edge with the requests along it."""
+    """Who passes where, and when: the tree of all prompts, each edge with the requests that run along it."""
 
     def __init__(self, trace: Iterable[Tokens]) -> None:
         self.forest = Forest()

@@ -59,7 +59,7 @@ def write_tables(rows: dict[str, dict[str, float]], budgets: list[str], out: Pat
     text.append(
         "Made by `python -m benchmarks.bench_policies WORKLOADS` (what each part is: `benchmarks/bench_policies.py`,"
     )
-    text.append("`rivals.py`, `clairvoyant.py`). 60 % warm-up, 40 % measured, 64-token grid (512 for block hashes).")
+    text.append("`rivals.py`, `clairvoyant.py`). 60 % warms up, 40 % measured, 64-token grid (512 for block hashes).")
     text.append(f"Mean ± standard deviation over up to {seeds} arrival orders; {machine}.\n")
     text.append("## Shared tokens recomputed a request, at most 4 new checkpoints a prompt, no memory limit\n")
     text.append(
@@ -122,7 +122,7 @@ def summary(
     text = ["## Mean uncaptured share (1 - capture rate)\n", table(["contender", *groups], lines)]
     text.append(table(["budgets", "best single rival", "learned ÷ that", "target at most"], ratios))
     text.append(
-        "## Cells where `learned` is below 0.95 × the best rival (or 0.03 below, where that captures under 0.2)\n"
+        "## Cells where `learned` is below 0.95 × the best rival (or 0.03 below it, where that is under 0.2)\n"
     )
     text.append(table(["workload", "budget", "learned", "best rival"], misses) if misses else "None.\n")
     return text

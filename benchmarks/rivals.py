@@ -38,7 +38,7 @@ class VLLMAlign(Policy):
 
 
 class VLLMAll(Policy):
-    """vLLM `--mamba-cache-mode all`: a state at every block boundary. Source: vllm-project/vllm PRs 25752, 50172."""
+    """vLLM `--mamba-cache-mode all`: the state at every block. Source: vllm-project/vllm PRs 25752 and 50172."""
 
     def __init__(self, block: int = 512) -> None:
         super().__init__()
@@ -170,12 +170,9 @@ RIVALS = (
     Rival("vLLM all", (("block 512", VLLMAll, LRU),)),
     Rival("SGLang", (("interval 256", SGLang, LRU),)),
     Rival(
-        "Marconi",
-        tuple(
-            (f"alpha {alpha:g}", MarconiAdmission, lambda alpha=alpha: MarconiEviction(alpha)) for alpha in (0.2, 1.0)
-        ),
+        "Marconi", tuple((f"alpha {a:g}", MarconiAdmission, lambda a=a: MarconiEviction(a)) for a in (0.2, 1.0, 5.0))
     ),
-    Rival("llama.cpp", tuple((f"step {step}", lambda step=step: LlamaCpp(step), LRU) for step in (512, 2048))),
+    Rival("llama.cpp", tuple((f"step {step}", lambda step=step: LlamaCpp(step), LRU) for step in (512, 2048, 8192))),
     Rival("mlx-lm", (("three segments", MLXLM, LRU),)),
-    Rival("paper", tuple((f"M = {count}", lambda count=count: PaperDP(count), FIFO) for count in (4, 16))),
+    Rival("paper", tuple((f"M = {count}", lambda count=count: PaperDP(count), FIFO) for count in (1, 4, 16))),
 )

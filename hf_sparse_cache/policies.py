@@ -184,7 +184,7 @@ class Learned(Policy):
         self.prefill_cost = prefill_cost
 
     def place(self, prompt: Prompt) -> list[int]:
-        """Minimises the expected recomputation by the next prompt that comes this way, plus the price of memory."""
+        """Minimises what the next prompt that comes this way recomputes, plus the memory at its price."""
         from .planner import plan_checkpoints
 
         length = len(prompt.ids)

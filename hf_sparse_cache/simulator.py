@@ -68,8 +68,9 @@ class SimulationResult:
 
     def __str__(self) -> str:
         return (
-            f"{self.requests:,} requests · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · resumed "
-            f"{self.resumed_tokens:,} ({self.resume_rate:.1%} of prompts, {self.capture_rate:.1%} of the overlap) · "
+            f"{self.requests:,} requests · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · "
+            f"resumed {self.resumed_tokens:,} ({self.resume_rate:.1%} of the prompt, "
+            f"{self.capture_rate:.1%} of the overlap) · "
             f"{self.checkpoints:,} checkpoints, peak {self.peak_bytes:,} bytes"
         )
 
@@ -135,13 +136,13 @@ def simulate(
             counted[1] += request.overlap_tokens
             counted[2] += request.resumed_tokens
     return SimulationResult(
-        len(prompts) - first,
-        counted[0],
-        counted[1],
-        counted[2],
-        captured,
-        store.peak_bytes,
-        store.evictions,
-        time.perf_counter() - started,
-        planning,
+        requests=len(prompts) - first,
+        prompt_tokens=counted[0],
+        overlap_tokens=counted[1],
+        resumed_tokens=counted[2],
+        checkpoints=captured,
+        peak_bytes=store.peak_bytes,
+        evictions=store.evictions,
+        seconds=time.perf_counter() - started,
+        plan_seconds=planning,
     )

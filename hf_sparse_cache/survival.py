@@ -22,6 +22,8 @@ PERIOD = 64
 
 _PASS_CELL = np.searchsorted(PASS_EDGES, np.arange(PASS_EDGES[-1] + 1), side="right") - 1
 _LEVEL_CELL = np.searchsorted(LEVEL_EDGES, np.arange(LEVEL_EDGES[-1] + 1), side="right") - 1
+_YOUNG_AGES = np.arange(PERIOD)
+_YOUNG_STARTS = AGE_EDGES[AGE_EDGES < PERIOD].astype(np.int64)
 _WIDTHS = np.diff(np.append(AGE_EDGES, 2.0 * AGE_EDGES[-1]))
 _AGE_BIN = np.searchsorted(AGE_EDGES, np.arange(WINDOW + 1), side="right") - 1
 
@@ -74,19 +76,25 @@ class SurvivalTables:
         while self._clock < now:
             self._clock += 1
             self._alive[:, self._clock % WINDOW] = 0
+            young = (self._clock - _YOUNG_AGES) % WINDOW
+            self._exposure[:, : len(_YOUNG_STARTS)] += np.add.reduceat(self._alive[:, young], _YOUNG_STARTS, axis=1)
         if now - self._updated >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
             self._expose(now - self._updated)
             self._updated = now
             self._solve()
 
     def _expose(self, ticks: int) -> None:
+        """Counts the ages from `PERIOD` on, whose bins are wide enough for a look every `PERIOD` requests."""
         span = min(self._clock + 1, WINDOW)
-        slots = (self._clock - np.arange(span)) % WINDOW
-        bins = _AGE_BIN[np.arange(span)]
+        ages = np.arange(PERIOD, span)
+        slots = (self._clock - ages) % WINDOW
+        bins = _AGE_BIN[ages]
         starts = np.flatnonzero(np.diff(bins, prepend=-1))
         keep = self.decay ** (ticks / PERIOD)
         self._events *= keep
         self._exposure *= keep
+        if not len(ages):
+            return
         used = np.flatnonzero(self._alive.any(axis=1))
         self._exposure[np.ix_(used, bins[starts])] += ticks * np.add.reduceat(
             self._alive[used][:, slots], starts, axis=1

@@ -100,8 +100,8 @@ class Ratio(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """The histogram, stretched to the prompt."""
-        found: Floats = self._seen.upto(depths / (shape.length + 1)) / self._seen.upto(np.ones(1))[0]
-        return found
+        below: Floats = self._seen.upto(depths / (shape.length + 1)) / self._seen.upto(np.ones(1))[0]
+        return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the ratio."""
@@ -117,8 +117,8 @@ class FromEnd(View):
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance."""
         whole = self._seen.upto(np.asarray([shape.length + 1.0]))[0]
-        found: Floats = 1.0 - self._seen.upto(shape.length + 1 - depths) / whole
-        return found
+        below: Floats = 1.0 - self._seen.upto(shape.length + 1 - depths) / whole
+        return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the distance."""
@@ -134,8 +134,8 @@ class Beyond(View):
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance; nothing before the overlap."""
         whole = self._seen.upto(np.asarray([shape.length + 1.0 - shape.overlap]))[0]
-        found: Floats = self._seen.upto(np.maximum(depths - shape.overlap, 0.0)) / max(whole, 1e-9)
-        return found
+        below: Floats = self._seen.upto(np.maximum(depths - shape.overlap, 0.0)) / max(whole, 1e-9)
+        return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the distance."""

@@ -20,12 +20,9 @@ from hf_sparse_cache.traces import interleave, load_trace
 def prompts(count: int = 60) -> list[np.ndarray]:
     generator = np.random.default_rng(3)
     roots = [generator.integers(0, 9, 300).astype(np.int32) for _ in range(5)]
-    return [
-        np.concatenate([roots[i % 5][: int(generator.integers(50, 300))], generator.integers(0, 9, 80)]).astype(
-            np.int32
-        )
-        for i in range(count)
-    ]
+    sizes = generator.integers(50, 300, count).tolist()
+    parts = [(roots[i % 5][:size], generator.integers(0, 9, 80)) for i, size in enumerate(sizes)]
+    return [np.concatenate(part).astype(np.int32) for part in parts]
 
 
 def common(a: np.ndarray, b: np.ndarray) -> int:
