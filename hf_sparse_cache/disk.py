@@ -20,8 +20,8 @@ import numpy as np
 from . import files
 from .segmentation import Tokens
 from .tiers import Tier
-from .tree import Checkpoint, KVSegment, Match, Payload
-from .units import Span, Unit, chain_of, unit_of
+from .tree import Checkpoint, Payload
+from .units import Span, Unit, shared_chain, unit_of
 
 
 FORMAT = 1  # of the files; another number is not read
@@ -113,7 +113,7 @@ class DiskTier(Tier):
                 match = self.match(unit.tokens, unit.space)
                 if any(item.position == unit.position for item in match.checkpoints(unit.position)):
                     return True
-                chain = _shared_chain(match, spans)
+                chain = shared_chain(match, spans)
                 stack.enter_context(self.holding(chain[-1] if chain else None))
             names = [_file(segment.payload).path.name for segment in chain]
             contents: dict[str, bytes] = {}
@@ -138,7 +138,7 @@ class DiskTier(Tier):
                 with self.lock:
                     self.reserved_bytes -= need
                     need = 0
-                    if len(_shared_chain(self.match(unit.tokens, unit.space), spans)) != len(chain):
+                    if len(shared_chain(self.match(unit.tokens, unit.space), spans)) != len(chain):
                         raise ChangedError
                     new = dict(zip(spans[len(chain) :], written, strict=False))
                     stored = self.put(unit.tokens, unit.position, written[-1], spans, new, unit.space, urgent=True)
@@ -276,7 +276,7 @@ class DiskTier(Tier):
         for _, name, record, tokens in sorted(found, key=lambda item: item[:2]):
             spans = [(start, end) for start, end, _ in record["kv"]]
             new = {(start, end): payloads[kv_name] for start, end, kv_name in record["kv"]}
-            chain = _shared_chain(self.match(tokens, record["space"]), spans)
+            chain = shared_chain(self.match(tokens, record["space"]), spans)
             if any(segment.payload is not new[segment.start, segment.end] for segment in chain):
                 continue  # left over from before its keys and values were written anew
             loaded.append(self.put(tokens, len(tokens), payloads[name], spans, new, record["space"], urgent=True))
@@ -292,11 +292,6 @@ class DiskTier(Tier):
             nodes = [node for space in self.forest.roots for node in self.forest.nodes(space)]
             states: list[Payload] = [item.state for node in nodes for item in node.checkpoints.values()]
             return states + [segment.payload for node in nodes for segment in node.segments.values()]
-
-
-def _shared_chain(match: Match, spans: list[Span]) -> list[KVSegment]:
-    """The stored segments of a match. The last edge of its path may go on as another prompt does, hence the bound."""
-    return chain_of(match.path, [span for span in spans if span[1] <= match.overlap])
 
 
 def _file(payload: Payload) -> StoredFile:
