@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# One worker a core; a worker keeps to the tests of one file, which share what they build.
+WORKERS ?= auto
 DEMO_ARGS ?=
 SHELL := /bin/bash
 
@@ -21,7 +23,7 @@ demo: .venv/core  ## Questions about a long document on three small models, with
 	$(BIN)/hf-sparse-cache demo $(DEMO_ARGS)
 
 test: .venv/dev lint  ## Linters, types and all tests (PYTEST_ARGS="-k planner" for some of them)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/dev  ## ruff, mypy and cython-lint
 	$(BIN)/ruff check --quiet .

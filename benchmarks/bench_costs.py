@@ -124,7 +124,7 @@ def tiny_budget(arguments, model):
     handle = cached(arguments, model).handle
     one = handle.size.state_bytes + handle.grid * handle.size.kv_bytes_per_token
     asked = prompts(
-        4 * arguments.prompts, arguments.tokens, shared=arguments.tokens * 3 // 4, groups=arguments.prompts
+        2 * arguments.prompts, arguments.tokens, shared=arguments.tokens * 3 // 4, groups=arguments.prompts
     )
     runs = repeated(
         arguments,

@@ -1,9 +1,10 @@
 """Every policy and every rival on every workload, at equal memory: `python -m benchmarks.bench_policies WORKLOADS`.
 
 Group 1: shared tokens recomputed a request, at most 4 new checkpoints a prompt, no memory limit. Group 2: capture rate
-(resumed / overlap) under six budgets. 60 % of the requests warm up, 40 % are measured; groups arrive interleaved, with one
-arrival order a seed (a trace with recorded times has one). Where a rival has a knob, the setting that is best for the cell
-on the first seed counts. Finished cells are kept in `benchmarks/runs/policies.jsonl`, so that a run can be resumed or split.
+(resumed / overlap) under six budgets. 60 % of the requests warm up, 40 % are measured; groups arrive interleaved, with
+one arrival order a seed (a trace with recorded times has one). Where a rival has a knob, the setting that is best for
+the cell on the first seed counts. Finished cells are kept in `benchmarks/runs/policies.jsonl`, so that a run can be
+resumed or split.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def run(workloads: Path, names: list[str], seeds: list[int], runs: Runs) -> None
     """Measures all cells, first seed first."""
     for seed in seeds:
         for name in names:
-            recorded = json.loads((workloads / name / "meta.json").read_text(encoding="utf-8"))["template"] == "hash_ids"
+            recorded = (
+                json.loads((workloads / name / "meta.json").read_text(encoding="utf-8"))["template"] == "hash_ids"
+            )
             if recorded and seed != seeds[0]:
                 continue
             trace = load_trace(workloads / name, seed=seed)

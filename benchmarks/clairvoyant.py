@@ -1,7 +1,7 @@
 """The ceiling: a greedy that knows the whole trace and serves it through the same store.
 
-It captures the cuts at which later requests will leave a prompt, and evicts what saves least per byte and request until its
-next use. Greedy, so a ceiling to compare with rather than an optimum.
+It captures the cuts at which later requests will leave a prompt, and evicts what saves least per byte and request
+until its next use. Greedy, so a ceiling to compare with rather than an optimum.
 """
 
 from __future__ import annotations

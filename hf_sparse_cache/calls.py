@@ -125,7 +125,8 @@ def as_ids(prompt: torch.Tensor | str, tokenizer: Any, name: str = "ids") -> tor
         if tokenizer is None:
             raise ValueError(f"{name} holds a string, but there is no tokenizer: SparsePrefixCache(model, tokenizer).")
         prompt = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ids = prompt[None] if prompt.dim() == 1 else prompt
+    given = torch.as_tensor(prompt)
+    ids = given[None] if given.dim() == 1 else given
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-        raise ValueError(f"{name} holds a tensor of shape {tuple(prompt.shape)}; give (length,) or (1, length).")
+        raise ValueError(f"{name} holds a tensor of shape {tuple(given.shape)}; give (length,) or (1, length).")
     return ids

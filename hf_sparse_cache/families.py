@@ -91,6 +91,12 @@ REFUSED: dict[str, str] = {
 }
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside the wrappers of PEFT and `torch.compile`, whose `generate()` they both call."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def family_of(model: Any) -> Family:
     """The family of a model.
 

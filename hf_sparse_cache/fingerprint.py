@@ -42,9 +42,9 @@ def space_of(handle: SparsePrefixCache, weights: str) -> str:
     for a saved cache, by their content. The namespace follows the first unit separator, which JSON never contains.
     """
     if not handle.store.outlives_process:
-        segmentation = f"grid {handle.grid}, cut ids {handle._cut_ids}"
-        return f"{weights}, {segmentation}, {handle.config.exactness}\x1f{handle.config.namespace}"
-    key = (weights, torch.get_num_threads(), torch.get_float32_matmul_precision())
+        segmentation = f"grid {handle.grid}, cut ids {handle._cut_ids}, {handle.config.exactness}"
+        return f"{weights}, {segmentation}, {_modes(handle.model)}\x1f{handle.config.namespace}"
+    key = (weights, torch.get_num_threads(), _modes(handle.model))
     known = _spaces.get(handle)
     if known is None or known[0] != key:
         known = _spaces[handle] = (key, durable_space(describe(handle), handle.config.namespace))
@@ -73,8 +73,8 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
         "attention": str(getattr(config, "_attn_implementation", None)),
         "experts": str(getattr(config, "_experts_implementation", None)),
         "devices": sorted({_device(tensor.device) for tensor in model.parameters()}),
+        "modes": _modes(model),
         "threads": torch.get_num_threads(),
-        "matmul precision": torch.get_float32_matmul_precision(),
         "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -83,6 +83,13 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
         "min distance": max(2, handle.grid // 4),
         "exactness": handle.config.exactness,
     }
+
+
+def _modes(model: Any) -> str:
+    """Switches of the process under which the same weights compute something else."""
+    kind = model.device.type
+    autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
+    return f"autocast {autocast}, matmul precision {torch.get_float32_matmul_precision()}"
 
 
 def config_values(config: Any) -> dict[str, Any]:

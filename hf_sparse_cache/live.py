@@ -55,7 +55,7 @@ class LiveCache(DynamicCache):
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         # The one call that every multi-token pass makes just before its scan; decoding does not come here.
         if self._scan_forgets:
-            layer = self.layers[layer_idx]
+            layer: Any = self.layers[layer_idx]
             mamba1.announce(layer.recurrent_states[0] if layer.has_previous_state[0] else None)
         states: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return states

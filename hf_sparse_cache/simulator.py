@@ -90,8 +90,8 @@ def simulate(
     """Serves a trace with the live cache's own parts and counts what it reuses.
 
     Args:
-        trace: a workload folder, a `.jsonl` file, a `datasets.Dataset` with a column `input_ids`, or an iterable of token
-            arrays; requests are served in the order given.
+        trace: a workload folder, a `.jsonl` file, a `datasets.Dataset` with a column `input_ids`, or an iterable of
+            token arrays; requests are served in the order given.
         policy: a policy by name, or an object.
         max_memory: budget in bytes or as a string; None for no limit.
         max_checkpoints: most new checkpoints a prompt; None leaves it to the policy.
@@ -136,7 +136,9 @@ def simulate(
             counted[2] += request.resumed_tokens
     return SimulationResult(
         len(prompts) - first,
-        *counted,
+        counted[0],
+        counted[1],
+        counted[2],
         captured,
         store.peak_bytes,
         store.evictions,

@@ -11,11 +11,12 @@ from transformers.cache_utils import Cache
 class Stateless(Cache):
     """An empty cache that refuses to be filled, copied or pickled.
 
-    Attributes:
-        attached_to: what the subclass is attached to, for messages.
     """
 
-    attached_to: str
+    @property
+    def attached_to(self) -> str:
+        """What the handle is attached to, for messages."""
+        return "has no model"
 
     def __init__(self) -> None:
         super().__init__(layers=[])

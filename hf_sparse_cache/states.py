@@ -270,6 +270,6 @@ def measure(model: Any, cache: Cache, cache_name: str) -> StateSize:
     for layer, held in zip(cache.layers, capture_state(cache).layers, strict=True):
         for name, value in held.items():
             if torch.is_tensor(value):
-                windows = (layer.sliding_window - 1) / 2 if name in ("keys", "values") else 1
+                windows = (getattr(layer, "sliding_window", 1) - 1) / 2 if name in ("keys", "values") else 1
                 state += int(value.nbytes * windows)
     return StateSize(state, capture_kv(cache, 0, 2).nbytes // 2)

@@ -17,7 +17,7 @@ from .movement import Tiered
 from .segmentation import Positions, Tokens
 from .sizes import parse_bytes
 from .tree import Checkpoint, KVSegment, Node, Payload
-from .units import Demotion, Span, chain_of, holder, namespace_of
+from .units import Demotion, Span, chain_of, holder, namespace_of, shared_chain
 
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class CheckpointStore(Tiered):
         """
         with self.lock:
             match = self.match(ids, space)
-            chain = chain_of(match.path, [span for span in spans if span[1] <= match.overlap])
+            chain = shared_chain(match, spans)
             if hold is not None and chain:
                 hold.enter_context(self.holding(chain[-1]))
             return spans[len(chain) :]

@@ -1,8 +1,9 @@
 """Survival tables: how soon a path is passed again, by how often it was, how deep it lies, and how long ago.
 
-Every edge of the store's tree is an individual, with or without a checkpoint on it, so the tables also learn from what was
-never stored or is lost; their size is fixed. From the hazards follows the index of a cell: the best rate of hits over any
-future horizon, max over T of P(hit within T) / E[time until hit or T], the Gittins form for a hit that is worth one.
+Every edge of the store's tree is an individual, with or without a checkpoint on it, so the tables also learn from what
+was never stored or is lost; their size is fixed. From the hazards follows the index of a cell: the best rate of hits
+over any future horizon, max over T of P(hit within T) / E[time until hit or T], the Gittins form for a hit that is
+worth one.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class SurvivalTables:
         )
 
     def _solve(self) -> None:
-        """Hazards, each cell leaning on its pass count, that on all, that on a hazard that falls with age; then the index."""
+        """Hazards, each cell leaning on its pass count, that on all, that on a hazard that falls with age; then the
+        index.
+        """
         shape = (len(PASS_EDGES), len(LEVEL_EDGES), len(AGE_EDGES))
         events, exposure = self._events.reshape(shape), self._exposure.reshape(shape)
         prior, lean = 0.5 / (AGE_EDGES + 5.0), self.strength

@@ -149,9 +149,11 @@ class Bench:
         """The prompt that a warm handle has served."""
         return self.prompt(0, self.step // 2)
 
-    def handle(self, **options: Any) -> SparsePrefixCache:
-        """A new handle on the model."""
-        return SparsePrefixCache(self.model, **{"grid": self.step, "policy": POLICY, **options})
+    def handle(self, model: Any = None, **options: Any) -> SparsePrefixCache:
+        """A new handle on the model, or on a wrapper of it."""
+        return SparsePrefixCache(
+            self.model if model is None else model, **{"grid": self.step, "policy": POLICY} | options
+        )
 
     def warm(self, handle: SparsePrefixCache) -> None:
         """Serve the stored prompt."""

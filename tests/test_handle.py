@@ -129,6 +129,16 @@ def test_changed_weights_are_never_matched(model: PreTrainedModel) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+def test_autocast_shares_nothing_with_full_precision(jamba: PreTrainedModel) -> None:
+    with handle(jamba) as cache:
+        jamba.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            jamba.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        assert cache.last_request.resumed_tokens == 0
+        jamba.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        assert cache.last_request.resumed_tokens > 0
+
+
 @pytest.mark.parametrize("eviction", ["lru", "learned"])
 def test_budget_holds_and_outputs_stay_right(model: PreTrainedModel, eviction: str) -> None:
     with handle(model) as cache:

@@ -35,7 +35,7 @@ tr.main td { background: #eef4fa; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; }
 figure { margin: 0; }
 figcaption { font-size: .9rem; font-weight: 600; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; max-width: 34rem; height: auto; display: block; }
 code { font-size: .85rem; background: #f3f4f6; padding: .1rem .3rem; }
 .small { color: #59616b; font-size: .85rem; }
 """

@@ -46,7 +46,7 @@ def _figure(fill: Callable[[Any], None]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_sparse_cache", "font.size": 9}):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        figure = Figure(figsize=(4.4, 3.2), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         fill(axes)
@@ -57,6 +57,8 @@ def _figure(fill: Callable[[Any], None]) -> str:
 
 
 def _against_overlap(axes: Any, rows: Any, first: Any, policies: list[str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     depth = first.set_index(["repeat", "request"])["overlap_tokens"]
     for name, served in rows.groupby("contender", sort=False):
         times = served.set_index(["repeat", "request"])["first_token_seconds"]
@@ -67,8 +69,8 @@ def _against_overlap(axes: Any, rows: Any, first: Any, policies: list[str]) -> N
         )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.set_xlabel("tokens shared with earlier prompts")
     axes.set_ylabel("seconds to first token")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0))

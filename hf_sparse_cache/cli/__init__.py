@@ -64,7 +64,7 @@ def demo(
     documents: Annotated[int, typer.Option(help="Documents to take from the workload.", min=1)] = 1,
     document: Annotated[Path | None, typer.Option(help="A text file of your own, with --question.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 6000,
+    tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 5600,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller models and 1,500 tokens: seconds.")] = False,
     uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
     policy: Policy = None,

@@ -1,6 +1,7 @@
 """The command `bench`: its options, and what it prints. The measuring is done in `hf_sparse_cache.bench`."""
 
 import hashlib
+import importlib.util
 import json as jsonlib
 import shlex
 import sys
@@ -61,6 +62,9 @@ def bench(
     """
     import transformers
 
+    missing = [name for name in ("datasets", "matplotlib", "pandas") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"bench needs {', '.join(missing)}: pip install 'hf_sparse_cache[bench]'")
     from ..bench import metrics
     from ..bench.results import Settings
     from ..bench.run import run
