@@ -131,6 +131,7 @@ def other_weights(model: PreTrainedModel) -> None:
 REFUSALS: list[tuple[str, Callable[[Any], Any], dict[str, Any]]] = [
     ("other weights", other_weights, {}),
     ("other config .rms_norm_eps", lambda model: setattr(model.config, "rms_norm_eps", 1e-3), {}),
+    ("other modules, adapters or hooks", lambda model: model.lm_head.register_forward_hook(lambda *_: None), {}),
     ("dtype", lambda model: model.to(torch.bfloat16), {}),
     ("attention eager", lambda model: setattr(model.config, "_attn_implementation", "sdpa"), {}),
     ("grid 32 instead of 64", lambda model: None, {"grid": 64}),
