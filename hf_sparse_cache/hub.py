@@ -96,7 +96,7 @@ class Shareable(PushToHubMixin):  # type: ignore[misc]
             raise ValueError(f"{path} holds a {type(content).__name__}, not the fields of a {cls.__name__}.")
         return cls.from_dict(content)
 
-    def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         # By now transformers has put a card here: the repository's own, which stays, or an empty form for a model.
         path = Path(working_dir) / CARD_NAME
         if path.exists() and _TEMPLATE in path.read_text(encoding="utf-8"):
