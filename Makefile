@@ -14,7 +14,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format support bench bench-table clean test-matrix test-floor
+.PHONY: help demo test lint format support api bench bench-table clean test-matrix test-floor
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,7 @@ lint: .venv/dev  ## ruff, mypy and cython-lint
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check . || { echo 'Not formatted: run "make format".'; exit 1; }
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_user.py
 	$(BIN)/cython-lint _planner.pyx
 
 format: .venv/dev  ## Format and sort imports in place
@@ -45,6 +46,9 @@ test-floor: .venv-floor/ready  ## The exactness tests on the oldest supported tr
 
 support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: slow
 	$(BIN)/python tests/support_table.py
+
+api: .venv/dev  ## The API reference, docs/api.md, from the docstrings
+	$(BIN)/python docs/make_api.py
 
 bench: .venv/dev  ## The benchmarks, one after the other
 	for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done

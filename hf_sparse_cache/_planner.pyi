@@ -1,8 +1,14 @@
 """Types of the compiled module; its source is `_planner.pyx` at the top level."""
 
+from typing import Any, NoReturn
+
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
+__test__: dict[str, str]
+
+@disjoint_base
 class Problem:
     nodes: int
     shift: int
@@ -14,3 +20,6 @@ class Problem:
     def expected_cost(self, chosen: list[int]) -> float: ...
     def most_saved(self, price: float) -> list[int]: ...
     def least_paid(self, price: float) -> list[int]: ...
+    # What Cython makes by itself; a problem cannot be pickled.
+    def __reduce_cython__(self) -> NoReturn: ...
+    def __setstate_cython__(self, __pyx_state: Any) -> NoReturn: ...

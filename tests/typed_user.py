@@ -1,0 +1,50 @@
+"""A program of a user, for `mypy --strict` alone: it is checked by `make lint` and never run."""
+
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_cache import (
+    CheckpointPlan,
+    CheckpointStore,
+    ExactnessReport,
+    SimulationResult,
+    SparseCacheConfig,
+    SparsePrefixCache,
+    UnsupportedModelError,
+    check_exactness,
+    plan_checkpoints,
+    simulate,
+)
+from hf_sparse_cache.policies import Policy, Prompt
+
+
+class LastCut(Policy):
+    def place(self, prompt: Prompt) -> list[int]:
+        return prompt.open_cuts[-1:].tolist()
+
+
+def serve(model: Any, tokenizer: Any, folder: Path) -> int:
+    store = CheckpointStore("1GiB")
+    config = SparseCacheConfig(max_memory=None, grid=512)
+    config.save_pretrained(folder)
+    same: SparseCacheConfig = SparseCacheConfig.from_pretrained(folder)
+    try:
+        cache = SparsePrefixCache(model, tokenizer, config=same, store=store)
+    except UnsupportedModelError as error:
+        return len(str(error))
+    with cache, SparsePrefixCache(model, policy=LastCut(), max_memory=2**30) as other:
+        print(cache.explain("text").reason, other.stats().resumed_tokens)
+    request = cache.last_request
+    return 0 if request is None else request.resumed_tokens
+
+
+def plan(trace: list[list[int]]) -> float:
+    result: CheckpointPlan = plan_checkpoints([0.5, 0.5], 1)
+    again: CheckpointPlan = CheckpointPlan.from_pretrained("folder")
+    simulated: SimulationResult = simulate(trace, state_bytes=1, policy=LastCut())
+    return result.expected_cost + again.positions[0] + simulated.capture_rate
+
+
+def prove(model: Any) -> bool:
+    report: ExactnessReport = check_exactness(model, ["prompt"], max_new_tokens=4)
+    return report.passed and report.rows[0].logits_bitwise
