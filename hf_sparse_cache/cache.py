@@ -152,8 +152,8 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget every prompt that this handle matches, with its states and marks; a shared store keeps the others'."""
-        self.store.drop(self._space()[0], remembered=True)
+        """Forget every prompt that this handle matches, with states and marks; a shared store keeps the others'."""
+        self.store.clear(self._space()[0])
 
     def detach(self) -> None:
         """Give the model its own `generate()` methods back. What is stored stays; the handle can no longer be used."""

@@ -200,9 +200,9 @@ class DiskTier(Tier):
             self.forest.forget(0)
         self._unlink(trash)
 
-    def clear(self) -> None:
-        """Deletes everything stored."""
-        super().clear()
+    def clear(self, space: str | None = None) -> None:
+        """Deletes what is stored of one space, or everything."""
+        super().clear(space)
         self.sweep()
 
     def drop(self, space: str) -> None:

@@ -220,17 +220,20 @@ class CheckpointStore(Tiered):
             except Demotion as wanted:
                 self._demote(wanted.victim)
 
-    def clear(self) -> None:
-        """Forgets all prompts and every checkpoint that no open request uses, in every tier."""
+    def clear(self, space: str | None = None) -> None:
+        """Forgets one space or all: prompts, marks and checkpoints that no open request uses, in every tier."""
         if self.below is not None:
-            self.below.clear()
+            self.below.clear(space)
         with self.lock:
             self.clears += 1
-            self._release_marks()
-            for _, _, checkpoint in self.checkpoints():
+            self._release_marks(space)
+            for _, _, checkpoint in self.checkpoints(space):
                 if not checkpoint.pins:
                     self.evict(checkpoint)
-            self.forest.forget(0)
+            if space is None:
+                self.forest.forget(0)
+            else:
+                self.forest.forget_space(space)
 
     def drop(self, space: str) -> None:
         """Evicts every checkpoint of one space that no open request uses, from memory."""

@@ -250,6 +250,16 @@ class Forest:
             self._ties += 1
             heapq.heappush(self._leaves, (node.last_used, self._ties, node))
 
+    def forget_space(self, space: str) -> None:
+        """Drops all tokens of one space, unless an open request still keeps a checkpoint there."""
+        nodes = list(self.nodes(space))
+        if any(node.checkpoints or node.segments for node in nodes):
+            return
+        for node in nodes:
+            self.tokens -= len(node.tokens)
+            node.parent = None  # so that `forget` passes over it
+        self.roots.pop(space, None)
+
     def forget(self, limit: int) -> None:
         """Drops the least recently used tokens that no checkpoint needs until at most `limit` are left."""
         while self.tokens > limit and self._leaves:

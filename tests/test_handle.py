@@ -162,6 +162,11 @@ def test_namespaces_share_nothing(jamba: PreTrainedModel) -> None:
         assert second.last_request.overlap_tokens == second.last_request.resumed_tokens == 0
         jamba.generate(question(2), past_key_values=first, max_new_tokens=1)
         assert first.last_request.resumed_tokens > 0
+        second.clear()
+        assert second.explain(question(2)).reason == "nothing stored"
+        assert first.explain(question(2)).resumed_tokens > 0 and first.stats().checkpoints == len(store) > 0
+        first.clear()
+        assert len(store) == store.used_bytes == store.remembered_tokens == 0
 
 
 def test_max_checkpoints_bounds_each_prompt(jamba: PreTrainedModel) -> None:
