@@ -88,8 +88,8 @@ def contenders(trace: Trace) -> Iterator[tuple[str, str, Parts]]:
     yield "clairvoyant", "", ((lambda: ClairvoyantPolicy(future)), (lambda: ClairvoyantEviction(future, trace)))
 
 
-def run(workloads: Path, names: list[str], seeds: list[int], runs: Runs) -> None:
-    """Measures all cells, first seed first."""
+def run(workloads: Path, names: list[str], seeds: list[int], runs: Runs, chosen: list[str] | None = None) -> None:
+    """Measures all cells, or those of the `chosen` contenders, first seed first."""
     for seed in seeds:
         for name in names:
             recorded = (
@@ -100,11 +100,13 @@ def run(workloads: Path, names: list[str], seeds: list[int], runs: Runs) -> None
             trace = load_trace(workloads / name, seed=seed)
             assert isinstance(trace, Trace)
             grid = 512 if recorded else 64
-            for policy in POLICIES:
+            for policy in POLICIES if chosen is None else [name for name in POLICIES if name in chosen]:
                 cell = f"{name}|{seed}|no limit|{policy}|"
                 parts = named(policy, "learned" if policy == "learned" else "lru")
                 runs.measure(cell, trace, parts, grid, state_bytes=1, max_checkpoints=4)
             for contender, variant, parts in contenders(trace):
+                if chosen is not None and contender not in chosen:
+                    continue
                 for budget, (memory, state, kv) in BUDGETS.items():
                     first = f"{name}|{seeds[0]}|{budget}|{contender}|"
                     known = {cell: row["capture"] for cell, row in runs.rows.items() if cell.startswith(first)}
@@ -120,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", type=Path, help="folder of workload folders")
     parser.add_argument("--only", nargs="*", help="names of workloads; default all")
+    parser.add_argument("--contenders", nargs="*", help="names as in the tables; default all")
     parser.add_argument("--seeds", nargs="*", type=int, default=[42, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=HERE / "runs" / "policies.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "policies.md")
@@ -129,7 +132,7 @@ def main() -> None:
     runs = Runs(arguments.runs)
     started = time.time()
     if not arguments.tables_only:
-        run(arguments.workloads, names, arguments.seeds, runs)
+        run(arguments.workloads, names, arguments.seeds, runs, arguments.contenders)
         print(f"{time.time() - started:.0f} s")
     machine = f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
     write_tables(runs.rows, list(BUDGETS), arguments.out, machine)
