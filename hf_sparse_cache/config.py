@@ -63,8 +63,8 @@ class SparseCacheConfig(Shareable):
         """A table of the settings and how to use them."""
         rows = table(("setting", "value"), [(name, f"`{value!r}`") for name, value in self.to_dict().items()])
         return (
-            "# Settings of a sparse prefix cache\n\nFor `SparsePrefixCache` of hf_sparse_cache: exact prefix reuse for "
-            f"recurrent and hybrid language models.\n\n{rows}\n\n```python\nfrom hf_sparse_cache import "
+            "# Settings of a sparse prefix cache\n\nFor `SparsePrefixCache` of hf_sparse_cache: exact prefix reuse "
+            f"for recurrent and hybrid language models.\n\n{rows}\n\n```python\nfrom hf_sparse_cache import "
             'SparseCacheConfig, SparsePrefixCache\n\nconfig = SparseCacheConfig.from_pretrained("this repository or '
             'folder")\ncache = SparsePrefixCache(model, tokenizer, config=config)\n```\n'
         )
