@@ -70,9 +70,8 @@ def _entry(name: str, module: str, members: list[str]) -> str:
         return text + _fenced(where, node) + _documented(node)
     if name not in TITLES:
         made = _constructor(node)
-        signature = (
-            _wrapped(where + name, made) if made else f"class {where}{name}({', '.join(map(ast.unparse, node.bases))})"
-        )
+        bases = ", ".join(map(ast.unparse, node.bases))
+        signature = _wrapped(where + name, made) if made else f"class {where}{name}({bases})"
         text += f"```text\n{signature.removesuffix('()')}\n```\n\n" + _documented(node)
     for member in members:
         found = _named(node, member)

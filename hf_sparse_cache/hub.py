@@ -1,7 +1,7 @@
 """What configs and plans have in common: a JSON file in a folder or on the Hub, with a card that says what it is.
 
-The conventions are those of transformers; sorted keys make two files easy to compare, the version says who wrote
-them, and keys that a version does not know are ignored, so that older versions can read files of newer ones.
+The conventions are those of transformers; sorted keys make two files easy to compare, the version inside says who
+wrote them, and keys that a version does not know are ignored, so that older versions can read files of newer ones.
 """
 
 import json
@@ -81,8 +81,8 @@ class Shareable(PushToHubMixin):
         path = Path(name_or_path) / cls.file_name
         if Path(name_or_path).is_dir() and not path.is_file():
             raise FileNotFoundError(
-                f"name_or_path={str(name_or_path)!r} holds no {cls.file_name}; give a folder a {cls.__name__} was "
-                "saved to, or a Hub id"
+                f"name_or_path={str(name_or_path)!r} holds no {cls.file_name}; give a folder that a {cls.__name__} "
+                "was saved to, or a Hub id"
             )
         if not path.is_file():
             from huggingface_hub import hf_hub_download

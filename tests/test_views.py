@@ -14,9 +14,7 @@ from hf_sparse_cache.views import VIEWS, View
 def test_is_a_distribution(kind: type[View], data: st.DataObject) -> None:
     length = data.draw(st.integers(2, 5000))
     overlap = data.draw(st.integers(0, length))
-    ends = np.unique(
-        data.draw(st.lists(st.integers(1, length), max_size=4).map(lambda ends: np.asarray(ends, np.int64)))
-    )
+    ends = np.unique(np.asarray(data.draw(st.lists(st.integers(1, length), max_size=4)), np.int64))
     passes = np.sort(data.draw(st.lists(st.integers(1, 9), min_size=len(ends), max_size=len(ends))))[::-1]
     shape = shape_of(length, overlap, ends, np.asarray(passes, np.int64), np.arange(64, length, 64), None)
     view = kind()

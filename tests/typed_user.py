@@ -20,7 +20,7 @@ from hf_sparse_cache.policies import Policy, Prompt
 
 class LastCut(Policy):
     def place(self, prompt: Prompt) -> list[int]:
-        return prompt.open_cuts[-1:].tolist()
+        return prompt.snap([prompt.overlap, len(prompt.ids)])
 
 
 def serve(model: Any, tokenizer: Any, folder: Path) -> int:
