@@ -21,7 +21,7 @@ class Terms:
         known_rate: expected prompts a request that come back along the part of the path that was shared.
         new_rate: the same for the part that is new.
         price: what a byte earns at the margin, in saved tokens a request; 0 while there is room.
-        resumed_rate: expected prompts a request that pass the resumed checkpoint; `known_rate` if none leaves in between.
+        resumed_rate: the same at the resumed checkpoint; `known_rate` if no other prompts leave in between.
     """
 
     known_rate: float = 1.0

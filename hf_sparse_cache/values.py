@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -182,7 +183,7 @@ class Learned(Scored):
         resumed_rate = known
         if resumed is not None and resumed.node is not path[-1]:
             between = path[path.index(resumed.node) :]
-            if any(_branches(node, child) for node, child in zip(between, between[1:], strict=False)):
+            if any(_branches(node, child) for node, child in pairwise(between)):
                 resumed_rate = self._rate(resumed)
         return Terms(known, self.tables.rate(cell_of(1, level + 1)), price, resumed_rate)
 
