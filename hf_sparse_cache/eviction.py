@@ -21,11 +21,13 @@ class Terms:
         known_rate: expected prompts a request that come back along the part of the path that was shared.
         new_rate: the same for the part that is new.
         price: what a byte earns at the margin, in saved tokens a request; 0 while there is room.
+        resumed_rate: the same at the resumed checkpoint; `known_rate` if no other prompts leave in between.
     """
 
     known_rate: float = 1.0
     new_rate: float = 1.0
     price: float = 0.0
+    resumed_rate: float = 1.0
 
 
 class Eviction:
@@ -51,7 +53,7 @@ class Eviction:
     def settled(self, path: Sequence[Node], forecast: Forecast | None, now: int) -> None:
         """A request closed; `path` covers its whole prompt, `forecast` says where the next one will leave it."""
 
-    def terms(self, path: Sequence[Node], overlap: int, need: float) -> Terms:
+    def terms(self, path: Sequence[Node], overlap: int, need: float, resumed: Checkpoint | None) -> Terms:
         """What new checkpoints on this path would earn, and what it costs to free `need` bytes for them."""
         return Terms()
 

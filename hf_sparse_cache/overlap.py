@@ -38,10 +38,18 @@ class Forecast:
         """P(start <= next overlap < end) for two cuts; without `end`, to the end of the prompt."""
         return self._at(end) - self._at(start)
 
-    def share(self, start: int, end: int | None) -> float:
-        """Of the prompts that share more than `start` tokens, those that leave before `end`."""
+    def share(self, start: int, end: int | None, following: float = 1.0) -> float:
+        """Of the prompts that pass `start`, those that do not come as far as `end` on this path.
+
+        Args:
+            start: a cut.
+            end: a later cut, or None for one that no prompt reaches.
+            following: rate of passes at `end` over that at `start`: at a junction most prompts go elsewhere.
+        """
+        if end is None:
+            return 1.0
         passing = self.mass(start)
-        return self.mass(start, end) / passing if passing > 1e-9 else 0.0
+        return 1.0 - min(following, 1.0) * (self.mass(end) / passing if passing > 1e-9 else 1.0)
 
     def _at(self, position: int | None) -> float:
         if position is None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .eviction import Terms
-from .overlap import Forecast
+from .overlap import EXTENDS, Forecast
 from .segmentation import Positions, Tokens
 from .views import Shape
 
@@ -57,13 +57,24 @@ class Prompt:
         """Of the prompts that will pass `position`, those expected to leave before the next planned checkpoint."""
         if self.forecast is None:
             return 1.0
-        return self.forecast.share(position, next((other for other in planned if other > position), None))
+        after = next((other for other in planned if other > position), None)
+        leaves = position <= self.overlap and after is not None and after > self.overlap
+        known = self.terms.known_rate
+        return self.forecast.share(position, after, self._onward_rate / known if leaves and known else 1.0)
+
+    @property
+    def _onward_rate(self) -> float:
+        """Passes a request behind the overlap: as many as before it where nothing else runs on from there."""
+        extends = self.shape is not None and self.shape.kind == EXTENDS
+        return self.terms.known_rate if extends else self.terms.new_rate
 
     def refund(self, position: int) -> float:
         """Bytes of the resumed state that a checkpoint at `position` makes superfluous."""
         if self.forecast is None or not self.resumed:
             return 0.0
-        return self.resumed_bytes * (1.0 - self.forecast.share(self.resumed, position))
+        rate = self._onward_rate if position > self.overlap else self.terms.known_rate
+        share = self.forecast.share(self.resumed, position, rate / self.terms.resumed_rate)
+        return self.resumed_bytes * (1.0 - share)
 
     def snap(self, positions: Iterable[float]) -> list[int]:
         """The deepest open cut at or before each position, ascending and distinct; none where there is none."""

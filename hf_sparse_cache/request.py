@@ -89,7 +89,7 @@ class Request:
             if store.max_memory is not None:
                 need = state_bytes + kv_bytes * (len(ids) - self.resumed_tokens) + store.used_bytes - store.max_memory
                 need = max(need, 0.05 * store.max_memory) if need > 0 else 0.0
-            terms = store.eviction.terms(match.path, match.overlap, need)
+            terms = store.eviction.terms(match.path, match.overlap, need, self.checkpoint)
             ends = np.asarray([node.end for node in match.path], dtype=np.int64)
             passes = np.asarray([node.passes for node in match.path], dtype=np.int64)
             self._prompt = Prompt(

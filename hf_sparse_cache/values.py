@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -145,20 +146,30 @@ class Learned(Scored):
 
     def settled(self, path: Sequence[Node], forecast: Forecast | None, now: int) -> None:
         """Lets the prompt's edges wait for their next pass; asks the forecast who stops at its checkpoints."""
-        stored: list[Checkpoint] = []
-        for level, node in enumerate(path, 1):
+        stored: list[tuple[Checkpoint, float]] = []
+        apart = [0]  # junctions above each edge at which other prompts leave the path
+        for level, (node, child) in enumerate(zip(path, [*path[1:], None], strict=True), 1):
             if node.note is None and len(node.tokens) >= MIN_EDGE_TOKENS:
                 cell = cell_of(node.passes, level)
                 node.note = cell, self.now
                 self.tables.enter(cell)
-            stored += [node.checkpoints[position] for position in sorted(node.checkpoints)]
-        if forecast is None or not stored:
+            if node.checkpoints:
+                rate = self.tables.rate(cell_of(node.passes, level))
+                stored += [(node.checkpoints[position], rate) for position in sorted(node.checkpoints)]
+            apart.append(apart[-1] + _branches(node, child))
+        if forecast is None:
             return
-        for checkpoint, after in zip(stored, [*stored[1:], None], strict=True):
-            checkpoint.share = forecast.share(checkpoint.position, after.position if after else None)
+        junctions = {id(node): count for node, count in zip(path, apart, strict=False)}
+        for index, (checkpoint, rate) in enumerate(stored):
+            checkpoint.share = 1.0
+            if index + 1 < len(stored):
+                after, next_rate = stored[index + 1]
+                alone = junctions[id(checkpoint.node)] == junctions[id(after.node)]
+                following = 1.0 if alone else next_rate / rate
+                checkpoint.share = forecast.share(checkpoint.position, after.position, following)
             self.weigh(checkpoint)
 
-    def terms(self, path: Sequence[Node], overlap: int, need: float) -> Terms:
+    def terms(self, path: Sequence[Node], overlap: int, need: float, resumed: Checkpoint | None) -> Terms:
         """Rates of a path passed just now, and the value of what would have to go, by the byte."""
         level = len(path)
         known = self.tables.rate(cell_of(path[-1].passes + 1, level)) if path else 0.0
@@ -169,7 +180,12 @@ class Learned(Scored):
             last = min(int(np.searchsorted(freed, need)), len(order) - 1)
             if last >= 0:
                 price = float((values[order] * self.held[order])[: last + 1].sum() / freed[last])
-        return Terms(known, self.tables.rate(cell_of(1, level + 1)), price)
+        resumed_rate = known
+        if resumed is not None and resumed.node is not path[-1]:
+            between = path[path.index(resumed.node) :]
+            if any(_branches(node, child) for node, child in pairwise(between)):
+                resumed_rate = self._rate(resumed)
+        return Terms(known, self.tables.rate(cell_of(1, level + 1)), price, resumed_rate)
 
     def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
         """The checkpoint of least value a byte, or None if all that must go is worth more than the newcomer."""
@@ -196,10 +212,21 @@ class Learned(Scored):
                     return None
         if incoming is not None:
             lost *= max(0.0, need - incoming.refund) / max(need, 1)
-            offer = self.tables.rate(_cell(incoming)) * self.gain(incoming) * incoming.held
+            offer = self._rate(incoming) * self.gain(incoming) * incoming.held
             if offer <= lost:
                 return None
         return first
+
+    def _rate(self, checkpoint: Checkpoint) -> float:
+        return self.tables.rate(_cell(checkpoint))
+
+
+def _branches(node: Node, child: Node | None) -> bool:
+    """Whether other prompts run on from the end of this edge, apart from those along `child`."""
+    return any(
+        other is not child and (other.children or len(other.tokens) >= MIN_EDGE_TOKENS)
+        for other in node.children.values()
+    )
 
 
 def _cell(checkpoint: Checkpoint) -> int:
