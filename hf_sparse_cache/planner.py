@@ -76,7 +76,7 @@ class CheckpointPlan(Shareable):
         """The positions and how to use them."""
         return (
             f"# A checkpoint plan\n\n{len(self.positions)} positions, in tokens, at which a prefix cache keeps the "
-            f"state of a recurrent language model: {', '.join(f'{position:,}' for position in self.positions) or 'none'}. "
+            f"state of a recurrent language model: {', '.join(f'{position:,}' for position in self.positions) or 'none'}.\n"
             f"Expected cost {self.expected_cost:g} for a unit of weight.\n\n```python\nfrom hf_sparse_cache import "
             'CheckpointPlan\n\nplan = CheckpointPlan.from_pretrained("this repository or folder")\n```\n'
         )
