@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# One worker a core.
+WORKERS ?= auto
 DEMO_ARGS ?=
 SHELL := /bin/bash
 
@@ -12,7 +14,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format support api bench clean test-matrix test-floor
+.PHONY: help demo test lint format support api bench bench-table clean test-matrix test-floor
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +23,7 @@ demo: .venv/core  ## Questions about a long document on three small models, with
 	$(BIN)/hf-sparse-cache demo $(DEMO_ARGS)
 
 test: .venv/dev lint  ## Linters, types and all tests (PYTEST_ARGS="-k planner" for some of them)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: .venv/dev  ## ruff, mypy and cython-lint
 	$(BIN)/ruff check --quiet .
@@ -49,7 +51,10 @@ api: .venv/dev  ## The API reference, docs/api.md, from the docstrings
 	$(BIN)/python docs/make_api.py
 
 bench: .venv/dev  ## The benchmarks, one after the other
-	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/results/
+	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
 	rm -rf .venv .venv-floor build dist *.egg-info _planner.c hf_sparse_cache/*.so

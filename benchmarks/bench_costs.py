@@ -1,4 +1,4 @@
-"""What does the cache cost where it cannot help? The cases nobody likes to show, each against its rival in the same run.
+"""What does the cache cost where it cannot help? The cases nobody likes to show, each against its rival in one run.
 
     python -m benchmarks.bench_costs                                     every case on three built-in models, 5 repeats
     python -m benchmarks.bench_costs --model jamba-30m --only overhead   one case on one model
@@ -8,15 +8,16 @@ overhead     prompts that share nothing: stock generate() in one shot, in the sa
 short        prompts shorter than a grid step, which can never be resumed
 tiny-budget  a budget of little more than one checkpoint, under prompts that do share
 cold-start   making the handle and serving its first prompt
-one-token    one new token after a long known prefix: against stock, and against the limit (only what is left to compute,
-             from a live cache that is ready)
+one-token    one new token after a long known prefix: against stock, and against the limit (only what is left to
+             compute, from a live cache that is ready)
 decode       a long decode: seconds a token with the cache and without
 big-store    the same prompts on an empty store and on one that remembers 10,000 others
-memory       memory that processes take, with the cache less without it, over the bytes that the cache accounts for
+memory       what a process takes that keeps every checkpoint, less one that keeps none, over the bytes
+             that the cache accounts for
 
-A repeat serves all prompts with every contender in turn; handles are fresh in each. A ratio is one contender's time over
-another's in one repeat; printed are the median and the range over the repeats. Built-in models have random weights and
-prompts are random tokens: neither changes what is timed.
+A repeat serves all prompts with every contender in turn; handles are fresh in each. A ratio is one contender's time
+over another's in one repeat; printed are the median and the range over the repeats. Built-in models have random
+weights and prompts are random tokens: neither changes what is timed.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import gc
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
+from benchmarks.process_memory import memory
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
 from hf_sparse_cache.bench.workloads import Asked
@@ -54,8 +55,8 @@ def prompts(count, tokens, shared=0, groups=1, seed=0):
     return [Asked(str(index % groups), row.astype(np.int32)) for index, row in enumerate(rows)]
 
 
-def cached(model, name="learned", **options):
-    return Cached(model, None, name, "learned", **{"max_memory": "2GiB", **options})
+def cached(arguments, model, name="learned", **options):
+    return Cached(model, None, name, "learned", **{"max_memory": "2GiB", "grid": arguments.grid, **options})
 
 
 def alternate(contenders, asked, new_tokens=1, start=0):
@@ -101,9 +102,9 @@ def share(runs, name, *parts):
 
 
 def overhead(arguments, model):
-    grid = cached(model).handle.grid
+    grid = cached(arguments, model).handle.grid
     asked = prompts(arguments.prompts, arguments.tokens)
-    runs = repeated(arguments, lambda: [Contender(model), Chunked(model, grid), cached(model)], asked)
+    runs = repeated(arguments, lambda: [Contender(model), Chunked(model, grid), cached(arguments, model)], asked)
     copying = share(runs, "learned", "capture_seconds", "restore_seconds")
     return {
         "cache / stock, same chunks": (ratio(runs, "learned", "chunked"), "<= 1.03"),
@@ -115,17 +116,23 @@ def overhead(arguments, model):
 
 def short(arguments, model):
     asked = prompts(4 * arguments.prompts, min(128, arguments.tokens))
-    runs = repeated(arguments, lambda: [Contender(model), cached(model)], asked)
+    runs = repeated(arguments, lambda: [Contender(model), cached(arguments, model)], asked)
     return {"cache / stock": (ratio(runs, "learned", "stock"), "")}
 
 
 def tiny_budget(arguments, model):
-    handle = cached(model).handle
+    handle = cached(arguments, model).handle
     one = handle.size.state_bytes + handle.grid * handle.size.kv_bytes_per_token
-    asked = prompts(4 * arguments.prompts, arguments.tokens, shared=arguments.tokens * 3 // 4, groups=arguments.prompts)
+    asked = prompts(
+        2 * arguments.prompts, arguments.tokens, shared=arguments.tokens * 3 // 4, groups=arguments.prompts
+    )
     runs = repeated(
         arguments,
-        lambda: [Contender(model), cached(model, "tiny", max_memory=one + one // 2), cached(model, "ample")],
+        lambda: [
+            Contender(model),
+            cached(arguments, model, "tiny", max_memory=one + one // 2),
+            cached(arguments, model, "ample"),
+        ],
         asked,
     )
     evictions = [sum(request.evictions for request in run["tiny"]) for run in runs]
@@ -144,7 +151,7 @@ def cold_start(arguments, model):
         started = time.perf_counter()
         SparsePrefixCache(model).detach()
         made = time.perf_counter() - started
-        contenders = [Contender(model), cached(model)]
+        contenders = [Contender(model), cached(arguments, model)]
         served = alternate(contenders, [asked], start=repeat)
         contenders[1].close()
         stock = first_tokens(served["stock"])
@@ -154,10 +161,10 @@ def cold_start(arguments, model):
 
 
 def one_token(arguments, model):
-    asked = prompts(arguments.prompts + 1, arguments.tokens, shared=arguments.tokens - 64)
+    asked = prompts(arguments.prompts + 1, arguments.tokens, shared=arguments.tokens - 32)
 
     def make():
-        own = cached(model)
+        own = cached(arguments, model)
         own.serve(asked[0], 1, False)
         return [Contender(model), Limit(own), own]
 
@@ -175,17 +182,17 @@ def decode(arguments, model):
         return statistics.median((r.total_seconds - r.first_token_seconds) / (r.new_tokens - 1) for r in served)
 
     asked = prompts(2, min(256, arguments.tokens))
-    runs = repeated(arguments, lambda: [Contender(model), cached(model)], asked, arguments.new_tokens)
+    runs = repeated(arguments, lambda: [Contender(model), cached(arguments, model)], asked, arguments.new_tokens)
     return {"seconds a token, cache / stock": (ratio(runs, "learned", "stock", per_token), "<= 1.01")}
 
 
 def big_store(arguments, model):
     asked = prompts(arguments.prompts, arguments.tokens, seed=1)
-    full = cached(model, "full")
+    full = cached(arguments, model, "full")
     fill(full.handle, arguments.store)
     runs = []
     for repeat in range(arguments.repeats):
-        empty = cached(model, "empty")
+        empty = cached(arguments, model, "empty")
         new = [Asked(one.group, np.roll(one.ids, repeat + 1)) for one in asked]
         runs.append(alternate([empty, full], new, start=repeat))
         empty.close()
@@ -210,33 +217,6 @@ def fill(handle, count, tokens=512):
                 request.add(position, Sized(size.state_bytes), kv)
 
 
-def memory(arguments, name):
-    """Two processes that serve the same prompts; the bytes of the one that caches, less those of the one that does not."""
-    rows = []
-    for _ in range(min(3, arguments.repeats)):
-        with_cache, without = (_process(arguments, name, mode) for mode in ("cached", "stock"))
-        rows.append((with_cache["peak"] - without["peak"]) / with_cache["stored"])
-    return {f"memory taken / {with_cache['stored'] / 2**20:,.0f} MiB stored": (rows, "<= 1.10")}
-
-
-def _process(arguments, name, mode):
-    command = [sys.executable, "-m", "benchmarks.bench_costs", "--child", mode, "--model", name]
-    command += ["--tokens", str(arguments.tokens), "--prompts", str(3 * arguments.prompts)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def child(arguments):
-    import resource
-
-    model = build_model(arguments.model[0], vocab_size=VOCABULARY)
-    contender = Contender(model) if arguments.child == "stock" else cached(model, max_memory=None)
-    for one in prompts(arguments.prompts, arguments.tokens):
-        contender.serve(one, 1, False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak": peak, "stored": contender.peak_bytes(), "held": contender.held_bytes()}))
-
-
 CASES = {
     "overhead": overhead,
     "short": short,
@@ -257,19 +237,18 @@ def main():
     parser.add_argument("--prompts", type=int, default=3, help="distinct prompts in each repeat")
     parser.add_argument("--new-tokens", type=int, default=256, help="to decode in the case 'decode'")
     parser.add_argument("--store", type=int, default=10_000, help="prompts remembered in the case 'big-store'")
+    parser.add_argument("--grid", type=int, help="default: what suits the model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--child", choices=("stock", "cached"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    if arguments.child:
-        return child(arguments)
     results = []
     for name in arguments.model or ["mamba-21m", "jamba-30m", "zamba2-30m"]:
         model = build_model(name, vocab_size=VOCABULARY)
         warm = prompts(2, 600, shared=550, seed=9)
-        own = cached(model)
+        own = cached(arguments, model)
         alternate([Contender(model), own], warm, 2)
+        gc.freeze()  # collections between requests look at what is new
         own.close()
         for case in arguments.only or CASES:
             started = time.perf_counter()
@@ -289,7 +268,14 @@ def main():
 def _cells(result):
     low, high = min(result["values"]), max(result["values"])
     median = statistics.median(result["values"])
-    return result["model"], result["case"], result["what"], f"{median:.3f}", f"{low:.3f} to {high:.3f}", result["bound"]
+    return (
+        result["model"],
+        result["case"],
+        result["what"],
+        f"{median:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        result["bound"],
+    )
 
 
 if __name__ == "__main__":

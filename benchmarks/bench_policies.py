@@ -1,9 +1,10 @@
 """Every policy and every rival on every workload, at equal memory: `python -m benchmarks.bench_policies WORKLOADS`.
 
 Group 1: shared tokens recomputed a request, at most 4 new checkpoints a prompt, no memory limit. Group 2: capture rate
-(resumed / overlap) under six budgets. 60 % of the requests warm up, 40 % are measured; groups arrive interleaved, with one
-arrival order a seed (a trace with recorded times has one). Where a rival has a knob, the setting that is best for the cell
-on the first seed counts. Finished cells are kept in `benchmarks/runs/policies.jsonl`, so that a run can be resumed or split.
+(resumed / overlap) under six budgets. 60 % of the requests warm up, 40 % are measured; groups arrive interleaved, with
+one arrival order a seed (a trace with recorded times has one). Where a rival has a knob, the setting that is best for
+the cell on the first seed counts. Finished cells are kept in `benchmarks/runs/policies.jsonl`, so that a run can be
+resumed or split.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hf_sparse_cache.eviction import Eviction, make_eviction
 from hf_sparse_cache.policies import POLICIES, Policy, make_policy
 from hf_sparse_cache.simulator import simulate
 from hf_sparse_cache.traces import Trace, load_trace
+
 
 HERE = Path(__file__).parent
 BUDGETS = {
@@ -86,21 +88,25 @@ def contenders(trace: Trace) -> Iterator[tuple[str, str, Parts]]:
     yield "clairvoyant", "", ((lambda: ClairvoyantPolicy(future)), (lambda: ClairvoyantEviction(future, trace)))
 
 
-def run(workloads: Path, names: list[str], seeds: list[int], runs: Runs) -> None:
-    """Measures all cells, first seed first."""
+def run(workloads: Path, names: list[str], seeds: list[int], runs: Runs, chosen: list[str] | None = None) -> None:
+    """Measures all cells, or those of the `chosen` contenders, first seed first."""
     for seed in seeds:
         for name in names:
-            recorded = json.loads((workloads / name / "meta.json").read_text(encoding="utf-8"))["template"] == "hash_ids"
+            recorded = (
+                json.loads((workloads / name / "meta.json").read_text(encoding="utf-8"))["template"] == "hash_ids"
+            )
             if recorded and seed != seeds[0]:
                 continue
             trace = load_trace(workloads / name, seed=seed)
             assert isinstance(trace, Trace)
             grid = 512 if recorded else 64
-            for policy in POLICIES:
+            for policy in POLICIES if chosen is None else [name for name in POLICIES if name in chosen]:
                 cell = f"{name}|{seed}|no limit|{policy}|"
                 parts = named(policy, "learned" if policy == "learned" else "lru")
                 runs.measure(cell, trace, parts, grid, state_bytes=1, max_checkpoints=4)
             for contender, variant, parts in contenders(trace):
+                if chosen is not None and contender not in chosen:
+                    continue
                 for budget, (memory, state, kv) in BUDGETS.items():
                     first = f"{name}|{seeds[0]}|{budget}|{contender}|"
                     known = {cell: row["capture"] for cell, row in runs.rows.items() if cell.startswith(first)}
@@ -116,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", type=Path, help="folder of workload folders")
     parser.add_argument("--only", nargs="*", help="names of workloads; default all")
+    parser.add_argument("--contenders", nargs="*", help="names as in the tables; default all")
     parser.add_argument("--seeds", nargs="*", type=int, default=[42, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=HERE / "runs" / "policies.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "policies.md")
@@ -125,7 +132,7 @@ def main() -> None:
     runs = Runs(arguments.runs)
     started = time.time()
     if not arguments.tables_only:
-        run(arguments.workloads, names, arguments.seeds, runs)
+        run(arguments.workloads, names, arguments.seeds, runs, arguments.contenders)
         print(f"{time.time() - started:.0f} s")
     machine = f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
     write_tables(runs.rows, list(BUDGETS), arguments.out, machine)

@@ -1,7 +1,7 @@
 """The ceiling: a greedy that knows the whole trace and serves it through the same store.
 
-It captures the cuts at which later requests will leave a prompt, and evicts what saves least per byte and request until its
-next use. Greedy, so a ceiling to compare with rather than an optimum.
+It captures the cuts at which later requests will leave a prompt, and evicts what saves least per byte and request
+until its next use. Greedy, so a ceiling to compare with rather than an optimum.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from hf_sparse_cache.tree import Checkpoint, Forest, Node
 from hf_sparse_cache.values import Scored
 from hf_sparse_cache.views import Floats
 
+
 NEVER = 2**40
 
 
 class Future:
-    """Who passes where, and when: the tree of all prompts of a trace, each edge with the requests that run along it."""
+    """Who passes where, and when: the tree of all prompts, each edge with the requests that run along it."""
 
     def __init__(self, trace: Iterable[Tokens]) -> None:
         self.forest = Forest()

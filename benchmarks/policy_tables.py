@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+
 TARGETS = {
     "docqa_squality": 40,
     "sysprompts_open": 36,
@@ -55,8 +56,10 @@ def write_tables(rows: dict[str, dict[str, float]], budgets: list[str], out: Pat
     policies = list(dict.fromkeys(key[2] for key in capture if key[1] == "no limit"))
     seeds = max((len(values) for values in capture.values()), default=0)
     text = ["# Placement and eviction against every rival\n"]
-    text.append("Made by `python -m benchmarks.bench_policies WORKLOADS` (what each part is: `benchmarks/bench_policies.py`,")
-    text.append("`rivals.py`, `clairvoyant.py`). 60 % warm-up, 40 % measured, 64-token grid (512 for the trace of block hashes).")
+    text.append(
+        "Made by `python -m benchmarks.bench_policies WORKLOADS` (what each part is: `benchmarks/bench_policies.py`,"
+    )
+    text.append("`rivals.py`, `clairvoyant.py`). 60 % warms up, 40 % measured, 64-token grid (512 for block hashes).")
     text.append(f"Mean ± standard deviation over up to {seeds} arrival orders; {machine}.\n")
     text.append("## Shared tokens recomputed a request, at most 4 new checkpoints a prompt, no memory limit\n")
     text.append(
@@ -70,11 +73,14 @@ def write_tables(rows: dict[str, dict[str, float]], budgets: list[str], out: Pat
         )
     )
     text.append("## Capture rate at equal memory\n")
-    text.append("Checkpoints without KV (64, 256, 1024); bytes at 26.8 MB a state and 64 KiB of KV a token (2, 10, 40 GB).\n")
+    text.append(
+        "Checkpoints without KV (64, 256, 1024); bytes at 26.8 MB a state and 64 KiB of KV a token (2, 10, 40 GB).\n"
+    )
     for budget in budgets:
         text.append(f"### {budget}\n")
         lines = [
-            [name, *(shown(capture.get((name, budget, contender)), 3) for contender in contenders)] for name in workloads
+            [name, *(shown(capture.get((name, budget, contender)), 3) for contender in contenders)]
+            for name in workloads
         ]
         text.append(table(["workload", *contenders], lines))
     text += summary(capture, workloads, budgets, contenders, rivals)
@@ -104,7 +110,9 @@ def summary(
     misses = []
     for name in workloads:
         for budget in budgets:
-            values = {who: float(np.mean(capture[name, budget, who])) for who in rivals if (name, budget, who) in capture}
+            values = {
+                who: float(np.mean(capture[name, budget, who])) for who in rivals if (name, budget, who) in capture
+            }
             if not values or (name, budget, "learned") not in capture:
                 continue
             best = max(values, key=lambda who: values[who])
@@ -113,7 +121,9 @@ def summary(
                 misses.append([name, budget, f"{own:.3f}", f"{best} {bar:.3f}"])
     text = ["## Mean uncaptured share (1 - capture rate)\n", table(["contender", *groups], lines)]
     text.append(table(["budgets", "best single rival", "learned ÷ that", "target at most"], ratios))
-    text.append("## Cells where `learned` is below 0.95 × the best rival (or 0.03 below it, where that captures less than 0.2)\n")
+    text.append(
+        "## Cells where `learned` is below 0.95 × the best rival (or 0.03 below it, where that is under 0.2)\n"
+    )
     text.append(table(["workload", "budget", "learned", "best rival"], misses) if misses else "None.\n")
     return text
 

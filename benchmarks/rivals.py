@@ -1,7 +1,7 @@
 """What other systems do, as policies and evictions of the same store, so that only placement and eviction differ.
 
-Each follows its published behaviour; where that has a knob, `RIVALS` holds several settings and the benchmark reports the
-best one for each cell. Worked examples are in `tests/test_rivals.py`.
+Each follows its published behaviour; where that has a knob, `RIVALS` holds several settings and the benchmark reports
+the best one for each cell. Worked examples are in `tests/test_rivals.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hf_sparse_cache.views import Floats
 
 
 class VLLMAlign(Policy):
-    """vLLM `--mamba-cache-mode align`: prefill steps are clipped to the block grid, and the state at the end of each step is
-    kept, so a prompt leaves one state per step of `budget` tokens and one at its last full block.
+    """vLLM `--mamba-cache-mode align`: prefill steps are clipped to the block grid, and the state at the end of each
+    step is kept, so a prompt leaves one state per step of `budget` tokens and one at its last full block.
 
     Source: vllm-project/vllm PR 30877 and its discussion in PRs 43628 and 50172. `budget` is `max_num_batched_tokens`.
     """
@@ -38,7 +38,7 @@ class VLLMAlign(Policy):
 
 
 class VLLMAll(Policy):
-    """vLLM `--mamba-cache-mode all`: the state at every block boundary. Source: vllm-project/vllm PRs 25752 and 50172."""
+    """vLLM `--mamba-cache-mode all`: the state at every block. Source: vllm-project/vllm PRs 25752 and 50172."""
 
     def __init__(self, block: int = 512) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class VLLMAll(Policy):
 
 
 class SGLang(Policy):
-    """SGLang's hybrid radix cache: the state at the last multiple of the tracking interval of each prompt, and the state at
-    the branching point, aligned to the kernel's chunk, when a prompt leaves a stored edge. States have an LRU of their own, in
-    which a match refreshes only the node it resumes at.
+    """SGLang's hybrid radix cache: the state at the last multiple of the tracking interval of each prompt, and the
+    state at the branching point, aligned to the kernel's chunk, when a prompt leaves a stored edge. States have an LRU
+    of their own, in which a match refreshes only the node it resumes at.
 
     Source: sgl-project/sglang, `srt/mem_cache/mamba_radix_cache.py`; PR 11214; `--mamba-track-interval` (256).
     """
@@ -70,8 +70,8 @@ class SGLang(Policy):
 
 
 class MarconiAdmission(Policy):
-    """Marconi (Pan et al., MLSys 2025, arXiv 2411.19379, section 4.1): the state at the end of each sequence, and at the branch
-    point that the speculative insertion of a new prompt finds.
+    """Marconi (Pan et al., MLSys 2025, arXiv 2411.19379, section 4.1): the state at the end of each sequence, and at
+    the branch point that the speculative insertion of a new prompt finds.
     """
 
     def place(self, prompt: Prompt) -> list[int]:
@@ -80,8 +80,8 @@ class MarconiAdmission(Policy):
 
 
 class MarconiEviction(Scored):
-    """Marconi (section 4.2): evicts the lowest `recency + alpha * FLOP efficiency`, both scaled to 0 .. 1, among nodes with at
-    most one child. FLOP efficiency is the prefill saved over the node above per byte.
+    """Marconi (section 4.2): evicts the lowest `recency + alpha * FLOP efficiency`, both scaled to 0 .. 1, among nodes
+    with at most one child. FLOP efficiency is the prefill saved over the node above per byte.
     """
 
     def __init__(self, alpha: float = 1.0) -> None:
@@ -113,8 +113,8 @@ def _scaled(values: Floats) -> Floats:
 
 
 class LlamaCpp(Policy):
-    """llama.cpp's server: context checkpoints at least `step` tokens apart while the prompt is processed, and one near its end,
-    at most 32 a slot; the oldest prompts leave the host cache first.
+    """llama.cpp's server: context checkpoints at least `step` tokens apart while the prompt is processed, and one near
+    its end, at most 32 a slot; the oldest prompts leave the host cache first.
 
     Source: ggml-org/llama.cpp PRs 15293 and 16382, `--ctx-checkpoints`, `--checkpoint-min-step`.
     """
@@ -130,10 +130,11 @@ class LlamaCpp(Policy):
 
 
 class MLXLM(Policy):
-    """mlx-lm's server: at most three segments, the end of the system prompt, of the last user message, and of the prompt.
+    """mlx-lm's server: at most three segments, the end of the system prompt, of the last user message, and of the
+    prompt.
 
-    Source: ml-explore/mlx-lm, `mlx_lm/models/cache.py` (issues 980, 1162). `turn_end` is the token that ends a message; without
-    one, as in plain text, only the end is known.
+    Source: ml-explore/mlx-lm, `mlx_lm/models/cache.py` (issues 980, 1162). `turn_end` is the token that ends a
+    message; without one, as in plain text, only the end is known.
     """
 
     def __init__(self, turn_end: int = 248046) -> None:
@@ -147,7 +148,9 @@ class MLXLM(Policy):
 
 
 class PaperDP(HistogramDP):
-    """The paper's cache (arXiv 2605.05219): `count` checkpoints a prompt by its DP on the global histogram, first in first out."""
+    """The paper's cache (arXiv 2605.05219): `count` checkpoints a prompt by its DP on the global histogram, first in
+    first out.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -167,10 +170,9 @@ RIVALS = (
     Rival("vLLM all", (("block 512", VLLMAll, LRU),)),
     Rival("SGLang", (("interval 256", SGLang, LRU),)),
     Rival(
-        "Marconi",
-        tuple((f"alpha {alpha:g}", MarconiAdmission, lambda alpha=alpha: MarconiEviction(alpha)) for alpha in (0.2, 1.0)),
+        "Marconi", tuple((f"alpha {a:g}", MarconiAdmission, lambda a=a: MarconiEviction(a)) for a in (0.2, 1.0, 5.0))
     ),
-    Rival("llama.cpp", tuple((f"step {step}", lambda step=step: LlamaCpp(step), LRU) for step in (512, 2048))),
+    Rival("llama.cpp", tuple((f"step {step}", lambda step=step: LlamaCpp(step), LRU) for step in (512, 2048, 8192))),
     Rival("mlx-lm", (("three segments", MLXLM, LRU),)),
-    Rival("paper", tuple((f"M = {count}", lambda count=count: PaperDP(count), FIFO) for count in (4, 16))),
+    Rival("paper", tuple((f"M = {count}", lambda count=count: PaperDP(count), FIFO) for count in (1, 4, 16))),
 )

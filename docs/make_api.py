@@ -21,7 +21,8 @@ PUBLIC = (
     ("The handle", "SparsePrefixCache", "cache", "stats last_request explain mark clear detach empty_twin"),
     ("The handle", "Persistent", "persistence", "save_pretrained from_pretrained"),
     ("The handle", "SparseCacheConfig", "config", ""),
-    ("The handle", "CheckpointStore", "store", "resize flush close clear"),
+    ("The handle", "CheckpointStore", "store", "resize clear"),
+    ("The handle", "Tiered", "movement", "flush close"),
     ("The handle", "UnsupportedModelError", "errors", ""),
     ("What it reports", "CacheStats", "stats", ""),
     ("What it reports", "RequestInfo", "stats", ""),
@@ -43,6 +44,7 @@ PUBLIC = (
 # Classes that people meet only as what others inherit from.
 TITLES = {
     "Persistent": "SparsePrefixCache: saving and loading",
+    "Tiered": "CheckpointStore: its tiers",
     "Shareable": "SparseCacheConfig and CheckpointPlan: saving, loading and sharing",
 }
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Source):(.*)$")

@@ -5,27 +5,23 @@ handle points to, so one handle serves any number of prompts, batches and thread
 """
 
 import threading
-import time
 import weakref
-from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import fingerprint, forks, generation, mamba1, prefill, states
-from .calls import as_ids, check_ids, input_device, unpadded_rows
+from . import forks, generation, mamba1, states
 from .config import SparseCacheConfig
 from .cost import prefill_cost
 from .explain import Explanation, explain
-from .families import Family, family_of
+from .families import family_of, unwrapped
 from .live import LiveCache
 from .payloads import LayerTensors
 from .persistence import Persistent
 from .policies import Policy, make_policy
-from .request import open_request
-from .segmentation import Positions, Tokens, cut_positions, with_free_cuts
+from .serving import Serving
 from .stateless import Stateless
 from .stats import CacheStats, Recorder, RequestInfo, format_bytes
 from .store import CheckpointStore
@@ -35,11 +31,11 @@ from .weights import identity
 logger = logging.get_logger(__name__)
 
 
-class SparsePrefixCache(Persistent, Stateless):
+class SparsePrefixCache(Serving, Persistent, Stateless):
     """Exact prefix reuse for one model: `model.generate(**inputs, past_key_values=SparsePrefixCache(model))`.
 
     Checkpoints of the model's state are kept at a few cuts of every prompt seen, chosen by dynamic programming over
-    where prompts diverge ("Sparse Prefix Caching for Hybrid and Recurrent LLM Serving", arXiv 2605.05219, Section 3).
+    where prompts diverge ("Sparse Prefix Caching for Hybrid and Recurrent LLM Serving", arXiv 2605.05219).
     A prompt resumes at the deepest checkpoint on its common prefix, proved token by token; its outputs do not change.
 
     Args:
@@ -70,7 +66,8 @@ class SparsePrefixCache(Persistent, Stateless):
         config: SparseCacheConfig | None = None,
     ) -> None:
         super().__init__()
-        self.family: Family = family_of(model)
+        model = unwrapped(model)
+        self.family = family_of(model)
         name = policy if isinstance(policy, str) else type(policy).__name__
         given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
         if config is not None and given != SparseCacheConfig():
@@ -81,14 +78,13 @@ class SparsePrefixCache(Persistent, Stateless):
         probe = LiveCache(self._config)
         states.check_layers(probe, type(model).__name__)
         self.grid = self._checked_grid(self.config.grid)
-        self._cut_ids: Collection[int] = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
+        self._cut_ids = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
         cost = prefill_cost(model, probe.full_attention_layers)
         self.policy = make_policy(self.config.policy, self._cut_ids, cost) if isinstance(policy, str) else policy
         self.store = CheckpointStore(self.config.max_memory) if store is None else store
         self.size = states.measure(model, probe, self.family.cache_name)
         self._check_budget()
-        # Called with the live cache at the end of each prefill; `check_exactness` looks at the states there.
-        self.on_prefill: Callable[[LiveCache], None] | None = None
+        self.on_prefill = None
         self._lock = threading.Lock()
         self._recorder = Recorder()
         self._weights, self._space_name = identity(model), ""
@@ -100,7 +96,7 @@ class SparsePrefixCache(Persistent, Stateless):
         self._finalizer = weakref.finalize(self, _release, model, self._config.model_type)
         forks.starts_clean(self)
 
-    # -- what a user reads ----------------------------------------------------------------------------------------------
+    # -- what a user reads --------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
         """Totals since the handle was made, and what its store holds of its namespace now, in the fastest tier."""
@@ -145,19 +141,19 @@ class SparsePrefixCache(Persistent, Stateless):
         tokens = self._tokens_of(ids)
         space = self._space()[0]
         # Two more tokens, which are never special, so that the last cut may be the end of the prefix itself.
-        cuts = self._cuts(np.append(tokens, np.int32([-1, -1])), space, len(tokens))
+        cuts = self._cuts(np.append(tokens, np.full(2, -1, dtype=np.int32)), space, len(tokens))
         if not len(cuts):
             raise ValueError(
-                f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. Mark "
-                "a longer prefix or make the handle with a smaller grid."
+                f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. "
+                "Mark a longer prefix or make the handle with a smaller grid."
             )
         self.store.mark(tokens, cuts, space)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget every prompt and free every state of the store."""
-        self.store.clear()
+        """Forget every prompt that this handle matches, with states and marks; a shared store keeps the others'."""
+        self.store.clear(self._space()[0])
 
     def detach(self) -> None:
         """Give the model its own `generate()` methods back. What is stored stays; the handle can no longer be used."""
@@ -165,7 +161,7 @@ class SparsePrefixCache(Persistent, Stateless):
 
     def after_fork(self) -> None:
         """In a child process: counted from zero, with locks of its own."""
-        self._lock, self._stats, self._last_request = threading.Lock(), CacheStats(), None
+        self._lock, self._recorder = threading.Lock(), Recorder()
         self.policy.lock = threading.Lock()
 
     def __enter__(self) -> "SparsePrefixCache":
@@ -176,121 +172,12 @@ class SparsePrefixCache(Persistent, Stateless):
 
     def empty_twin(self) -> "SparsePrefixCache":
         """A handle with the same cuts and an empty store: what it serves first, it serves cold."""
-        return SparsePrefixCache(self.model, self.tokenizer, max_memory=None, grid=self.grid, policy="none")
-
-    # -- what generate() asks -------------------------------------------------------------------------------------------
-
-    def check_model(self, model: Any) -> None:
-        """Refuse a model other than the handle's own, and a detached handle."""
-        if model is not self.model:
-            raise ValueError(
-                f"past_key_values is a SparsePrefixCache made for another model ({type(self.model).__name__} object "
-                f"{id(self.model):#x}, not {type(model).__name__} object {id(model):#x}). Make one with "
-                "SparsePrefixCache(model) for each model; they may share a store."
-            )
-        if not self._finalizer.alive:
-            raise ValueError("past_key_values is a SparsePrefixCache that was detached. Make a new one, with its store.")
-
-    @property
-    def attached_to(self) -> str:
-        state = "is attached to" if self._finalizer.alive else "was detached from"
-        return f"{state} a {type(self.model).__name__} object"
-
-    def open_live_cache(self) -> LiveCache:
-        """A fresh live cache that will ask this handle for its prefix."""
-        live = LiveCache(self._config)
-        live.handle = self
-        return live
-
-    def note_unsupported(self, input_ids: torch.Tensor | None, why: str) -> None:
-        """Record a request that runs as if there were no handle, and say so once."""
-        logger.warning_once(f"SparsePrefixCache is not used by this call, which runs uncached: {why}.")
-        tokens = 0 if input_ids is None else input_ids.numel()
-        self._recorder.add(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
-
-    def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
-        """Run the prefill of a request, reusing what is stored, and return the model's output with the live cache in it.
-
-        Args:
-            live: the request's live cache, filled in place.
-            input_ids: `(batch, width)`, left-padded.
-            model_kwargs: those of `generate()`, the mask among them.
-        """
-        check_ids(input_ids, self.model.get_input_embeddings().num_embeddings)
-        rows = unpadded_rows(input_ids, model_kwargs.get("attention_mask"))
-        kwargs = {name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs}
-        distinct: dict[bytes, int] = {}
-        order = [distinct.setdefault(row.cpu().numpy().tobytes(), len(distinct)) for row in rows]
-        alone = len(rows) == 1 and len(rows[0]) == input_ids.shape[1]
-        caches = [live] if alone else [LiveCache(self._config) for _ in distinct]
-        positions = model_kwargs.get("position_ids")
-        dims = () if positions is None else tuple(positions.shape[:-2])
-        outputs = [
-            self._serve_row(caches[index], rows[order.index(index)].to(input_device(self.model)), kwargs, dims)
-            for index in range(len(distinct))
-        ]
-        if self.on_prefill is not None:
-            self.on_prefill(caches[-1])
-        if alone:
-            return outputs[0]
-        return prefill.join_rows(self.family.cache_name, live, caches, outputs, order, input_ids.shape[1])
+        exactness = self.config.exactness
+        return SparsePrefixCache(
+            self.model, self.tokenizer, max_memory=None, grid=self.grid, policy="none", exactness=exactness
+        )
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _serve_row(self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]) -> Any:
-        started = time.perf_counter()
-        tokens = ids.to("cpu", torch.int32).numpy()
-        space, changed = self._space()
-        cuts = self._cuts(tokens, space)
-        opened = time.perf_counter()
-        with open_request(
-            self.store, self.policy, tokens, cuts, space=space, max_checkpoints=self.config.max_checkpoints
-        ) as request:
-            output, timing = prefill.prefill_row(
-                self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
-            )
-            served = time.perf_counter()
-        info = RequestInfo(
-            prompt_tokens=request.prompt_tokens,
-            overlap_tokens=request.overlap_tokens,
-            resumed_tokens=request.resumed_tokens,
-            computed_tokens=request.prompt_tokens - request.resumed_tokens,
-            captured=tuple(request.captured),
-            reason="weights changed: what was stored of them was dropped" if changed else request.reason,
-        )
-        closed = time.perf_counter()
-        self._recorder.add(
-            info,
-            prefill_seconds=closed - started,
-            match_seconds=opened - started + request.match_seconds,
-            plan_seconds=request.plan_seconds + closed - served,
-            capture_seconds=timing.capture_seconds,
-            restore_seconds=timing.restore_seconds,
-        )
-        return output
-
-    def _cuts(self, tokens: Tokens, space: str, marked: int = 0) -> Positions:
-        cuts = cut_positions(tokens, self.grid, self._cut_ids)
-        if self.config.exactness == "bitwise":
-            return cuts
-        with self.store.lock:
-            free = {self.store.match(tokens, space).overlap, len(tokens), *self.store.marks.lengths(tokens, space)}
-        return with_free_cuts(cuts, free | ({marked} if marked else set()), len(tokens))
-
-    def _tokens_of(self, ids: torch.Tensor | str) -> Tokens:
-        return as_ids(ids, self.tokenizer)[0].to("cpu", torch.int32).numpy()
-
-    def _space(self) -> tuple[str, bool]:
-        """Where this handle's prompts live in the store, and whether that has just changed with the weights."""
-        weights = identity(self.model)
-        with self._lock:
-            before, self._weights = self._weights, weights
-            old, self._space_name = self._space_name, fingerprint.space_of(self, weights)
-            new = self._space_name
-        if before != weights:
-            self.store.drop(old)
-            logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
-        return new, before != weights
 
     def _checked_grid(self, grid: int | None) -> int:
         chunk = self.family.chunk(self._config)

@@ -6,7 +6,9 @@ import torch
 
 
 # Keywords that do not change what a prefill computes, or are checked on their own.
-_PLAIN = frozenset({"use_cache", "logits_to_keep", "attention_mask", "position_ids", "past_key_values", "cache_params"})
+_PLAIN = frozenset(
+    {"use_cache", "logits_to_keep", "attention_mask", "position_ids", "past_key_values", "cache_params"}
+)
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _MEDIA = ("pixel_values", "image_", "video_", "audio_", "input_features", "mm_encoder_outputs")
@@ -44,7 +46,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _has_holes(attention_mask: torch.Tensor | None) -> bool:
-    """Whether a row whose last token counts leaves out an earlier one; right-padding is another matter, and refused."""
+    """Whether a row whose last token counts leaves out an earlier one; right-padding is refused elsewhere."""
     if attention_mask is None:
         return False
     kept = attention_mask != 0
@@ -104,7 +106,7 @@ def check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where the model takes its ids. Offloaded weights lie on "meta" between calls, so `model.device` may not say it."""
+    """Where the model takes its ids. Offloaded weights lie on "meta" between calls: `model.device` may not say it."""
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
@@ -125,7 +127,8 @@ def as_ids(prompt: torch.Tensor | str, tokenizer: Any, name: str = "ids") -> tor
         if tokenizer is None:
             raise ValueError(f"{name} holds a string, but there is no tokenizer: SparsePrefixCache(model, tokenizer).")
         prompt = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ids = prompt[None] if prompt.dim() == 1 else prompt
+    given = torch.as_tensor(prompt)
+    ids = given[None] if given.dim() == 1 else given
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-        raise ValueError(f"{name} holds a tensor of shape {tuple(prompt.shape)}; give (length,) or (1, length).")
+        raise ValueError(f"{name} holds a tensor of shape {tuple(given.shape)}; give (length,) or (1, length).")
     return ids

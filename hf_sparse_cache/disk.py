@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from . import files
 from .segmentation import Tokens
 from .tiers import Tier
 from .tree import Checkpoint, Payload
-from .units import Span, Unit, chain_of, unit_of
+from .units import Span, Unit, shared_chain, unit_of
+
 
 FORMAT = 1  # of the files; another number is not read
 NO_TOKENS = np.zeros(0, dtype=np.int32)
@@ -112,7 +113,7 @@ class DiskTier(Tier):
                 match = self.match(unit.tokens, unit.space)
                 if any(item.position == unit.position for item in match.checkpoints(unit.position)):
                     return True
-                chain = chain_of(match.path, spans)
+                chain = shared_chain(match, spans)
                 stack.enter_context(self.holding(chain[-1] if chain else None))
             names = [_file(segment.payload).path.name for segment in chain]
             contents: dict[str, bytes] = {}
@@ -137,7 +138,7 @@ class DiskTier(Tier):
                 with self.lock:
                     self.reserved_bytes -= need
                     need = 0
-                    if len(chain_of(self.match(unit.tokens, unit.space).path, spans)) != len(chain):
+                    if len(shared_chain(self.match(unit.tokens, unit.space), spans)) != len(chain):
                         raise ChangedError
                     new = dict(zip(spans[len(chain) :], written, strict=False))
                     stored = self.put(unit.tokens, unit.position, written[-1], spans, new, unit.space, urgent=True)
@@ -199,9 +200,9 @@ class DiskTier(Tier):
             self.forest.forget(0)
         self._unlink(trash)
 
-    def clear(self) -> None:
-        """Deletes everything stored."""
-        super().clear()
+    def clear(self, space: str | None = None) -> None:
+        """Deletes what is stored of one space, or everything."""
+        super().clear(space)
         self.sweep()
 
     def drop(self, space: str) -> None:
@@ -235,10 +236,8 @@ class DiskTier(Tier):
             self.warn("read", f"A stored state is lost, as {culprit.path} cannot be used: {error}")
             self.lose(culprit)
             return None
-        try:
+        with suppress(OSError):
             os.utime(_file(unit.state).path)  # the next start keeps the order of use
-        except OSError:
-            pass
         return Unit(unit.space, unit.tokens, state, kv, unit.hits)
 
     def lose(self, culprit: StoredFile) -> None:
@@ -258,12 +257,8 @@ class DiskTier(Tier):
         Raises:
             OSError: the folder cannot be listed.
         """
-        sizes: dict[str, int] = {}
-        for path in sorted(folder.iterdir()):
-            if path.name.endswith(files.TEMPORARY):
-                self._unlink([StoredFile(path, 0)])  # of a process that was killed
-            elif path.name.endswith(files.SUFFIX):
-                sizes[path.name] = path.stat().st_size
+        sizes, leftovers = files.units_in(folder)
+        self._unlink([StoredFile(path, 0) for path in leftovers])  # of a process that was killed
         found: list[tuple[float, str, dict[str, Any], Tokens]] = []
         for name in (name for name in sizes if name.startswith("state-")):
             path = folder / name
@@ -281,7 +276,7 @@ class DiskTier(Tier):
         for _, name, record, tokens in sorted(found, key=lambda item: item[:2]):
             spans = [(start, end) for start, end, _ in record["kv"]]
             new = {(start, end): payloads[kv_name] for start, end, kv_name in record["kv"]}
-            chain = chain_of(self.match(tokens, record["space"]).path, spans)
+            chain = shared_chain(self.match(tokens, record["space"]), spans)
             if any(segment.payload is not new[segment.start, segment.end] for segment in chain):
                 continue  # left over from before its keys and values were written anew
             loaded.append(self.put(tokens, len(tokens), payloads[name], spans, new, record["space"], urgent=True))

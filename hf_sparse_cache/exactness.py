@@ -13,8 +13,7 @@ import torch
 
 from . import states
 from .cache import SparsePrefixCache
-from .calls import as_ids
-from .calls import input_device
+from .calls import as_ids, input_device
 from .live import LiveCache
 from .report import table
 
@@ -53,10 +52,12 @@ class ExactnessReport:
     Attributes:
         rows: one per prompt.
         tolerance: the bound on `max_abs_logit_diff`; None where the dtype has none.
+        mode: what the cache promises: "bitwise", or "numerical", where only the tolerance counts.
     """
 
     rows: tuple[ExactnessRow, ...]
     tolerance: float | None
+    mode: str = "bitwise"
 
     @property
     def bitwise(self) -> bool:
@@ -80,12 +81,21 @@ class ExactnessReport:
 
     @property
     def passed(self) -> bool:
-        """Something was resumed, bitwise equal to cold, and within the tolerance of stock."""
+        """Something was resumed, bitwise equal to cold (in bitwise mode), and within the tolerance of stock."""
         close = self.tolerance is None or self.max_abs_logit_diff <= self.tolerance
-        return self.resumed_tokens > 0 and self.bitwise and close
+        kept = self.bitwise if self.mode == "bitwise" else self.tolerance is not None
+        return self.resumed_tokens > 0 and kept and close
 
     def __str__(self) -> str:
-        columns = ("prompt", "resumed", "logits = cold", "states = cold", "max |Δ logit| to stock", "same tokens", "reason")
+        columns = (
+            "prompt",
+            "resumed",
+            "logits = cold",
+            "states = cold",
+            "max |Δ logit| to stock",
+            "same tokens",
+            "reason",
+        )
         body = [
             (
                 f"{row.prompt_tokens:,}",
@@ -99,11 +109,16 @@ class ExactnessReport:
             for row in self.rows
         ]
         if self.passed:
-            verdict = f"exact: {self.resumed_tokens:,} tokens resumed, warm equals cold bit for bit"
+            how = "warm equals cold bit for bit" if self.bitwise else f"warm equals stock within {self.tolerance:.0e}"
+            verdict = f"exact: {self.resumed_tokens:,} tokens resumed, {how}"
         elif self.resumed_tokens == 0:
             verdict = "NOT PROVED: nothing was resumed, so nothing was tested"
         else:
-            verdict = "NOT EXACT" if not self.bitwise else f"NOT EXACT: further than {self.tolerance:.0e} from stock"
+            verdict = (
+                "NOT EXACT"
+                if not self.bitwise and self.mode == "bitwise"
+                else f"NOT EXACT: further than {self.tolerance:.0e} from stock"
+            )
         return f"{table(columns, body)}\n\n{verdict}; max logit difference to stock {self.max_abs_logit_diff:.1e}"
 
 
@@ -147,7 +162,7 @@ def check_exactness(
     finally:
         if own:
             warm_handle.detach()
-    return ExactnessReport(rows, _TOLERANCE.get(model.dtype))
+    return ExactnessReport(rows, _TOLERANCE.get(model.dtype), warm_handle.config.exactness)
 
 
 def _check(model: Any, ids: torch.Tensor, handle: SparsePrefixCache, max_new_tokens: int) -> ExactnessRow:

@@ -80,13 +80,16 @@ def explain(
         stored = match.checkpoints(usable)
         checkpoint = stored[-1] if stored else None
         reason = cause(match, checkpoint, usable, cuts)
-    resumed = checkpoint.position if checkpoint else 0
+    resumed, overlap = checkpoint.position if checkpoint else 0, match.overlap
+    deeper, known = store.reach(ids, space)
+    if deeper > resumed:
+        resumed, overlap, reason = deeper, max(overlap, known), "resumed"
     lost = int(cuts[cuts <= usable][-1]) - resumed if len(cuts) and cuts[0] <= usable else 0
     context = ""
     if decode is not None and match.known and match.overlap < len(ids):
         around = ids[max(0, match.overlap - _CONTEXT_TOKENS) : match.overlap + _CONTEXT_TOKENS]
         context = decode(around.tolist())
-    return Explanation(len(ids), match.overlap, resumed, reason, _remedy(reason, lost, match, len(ids)), context)
+    return Explanation(len(ids), overlap, resumed, reason, _remedy(reason, lost, match, len(ids)), context)
 
 
 def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positions) -> str:
@@ -118,7 +121,7 @@ def _remedy(reason: str, lost: int, match: Match, length: int) -> str:
     if reason == "resumed":
         if lost <= 0:
             return ""
-        return f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on the shared part would keep one there."
+        return f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
     if reason == "nothing stored":
         return "The first prompt of a kind is always computed; a later one that starts alike resumes."
     if reason.startswith("diverges"):

@@ -81,14 +81,20 @@ FAMILIES: dict[str, Family] = {
 
 # Known families that cannot be served, and what upstream would have to change.
 REFUSED: dict[str, str] = {
-    "minimax": "it accepts only a cache class of its own, and is itself wrong when layer 0 is linear; it would have to "
-    "keep its states in a DynamicCache",
-    "xlstm": "its forward ignores past_key_values and keeps state in an object of its own; it would have to keep it in "
-    "a DynamicCache",
+    "minimax": "it accepts only a cache class of its own, and is itself wrong when layer 0 is linear; it would have "
+    "to keep its states in a DynamicCache",
+    "xlstm": "its forward ignores past_key_values and keeps state in an object of its own; it would have to keep it "
+    "in a DynamicCache",
     "rwkv": "its forward ignores past_key_values and keeps state in a list of its own; it would have to keep it in a "
     "DynamicCache",
     "recurrent_gemma": "it keeps its state on its modules, shared by all calls; it would have to keep it in the cache",
 }
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside the wrappers of PEFT and `torch.compile`, whose `generate()` they both call."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_of(model: Any) -> Family:
@@ -101,8 +107,8 @@ def family_of(model: Any) -> Family:
     names = ", ".join(sorted(known.name for known in FAMILIES.values()))
     if not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(
-            f"model is a {kind}, not a transformers model with generate(); supported are the causal language models of "
-            f"{names}."
+            f"model is a {kind}, not a transformers model with generate(); supported are the causal language models "
+            f"of {names}."
         )
     model_type = model.config.get_text_config(decoder=True).model_type
     why = REFUSED.get(model_type, "no exact resume is known for it")

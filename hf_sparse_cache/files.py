@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .segmentation import Tokens
+
 
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"
@@ -81,10 +83,8 @@ def write(path: Path, data: bytes) -> None:
         _flush_folder(path.parent)
     except BaseException:
         for leftover in (temporary, path):
-            try:
+            with suppress(OSError):
                 os.unlink(leftover)
-            except OSError:
-                pass
         raise
 
 
@@ -111,16 +111,25 @@ def read(path: Path) -> bytes:
     return data
 
 
+def units_in(folder: Path) -> tuple[dict[str, int], list[Path]]:
+    """Name and size of each unit's file in a folder, and the files that a killed process left unfinished.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    paths = sorted(folder.iterdir())
+    sizes = {path.name: path.stat().st_size for path in paths if path.name.endswith(SUFFIX)}
+    return sizes, [path for path in paths if path.name.endswith(TEMPORARY)]
+
+
 def remove(path: Path) -> None:
     """Deletes a file; one that is gone already is fine.
 
     Raises:
         OSError: it is still there.
     """
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def record_of(data: bytes) -> tuple[dict[str, Any], Tokens]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import uuid
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from .calls import input_device
 from .disk import FORMAT
 from .forks import ForkSafeLock
-from .weights import identity
+from .weights import identity, parts_of, plain_parts
+
 
 if TYPE_CHECKING:
     from .cache import SparsePrefixCache
@@ -26,8 +29,11 @@ KERNEL_PACKAGES = (
     "mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core", "kernels", "flash-attn", "triton", "xformers",
 )  # fmt: skip
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")
+_HASHED = {"modules": "modules, adapters or hooks"}
+_THIS_PROCESS = uuid.uuid4().hex  # stands for code attached to a model, which no other process can know
 _lock = ForkSafeLock()
 _digests: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
+_spaces: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
 def space_of(handle: SparsePrefixCache, weights: str) -> str:
@@ -37,8 +43,13 @@ def space_of(handle: SparsePrefixCache, weights: str) -> str:
     for a saved cache, by their content. The namespace follows the first unit separator, which JSON never contains.
     """
     if not handle.store.outlives_process:
-        return f"{weights}, grid {handle.grid}, cut ids {handle._cut_ids}, {handle.config.exactness}\x1f{handle.config.namespace}"
-    return durable_space(describe(handle), handle.config.namespace)
+        segmentation = f"grid {handle.grid}, cut ids {handle._cut_ids}, {handle.config.exactness}"
+        return f"{weights}, {segmentation}, {_modes(handle.model)}\x1f{handle.config.namespace}"
+    key = (weights, torch.get_num_threads(), _modes(handle.model))
+    known = _spaces.get(handle)
+    if known is None or known[0] != key:
+        known = _spaces[handle] = (key, durable_space(describe(handle), handle.config.namespace))
+    return known[1]
 
 
 def durable_space(description: dict[str, Any], namespace: str) -> str:
@@ -57,13 +68,14 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
         "format": FORMAT,
         "model": type(model).__name__,
         "weights": weights_digest(model),
+        "modules": _modules_digest(model),
         "config": _digest(json.dumps(config_values(config), sort_keys=True, default=str)),
         "dtype": sorted({str(tensor.dtype) for tensor in model.parameters()}),
         "attention": str(getattr(config, "_attn_implementation", None)),
         "experts": str(getattr(config, "_experts_implementation", None)),
         "devices": sorted({_device(tensor.device) for tensor in model.parameters()}),
+        "modes": _modes(model),
         "threads": torch.get_num_threads(),
-        "matmul precision": torch.get_float32_matmul_precision(),
         "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -72,6 +84,13 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
         "min distance": max(2, handle.grid // 4),
         "exactness": handle.config.exactness,
     }
+
+
+def _modes(model: Any) -> str:
+    """Switches of the process under which the same weights compute something else."""
+    kind = input_device(model).type  # offloaded weights say "meta"
+    autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
+    return f"autocast {autocast}, matmul precision {torch.get_float32_matmul_precision()}"
 
 
 def config_values(config: Any) -> dict[str, Any]:
@@ -86,8 +105,8 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     for name in sorted({*saved, *current}):
         before, now = saved.get(name, "absent"), current.get(name, "absent")
         if before != now:
-            hashed = name in ("weights", "config")
-            found.append(f"other {name}" if hashed else f"{name} {before} instead of {now}")
+            hashed = name in ("weights", "config", "modules")
+            found.append(f"other {_HASHED.get(name, name)}" if hashed else f"{name} {before} instead of {now}")
     return found
 
 
@@ -105,8 +124,9 @@ def weights_digest(model: torch.nn.Module) -> str:
         known = _digests.get(model)
         if known is not None and known[0] == name:
             return known[1]
-    tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
-    offloaded = [key for key, tensor in tensors if tensor.is_meta]
+    named = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
+    tensors = [(key, part) for key, tensor in named if not tensor.is_meta for part in plain_parts(tensor)]
+    offloaded = [key for key, tensor in named if tensor.is_meta]
     if offloaded:
         raise ValueError(
             f"The model's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), so states cannot be "
@@ -118,6 +138,19 @@ def weights_digest(model: torch.nn.Module) -> str:
     with _lock:
         _digests[model] = (name, digest)
     return digest
+
+
+def _modules_digest(model: torch.nn.Module) -> str:
+    """The classes of all modules, the adapters that are active and how, and the hooks and replaced forwards."""
+    words = []
+    for trait in parts_of(model)[1]:
+        if isinstance(trait, type):
+            words.append(f"{trait.__module__}.{trait.__qualname__}")
+        elif isinstance(trait, str) or trait is None or trait == ():
+            words.append(str(trait or ""))
+        else:
+            words.append(f"{_THIS_PROCESS} {trait!r}")
+    return _digest("\n".join(words))
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class _Override:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "This model has a SparsePrefixCache attached; call cache.detach() before pickling it with pickle or torch.save."
+            "This model has a SparsePrefixCache attached; call cache.detach() before pickling it or torch.save."
         )
 
     def give_back(self) -> None:

@@ -1,4 +1,4 @@
-"""The books of one tier: what is stored, in bytes and by namespace, what is pinned, and who goes when room is short."""
+"""The books of one tier: what is stored, in bytes and by namespace, what is pinned, who goes when room is short."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from .eviction import LRU, Eviction
 from .marks import Marks
+from .segmentation import Tokens
 from .tree import Checkpoint, Forest, KVSegment, Match, Payload
 from .units import Account, Demotion, namespace_of
 
@@ -50,6 +51,17 @@ class Ledger:
     def used_bytes(self) -> int:
         """Bytes of all stored states and KV segments."""
         return self.checkpoint_bytes + self.kv_bytes
+
+    def match(self, ids: Tokens, space: str = "") -> Match:
+        """Finds the longest prefix of `ids` that the space remembers, token by token."""
+        with self.lock:
+            return Match(*self.forest.walk(ids, space), space in self.forest.roots)
+
+    def stored(self) -> list[Checkpoint]:
+        """Every stored checkpoint."""
+        with self.lock:
+            nodes = [node for space in self.forest.roots for node in self.forest.nodes(space)]
+            return [checkpoint for node in nodes for checkpoint in node.checkpoints.values()]
 
     def account(self, namespace: str) -> Account:
         """What one namespace holds here."""

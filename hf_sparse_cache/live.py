@@ -1,6 +1,6 @@
 """The live cache: what one request's `generate()` works on, from prefill to the last token.
 
-A `DynamicCache` of the model's own layer classes, which therefore decodes exactly as an uncached run does. It adds what
+A `DynamicCache` of the model's own layer classes, which therefore decodes just as an uncached run does. It adds what
 transformers leaves open for models without full attention, and it tells the Mamba-1 scan from which state to start.
 """
 
@@ -32,7 +32,8 @@ class LiveCache(DynamicCache):
         self.length = 0
         self._recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         self.full_attention_layers = sum(
-            isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer) for layer in self.layers
+            isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+            for layer in self.layers
         )
         self._scan_forgets = mamba1.needs_hook(config.get_text_config(decoder=True).model_type)
 
@@ -55,7 +56,7 @@ class LiveCache(DynamicCache):
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         # The one call that every multi-token pass makes just before its scan; decoding does not come here.
         if self._scan_forgets:
-            layer = self.layers[layer_idx]
+            layer: Any = self.layers[layer_idx]
             mamba1.announce(layer.recurrent_states[0] if layer.has_previous_state[0] else None)
         states: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return states

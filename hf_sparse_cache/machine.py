@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+
 PACKAGES = ("hf-sparse-cache", "torch", "transformers", "numpy")
 # Fast kernels that transformers takes up when they are installed, and that change the last bits of a result.
 KERNELS = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "kernels")

@@ -1,4 +1,4 @@
-"""Prefixes that the caller has announced: a checkpoint is kept at the last cut of each, whatever the eviction thinks."""
+"""Prefixes that the caller has announced: a checkpoint is kept at the last cut of each, come what may."""
 
 from __future__ import annotations
 

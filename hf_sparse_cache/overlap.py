@@ -1,8 +1,8 @@
 """p(d | this prefix): where the next prompt that follows this one will leave it, learned online.
 
-A mixture of views. Each observed overlap depth is credited to the views in proportion to how well they foresaw it (one step
-of online EM), so the mixture's shares follow the kinds of divergence a workload has, and each view learns only from what it
-explains. The shares depend on how the prompt itself met the tree.
+A mixture of views. Each observed overlap depth is credited to the views in proportion to how well they foresaw it (one
+step of online EM), so the mixture's shares follow the kinds of divergence a workload has, and each view learns only
+from what it explains. The shares depend on how the prompt itself met the tree.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from .segmentation import Positions
 from .views import VIEWS, Floats, Shape
+
 
 FRESH, EXTENDS, BRANCHES, RETURNS = range(
     4

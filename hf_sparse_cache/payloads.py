@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from .files import DamagedFileError
 from .segmentation import Tokens
 
+
 Tensors = dict[str, Any]
 
 
@@ -135,5 +136,5 @@ _streams: dict[torch.device, Any] = {}
 def _side_stream(device: torch.device) -> Any:
     """One stream a device for copies, so that they overlap with compute."""
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        _streams[device] = torch.cuda.Stream(device)
     return _streams[device]

@@ -18,6 +18,7 @@ from .payloads import LayerTensors
 from .tiers import Tier
 from .units import unit_of
 
+
 if TYPE_CHECKING:
     from .cache import SparsePrefixCache
 
@@ -148,7 +149,9 @@ def _load(source: SavedFolder, checkpoint: Any, store: Any, space: str) -> bool:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no saved SparsePrefixCache: it has no {MANIFEST}; see save_pretrained")
+        raise FileNotFoundError(
+            f"{folder} holds no saved SparsePrefixCache: it has no {MANIFEST}; see save_pretrained"
+        )
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         _ = manifest["fingerprint"]["format"], manifest["namespace"], manifest["settings"]["max_checkpoints"]

@@ -74,12 +74,11 @@ class CheckpointPlan(Shareable):
 
     def card(self) -> str:
         """The positions and how to use them."""
-        positions = ", ".join(f"{position:,}" for position in self.positions) or "none"
         return (
             f"# A checkpoint plan\n\n{len(self.positions)} positions, in tokens, at which a prefix cache keeps the "
-            f"state of a recurrent model: {positions}.\nExpected cost {self.expected_cost:g} for a unit of weight.\n\n"
-            "```python\nfrom hf_sparse_cache import CheckpointPlan\n\n"
-            'plan = CheckpointPlan.from_pretrained("this repository or folder")\n```\n'
+            f"state of a recurrent language model: {', '.join(f'{p:,}' for p in self.positions) or 'none'}. "
+            f"Expected cost {self.expected_cost:g} for a unit of weight.\n\n```python\nfrom hf_sparse_cache import "
+            'CheckpointPlan\n\nplan = CheckpointPlan.from_pretrained("this repository or folder")\n```\n'
         )
 
 

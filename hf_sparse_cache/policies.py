@@ -172,8 +172,8 @@ class Learned(Policy):
     """`learned`: an exact plan on the forecast for this very prompt, at the memory's current price.
 
     Args:
-        prefill_cost: cost of prefilling to each of an array of positions; default the positions themselves. Give the model's
-            own, with the attention term or in measured seconds, when they are not proportional.
+        prefill_cost: cost of prefilling to each of an array of positions; default the positions themselves. Give the
+            model's own, with the attention term or in measured seconds, when they are not proportional.
     """
 
     default_limit = 8
@@ -184,7 +184,7 @@ class Learned(Policy):
         self.prefill_cost = prefill_cost
 
     def place(self, prompt: Prompt) -> list[int]:
-        """Minimises the expected recomputation by the next prompt that comes this way, plus the price of the memory."""
+        """Minimises what the next prompt that comes this way recomputes, plus the memory at its price."""
         from .planner import plan_checkpoints
 
         length = len(prompt.ids)

@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.utils import logging
 
 from . import states
 from .live import LiveCache
+from .payloads import LayerTensors
 from .request import Request
 from .segmentation import MIN_SUFFIX_TOKENS, Positions
+
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +61,8 @@ def prefill_row(
     row = ids[None]
     clock = time.perf_counter()
     if request.checkpoint is not None:
-        states.restore(live, request.checkpoint.state, request.kv_payloads())
+        state, spans = cast(LayerTensors, request.checkpoint.state), cast(list[LayerTensors], request.kv_payloads())
+        states.restore(live, state, spans)
     restore_seconds = time.perf_counter() - clock
     capture_seconds = 0.0
     planned = set(request.planned)

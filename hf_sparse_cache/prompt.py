@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class Prompt:
     path_passes: NDArray[np.int64]
     limit: int | None = None
     latest: Shape | None = None
-    terms: Terms = Terms()
+    terms: Terms = field(default_factory=Terms)
     state_bytes: float = 0.0
     kv_bytes_per_token: float = 0.0
     resumed_bytes: int = 0

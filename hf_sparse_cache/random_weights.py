@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+
 # Step sizes of the state space layers and gates of the delta rules, log-uniform as in Mamba (arXiv 2312.00752, 3.6).
 STEP_MIN, STEP_MAX = 1e-3, 1e-1
 # Rates A of the layers that have one per head or channel, and not one per state: A = exp(A_log).

@@ -32,6 +32,7 @@ from .store import CheckpointStore
 from .tree import Checkpoint, Payload
 from .units import Span
 
+
 KVCapture = Callable[[int, int], Payload]
 
 

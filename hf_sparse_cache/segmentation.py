@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+
 Tokens = NDArray[np.int32]
 Positions = NDArray[np.int64]
 

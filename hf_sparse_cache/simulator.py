@@ -68,8 +68,9 @@ class SimulationResult:
 
     def __str__(self) -> str:
         return (
-            f"{self.requests:,} requests · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · resumed "
-            f"{self.resumed_tokens:,} ({self.resume_rate:.1%} of the prompt, {self.capture_rate:.1%} of the overlap) · "
+            f"{self.requests:,} requests · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · "
+            f"resumed {self.resumed_tokens:,} ({self.resume_rate:.1%} of the prompt, "
+            f"{self.capture_rate:.1%} of the overlap) · "
             f"{self.checkpoints:,} checkpoints, peak {self.peak_bytes:,} bytes"
         )
 
@@ -90,8 +91,8 @@ def simulate(
     """Serves a trace with the live cache's own parts and counts what it reuses.
 
     Args:
-        trace: a workload folder, a `.jsonl` file, a `datasets.Dataset` with a column `input_ids`, or an iterable of token
-            arrays; requests are served in the order given.
+        trace: a workload folder, a `.jsonl` file, a `datasets.Dataset` with a column `input_ids`, or an iterable of
+            token arrays; requests are served in the order given.
         policy: a policy by name, or an object.
         max_memory: budget in bytes or as a string; None for no limit.
         max_checkpoints: most new checkpoints a prompt; None leaves it to the policy.
@@ -135,11 +136,13 @@ def simulate(
             counted[1] += request.overlap_tokens
             counted[2] += request.resumed_tokens
     return SimulationResult(
-        len(prompts) - first,
-        *counted,
-        captured,
-        store.peak_bytes,
-        store.evictions,
-        time.perf_counter() - started,
-        planning,
+        requests=len(prompts) - first,
+        prompt_tokens=counted[0],
+        overlap_tokens=counted[1],
+        resumed_tokens=counted[2],
+        checkpoints=captured,
+        peak_bytes=store.peak_bytes,
+        evictions=store.evictions,
+        seconds=time.perf_counter() - started,
+        plan_seconds=planning,
     )

@@ -9,13 +9,12 @@ from transformers.cache_utils import Cache
 
 
 class Stateless(Cache):
-    """An empty cache that refuses to be filled, copied or pickled.
+    """An empty cache that refuses to be filled, copied or pickled."""
 
-    Attributes:
-        attached_to: what the subclass is attached to, for messages.
-    """
-
-    attached_to: str
+    @property
+    def attached_to(self) -> str:
+        """What the handle is attached to, for messages."""
+        return "has no model"
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -45,12 +44,12 @@ class Stateless(Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # copy.copy, copy.deepcopy, pickle and torch.save all come here.
         raise TypeError(
-            "A SparsePrefixCache cannot be copied or pickled, and generate() never changes the one it is given: pass the "
-            "same handle to every call. For another model make SparsePrefixCache(model, store=cache.store)."
+            "A SparsePrefixCache cannot be copied or pickled, and generate() never changes the one it is given: pass "
+            "the same handle to every call. For another model make SparsePrefixCache(model, store=cache.store)."
         )
 
     def _refuse(self) -> None:
         raise ValueError(
-            f"past_key_values is a SparsePrefixCache that {self.attached_to}, and only that model's generate() can use "
-            "it. Make one with SparsePrefixCache(model) for the model you call."
+            f"past_key_values is a SparsePrefixCache that {self.attached_to}, and only that model's generate() can "
+            "use it. Make one with SparsePrefixCache(model) for the model you call."
         )

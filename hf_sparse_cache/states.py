@@ -218,7 +218,9 @@ def capture_state(cache: Cache) -> LayerTensors:
 
 def capture_kv(cache: Cache, start: int, end: int) -> LayerTensors:
     """Clone the keys and values of the full-attention layers of a batch-1 cache for positions start..end-1."""
-    return LayerTensors(tuple(_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers))
+    return LayerTensors(
+        tuple(_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers)
+    )
 
 
 def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors]) -> None:
@@ -270,6 +272,6 @@ def measure(model: Any, cache: Cache, cache_name: str) -> StateSize:
     for layer, held in zip(cache.layers, capture_state(cache).layers, strict=True):
         for name, value in held.items():
             if torch.is_tensor(value):
-                windows = (layer.sliding_window - 1) / 2 if name in ("keys", "values") else 1
+                windows = (getattr(layer, "sliding_window", 1) - 1) / 2 if name in ("keys", "values") else 1
                 state += int(value.nbytes * windows)
     return StateSize(state, capture_kv(cache, 0, 2).nbytes // 2)

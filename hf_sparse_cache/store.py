@@ -6,24 +6,25 @@ It knows tokens, positions and payload sizes; it knows no model and no torch. Us
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from . import forks
 from .eviction import Eviction, make_eviction
-from .ledger import Ledger
+from .movement import Tiered
 from .segmentation import Positions, Tokens
 from .sizes import parse_bytes
-from .tree import Checkpoint, KVSegment, Match, Node, Payload
-from .units import Demotion, MovablePayload, Span, Unit, chain_of, holder, namespace_of, unit_of
+from .tree import Checkpoint, KVSegment, Node, Payload
+from .units import Demotion, Span, chain_of, holder, namespace_of, shared_chain
+
 
 if TYPE_CHECKING:
-    from .tiers import Tier
+    pass
 
 
-class CheckpointStore(Ledger):
+class CheckpointStore(Tiered):
     """Checkpoints of all prompts under one memory budget.
 
     Args:
@@ -39,9 +40,6 @@ class CheckpointStore(Ledger):
     Raises:
         ValueError: if a size cannot be read or the eviction's name is unknown.
     """
-
-    reader: Callable[[bytes], MovablePayload] | None = None  # makes a payload of a file; for the tiers that need it
-    durable = False  # whether this very tier outlives the process
 
     def __init__(
         self,
@@ -60,7 +58,6 @@ class CheckpointStore(Ledger):
         order = make_eviction(eviction) if isinstance(eviction, str) else eviction
         super().__init__(parse_bytes(max_memory), order, limits)
         self.max_remembered_tokens = max_remembered_tokens
-        self.below: Tier | None = None
         self._fresh_eviction = copy.deepcopy(order)
         if host_memory is not None or disk_memory is not None or disk_dir is not None:
             from .tiers import lower_tiers  # which are stores themselves
@@ -78,16 +75,6 @@ class CheckpointStore(Ledger):
         self.demotes = self.below is not None
 
     @property
-    def tiers(self) -> list[CheckpointStore]:
-        """This tier and those below it, fastest first."""
-        return [self, *(self.below.tiers if self.below is not None else ())]
-
-    @property
-    def outlives_process(self) -> bool:
-        """Whether any tier does, so that a space must name its weights by their content."""
-        return any(tier.durable for tier in self.tiers)
-
-    @property
     def remembered_tokens(self) -> int:
         """Tokens the trees hold, with or without checkpoints."""
         with self.lock:
@@ -99,11 +86,6 @@ class CheckpointStore(Ledger):
     def __repr__(self) -> str:
         limit = "no limit" if self.max_memory is None else f"{self.max_memory:,}"
         return f"CheckpointStore({self.checkpoint_count} checkpoints, {self.used_bytes:,} of {limit} bytes)"
-
-    def match(self, ids: Tokens, space: str = "") -> Match:
-        """Finds the longest prefix of `ids` that the space remembers, token by token."""
-        with self.lock:
-            return Match(*self.forest.walk(ids, space), space in self.forest.roots)
 
     def checkpoints(self, space: str | None = None) -> list[tuple[str, Tokens, Checkpoint]]:
         """Every stored checkpoint with its space and the tokens of its path up to its position."""
@@ -136,7 +118,7 @@ class CheckpointStore(Ledger):
         """
         with self.lock:
             match = self.match(ids, space)
-            chain = chain_of(match.path, [span for span in spans if span[1] <= match.overlap])
+            chain = shared_chain(match, spans)
             if hold is not None and chain:
                 hold.enter_context(self.holding(chain[-1]))
             return spans[len(chain) :]
@@ -238,45 +220,20 @@ class CheckpointStore(Ledger):
             except Demotion as wanted:
                 self._demote(wanted.victim)
 
-    def flush(self) -> None:
-        """Copies what only memory holds to the disk tier, if there is one, the least recently used first."""
-        *faster, last = self.tiers
-        for tier in faster if last.durable else ():
-            for _, _, checkpoint in sorted(tier.checkpoints(), key=lambda item: item[2].last_used):
-                with tier.lock:
-                    if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
-                        continue  # demoted meanwhile
-                    tier.pin(checkpoint)
-                    unit = unit_of(checkpoint)
-                try:
-                    cast("Tier", last).accept(unit)
-                finally:
-                    tier.unpin(checkpoint)
-
-    def close(self, flush: bool = True) -> None:
-        """Ends the use of the disk tier, so that another process can take its folder; memory stays as it is.
-
-        Args:
-            flush: whether to write what only memory holds first (see `flush`); else it is gone with the process.
-        """
-        if flush:
-            self.flush()
-        for tier in self.tiers:
-            if tier.below is not None and tier.below.durable:
-                tier.below.release()
-                tier.below, tier.demotes = None, False
-
-    def clear(self) -> None:
-        """Forgets all prompts and every checkpoint that no open request uses, in every tier."""
+    def clear(self, space: str | None = None) -> None:
+        """Forgets one space or all: prompts, marks and checkpoints that no open request uses, in every tier."""
         if self.below is not None:
-            self.below.clear()
+            self.below.clear(space)
         with self.lock:
             self.clears += 1
-            self._release_marks()
-            for _, _, checkpoint in self.checkpoints():
+            self._release_marks(space)
+            for _, _, checkpoint in self.checkpoints(space):
                 if not checkpoint.pins:
                     self.evict(checkpoint)
-            self.forest.forget(0)
+            if space is None:
+                self.forest.forget(0)
+            else:
+                self.forest.forget_space(space)
 
     def drop(self, space: str) -> None:
         """Evicts every checkpoint of one space that no open request uses, from memory."""
@@ -301,28 +258,3 @@ class CheckpointStore(Ledger):
             for checkpoint in self.match(prefix, space).checkpoints(len(prefix)):
                 if checkpoint.position in wanted:
                     self.keep(checkpoint, space)
-
-    def lift(self, ids: Tokens, space: str = "") -> None:
-        """Brings a deeper checkpoint of this prompt up from the tiers below, where there is one."""
-        if self.below is not None:
-            self.below.promote_to(self, ids, space)
-
-    def _carry(self, stored: Checkpoint | None, unit: Unit) -> None:
-        if stored is not None:
-            stored.hits = max(stored.hits, unit.hits)
-
-    def _demote(self, victim: Checkpoint) -> None:
-        """Copies a pinned checkpoint to the tier below and evicts it here, unless a request uses it by now."""
-        kept = False
-        try:
-            if self.below is not None:
-                with self.lock:
-                    unit, clears = unit_of(victim), self.clears
-                kept = self.below.accept(unit)
-                if clears != self.clears:
-                    self.below.clear()  # what was to be forgotten must not come back
-        finally:
-            with self.lock:
-                self.unpin(victim)
-                if not victim.pins and victim.node.checkpoints.get(victim.position) is victim:
-                    self.evict(victim, demoted=kept)

@@ -1,8 +1,9 @@
 """Survival tables: how soon a path is passed again, by how often it was, how deep it lies, and how long ago.
 
-Every edge of the store's tree is an individual, with or without a checkpoint on it, so the tables also learn from what was
-never stored or is lost; their size is fixed. From the hazards follows the index of a cell: the best rate of hits over any
-future horizon, max over T of P(hit within T) / E[time until hit or T], the Gittins form for a hit that is worth one.
+Every edge of the store's tree is an individual, with or without a checkpoint on it, so the tables also learn from what
+was never stored or is lost; their size is fixed. From the hazards follows the index of a cell: the best rate of hits
+over any future horizon, max over T of P(hit within T) / E[time until hit or T], the Gittins form for a hit that is
+worth one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from .views import Floats
 
+
 PASS_EDGES = np.asarray([1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 29, 38, 50, 80, 150])
 LEVEL_EDGES = np.asarray([1, 2, 3, 5, 9])
 AGE_EDGES: Floats = np.unique(np.round(np.concatenate([[0], np.geomspace(4, 2**14, 22)])))
@@ -20,6 +22,8 @@ PERIOD = 64
 
 _PASS_CELL = np.searchsorted(PASS_EDGES, np.arange(PASS_EDGES[-1] + 1), side="right") - 1
 _LEVEL_CELL = np.searchsorted(LEVEL_EDGES, np.arange(LEVEL_EDGES[-1] + 1), side="right") - 1
+_YOUNG_AGES = np.arange(PERIOD)
+_YOUNG_STARTS = AGE_EDGES[AGE_EDGES < PERIOD].astype(np.int64)
 _WIDTHS = np.diff(np.append(AGE_EDGES, 2.0 * AGE_EDGES[-1]))
 _AGE_BIN = np.searchsorted(AGE_EDGES, np.arange(WINDOW + 1), side="right") - 1
 
@@ -72,26 +76,34 @@ class SurvivalTables:
         while self._clock < now:
             self._clock += 1
             self._alive[:, self._clock % WINDOW] = 0
+            young = (self._clock - _YOUNG_AGES) % WINDOW
+            self._exposure[:, : len(_YOUNG_STARTS)] += np.add.reduceat(self._alive[:, young], _YOUNG_STARTS, axis=1)
         if now - self._updated >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
             self._expose(now - self._updated)
             self._updated = now
             self._solve()
 
     def _expose(self, ticks: int) -> None:
+        """Counts the ages from `PERIOD` on, whose bins are wide enough for a look every `PERIOD` requests."""
         span = min(self._clock + 1, WINDOW)
-        slots = (self._clock - np.arange(span)) % WINDOW
-        bins = _AGE_BIN[np.arange(span)]
+        ages = np.arange(PERIOD, span)
+        slots = (self._clock - ages) % WINDOW
+        bins = _AGE_BIN[ages]
         starts = np.flatnonzero(np.diff(bins, prepend=-1))
         keep = self.decay ** (ticks / PERIOD)
         self._events *= keep
         self._exposure *= keep
+        if not len(ages):
+            return
         used = np.flatnonzero(self._alive.any(axis=1))
         self._exposure[np.ix_(used, bins[starts])] += ticks * np.add.reduceat(
             self._alive[used][:, slots], starts, axis=1
         )
 
     def _solve(self) -> None:
-        """Hazards, each cell leaning on its pass count, that on all, that on a hazard that falls with age; then the index."""
+        """Hazards, each cell leaning on its pass count, that on all, that on a hazard that falls with age; then the
+        index.
+        """
         shape = (len(PASS_EDGES), len(LEVEL_EDGES), len(AGE_EDGES))
         events, exposure = self._events.reshape(shape), self._exposure.reshape(shape)
         prior, lean = 0.5 / (AGE_EDGES + 5.0), self.strength

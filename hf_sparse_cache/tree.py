@@ -29,7 +29,7 @@ class KVSegment:
     `refs` counts the checkpoints and child segments that need it, `holds` the open requests that build on it.
     """
 
-    __slots__ = ("start", "end", "payload", "parent", "refs", "holds", "node", "nbytes", "owner")
+    __slots__ = ("end", "holds", "nbytes", "node", "owner", "parent", "payload", "refs", "start")
 
     def __init__(self, start: int, end: int, payload: Payload, parent: KVSegment | None, node: Node) -> None:
         self.start, self.end, self.payload, self.parent, self.node = start, end, payload, parent, node
@@ -43,20 +43,20 @@ class Checkpoint:
     """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain."""
 
     __slots__ = (
-        "position",
-        "state",
-        "kv",
-        "node",
-        "pins",
+        "__weakref__",
+        "held",
         "hits",
+        "kv",
         "last_used",
         "nbytes",
-        "held",
-        "share",
-        "refund",
-        "slot",
+        "node",
         "owner",
-        "__weakref__",
+        "pins",
+        "position",
+        "refund",
+        "share",
+        "slot",
+        "state",
     )
 
     def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
@@ -107,18 +107,18 @@ class Node:
     """One edge of the tree: `tokens` cover the positions `start + 1 .. end` of the path."""
 
     __slots__ = (
-        "tokens",
-        "start",
-        "end",
-        "parent",
-        "children",
         "checkpoints",
-        "segments",
-        "passes",
+        "children",
+        "end",
         "last_used",
         "latest",
         "lost",
         "note",
+        "parent",
+        "passes",
+        "segments",
+        "start",
+        "tokens",
     )
 
     def __init__(self, tokens: Tokens, start: int, parent: Node | None) -> None:
@@ -249,6 +249,16 @@ class Forest:
         if not node.children and node.parent is not None:
             self._ties += 1
             heapq.heappush(self._leaves, (node.last_used, self._ties, node))
+
+    def forget_space(self, space: str) -> None:
+        """Drops all tokens of one space, unless an open request still keeps a checkpoint there."""
+        nodes = list(self.nodes(space))
+        if any(node.checkpoints or node.segments for node in nodes):
+            return
+        for node in nodes:
+            self.tokens -= len(node.tokens)
+            node.parent = None  # so that `forget` passes over it
+        self.roots.pop(space, None)
 
     def forget(self, limit: int) -> None:
         """Drops the least recently used tokens that no checkpoint needs until at most `limit` are left."""

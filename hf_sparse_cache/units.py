@@ -9,12 +9,13 @@ from typing import Protocol, cast
 
 from .eviction import Eviction
 from .segmentation import Tokens
-from .tree import Checkpoint, KVSegment, Node, Payload
+from .tree import Checkpoint, KVSegment, Match, Node, Payload
+
 
 Span = tuple[int, int]
 
 
-class Demotion(Exception):  # noqa: N818 - a request to the caller, not an error
+class Demotion(Exception):
     """Room can be made once `victim`, pinned meanwhile, is copied to the tier below, without the lock."""
 
     def __init__(self, victim: Checkpoint) -> None:
@@ -108,3 +109,8 @@ def chain_of(path: list[Node], spans: Sequence[Span]) -> list[KVSegment]:
             break
         chain.append(segment)
     return chain
+
+
+def shared_chain(match: Match, spans: Sequence[Span]) -> list[KVSegment]:
+    """The stored segments of a match. The last edge of its path may go on as another prompt does, hence the bound."""
+    return chain_of(match.path, [span for span in spans if span[1] <= match.overlap])

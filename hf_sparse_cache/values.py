@@ -12,6 +12,7 @@ from .eviction import Eviction, Terms
 from .survival import SurvivalTables, cell_of
 from .views import Floats
 
+
 if TYPE_CHECKING:
     from .overlap import Forecast
     from .tree import Checkpoint, Node
@@ -117,8 +118,8 @@ class Scored(Eviction):
 class Learned(Scored):
     """Least expected saving per byte first.
 
-    A checkpoint's value is the tokens it saves over the checkpoint before it, times the share of passing prompts that leave
-    before the next one, times the best rate of passes over any future horizon, over the bytes that go with it.
+    A checkpoint's value is the tokens it saves over the checkpoint before it, times the share of passing prompts that
+    leave before the next one, times the best rate of passes over any future horizon, over the bytes that go with it.
     """
 
     def __init__(self) -> None:
@@ -172,7 +173,7 @@ class Learned(Scored):
 
     def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
         """The checkpoint of least value a byte, or None if all that must go is worth more than the newcomer."""
-        first = None
+        first: Checkpoint | None = None
         while first is None:
             order, values = self.ranked()
             freed = lost = 0.0

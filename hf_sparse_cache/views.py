@@ -1,4 +1,5 @@
-"""Views of an overlap depth: each one a guess at where later prompts leave this prompt, learned from where earlier ones did.
+"""Views of an overlap depth: each one a guess at where later prompts leave this prompt, learned from where earlier
+ones did.
 
 A view answers with a distribution function over depths. It is one small class; a new one is one class and one row in
 `VIEWS`, and the mixture in `overlap.py` finds out what it is worth.
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 
 Floats = NDArray[np.float64]
 LOG_EDGES: Floats = np.concatenate([[0.0], np.exp2(np.arange(0, 22))])  # distances 0, 1, 2-3, 4-7, ...
@@ -98,7 +100,8 @@ class Ratio(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """The histogram, stretched to the prompt."""
-        return self._seen.upto(depths / (shape.length + 1)) / self._seen.upto(np.ones(1))[0]
+        below: Floats = self._seen.upto(depths / (shape.length + 1)) / self._seen.upto(np.ones(1))[0]
+        return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the ratio."""
@@ -114,7 +117,8 @@ class FromEnd(View):
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance."""
         whole = self._seen.upto(np.asarray([shape.length + 1.0]))[0]
-        return 1.0 - self._seen.upto(shape.length + 1 - depths) / whole
+        below: Floats = 1.0 - self._seen.upto(shape.length + 1 - depths) / whole
+        return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the distance."""
@@ -130,7 +134,8 @@ class Beyond(View):
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance; nothing before the overlap."""
         whole = self._seen.upto(np.asarray([shape.length + 1.0 - shape.overlap]))[0]
-        return self._seen.upto(np.maximum(depths - shape.overlap, 0.0)) / max(whole, 1e-9)
+        below: Floats = self._seen.upto(np.maximum(depths - shape.overlap, 0.0)) / max(whole, 1e-9)
+        return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the distance."""

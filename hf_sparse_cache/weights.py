@@ -46,8 +46,8 @@ class _Watch:
     name = ""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._tensors, self._traits = _parts(model)
-        self._plain = [plain for tensor in self._tensors for plain in _plain(tensor)]
+        self._tensors, self._traits = parts_of(model)
+        self._plain = [plain for tensor in self._tensors for plain in plain_parts(tensor)]
         self._versioned = [tensor for tensor in self._plain if not tensor.is_inference()]
         self._versions, self._addresses = _counters(self._versioned), _pointers(self._plain)
         self._views = _samples(self._plain)
@@ -55,7 +55,7 @@ class _Watch:
 
     def still_holds(self, model: torch.nn.Module) -> bool:
         """Whether the model has the very same tensor objects, unchanged."""
-        tensors, traits = _parts(model)
+        tensors, traits = parts_of(model)
         return (
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
@@ -77,7 +77,7 @@ class _Watch:
         )
 
 
-def _parts(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+def parts_of(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
     """Every parameter and buffer (some None), and all else that changes what the model computes."""
     tensors: list[Any] = []
     config: Any = getattr(model, "config", None)
@@ -111,13 +111,13 @@ def _foreign_hooks(module: torch.nn.Module) -> tuple[int, ...]:
     return tuple(key for key, hook in hooks if not getattr(hook, "__module__", "").startswith("transformers."))
 
 
-def _plain(tensor: torch.Tensor | None) -> Iterator[torch.Tensor]:
+def plain_parts(tensor: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """The tensors with data in a parameter: itself, or the parts of a quantised one; none while offloaded."""
     if tensor is None or tensor.is_meta:
         return
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            yield from plain_parts(getattr(tensor, name))
     else:
         yield tensor
 

@@ -5,10 +5,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+import pytest
+import tiny_models
+import torch
+from transformers import PreTrainedModel
 
 
 torch.set_num_threads(1)
@@ -30,4 +30,6 @@ def jamba() -> PreTrainedModel:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full-matrix", action="store_true", help="run every cell of the exactness matrix, as make support")
+    parser.addoption(
+        "--full-matrix", action="store_true", help="run every cell of the exactness matrix, as make support"
+    )

@@ -24,7 +24,7 @@ from hf_sparse_cache.families import REFUSED, family_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Warm against stock. Internal float32 islands bound float64; in 16 bits one ulp can send a token to another expert.
-TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "bfloat16": None}
+TOLERANCE = {"float32": 1e-4, "float64": 1e-5, "bfloat16": None}
 NEW_TOKENS = 5
 POLICY = "balanced"  # short prompts have a checkpoint at every cut, so that reuse never depends on what was learned
 # Families on which every call runs in every test session; the rest run the core calls only.
@@ -32,7 +32,7 @@ REPRESENTATIVE = ("Mamba", "Mamba2", "Jamba", "Zamba2", "Qwen3.5", "LFM3", "Gemm
 # Families that the oldest supported transformers does not have.
 NOT_ON_FLOOR = {"KimiLinear", "BailingHybrid", "Qwen4Exp", "GLM5Next", "LFM3", "Inkling2"}
 # What upstream itself gets wrong, family -> dtype -> why; such cells are shown, not run.
-BROKEN_UPSTREAM = {"Inkling2": {"bfloat16": "stock forward mixes float32 and bfloat16 and raises"}}
+BROKEN_UPSTREAM = {"Inkling2": {"float64": "stock routes in float32 and raises on other weights"}}
 
 
 def supported_families() -> list[str]:
@@ -149,9 +149,11 @@ class Bench:
         """The prompt that a warm handle has served."""
         return self.prompt(0, self.step // 2)
 
-    def handle(self, **options: Any) -> SparsePrefixCache:
-        """A new handle on the model."""
-        return SparsePrefixCache(self.model, **{"grid": self.step, "policy": POLICY, **options})
+    def handle(self, model: Any = None, **options: Any) -> SparsePrefixCache:
+        """A new handle on the model, or on a wrapper of it."""
+        return SparsePrefixCache(
+            self.model if model is None else model, **{"grid": self.step, "policy": POLICY} | options
+        )
 
     def warm(self, handle: SparsePrefixCache) -> None:
         """Serve the stored prompt."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+
 LIVE: weakref.WeakSet[Blob] = weakref.WeakSet()
 Prefix = tuple[str, tuple[int, ...]]  # space, tokens
 
@@ -107,7 +108,7 @@ class NaiveStore:
             self.below.accept(key, spans)
 
     def promote(self, key: Prefix) -> None:
-        """Moves up the deepest usable checkpoint of the lower tiers if it is deeper than its own; disk keeps a copy."""
+        """Moves up the deepest usable checkpoint of the lower tiers if deeper than its own; disk keeps a copy."""
         best, depth, overlap, tier = None, self.deepest(key), self.overlap(key), self.below
         while tier is not None:
             overlap = max([overlap, *(common(key[1], ids) for space, ids in tier.entries if space == key[0])])

@@ -30,25 +30,12 @@ SIGNS = {"exact": "●", "uncached": "○", "not allowed": "–", "broken upstre
 NOT_RUN = "·"
 # What a reader must know about a row beyond its numbers.
 LIMITS = {
-    "Inkling2": "bfloat16: stock raises in its own forward",
+    "Inkling2": "load with `from_pretrained(dtype=...)`: its router must stay in float32, or stock raises",
     "Qwen4Exp": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "GLM5Next": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "Zamba2": "states produced by decoding differ from a prefill's and are never stored",
     "NemotronH": "states produced by decoding differ from a prefill's and are never stored",
 }
-ROUTED = "bfloat16: one ulp can send a token to another expert, so only warm against cold is bounded"
-ROUTED_FAMILIES = (
-    "Jamba",
-    "GraniteMoeHybrid",
-    "Qwen3-Next",
-    "Qwen3.5-MoE",
-    "KimiLinear",
-    "BailingHybrid",
-    "LFM2-MoE",
-    "Zaya",
-    "Inkling",
-)
-
 Row = Iterable[str]
 
 
@@ -100,10 +87,8 @@ def document(found: list[Cell]) -> str:
         mine = [cell for cell in found if (cell.family, cell.dtype) == (family, dtype)]
         if all(cell.status == "broken upstream" for cell in mine):
             return "–"
-        return f"{max(cell.max_diff for cell in mine):.0e}"
-
-    def limit(family: str) -> str:
-        return "; ".join(filter(None, (LIMITS.get(family), ROUTED if family in ROUTED_FAMILIES else None)))
+        largest = max(cell.max_diff for cell in mine)
+        return f"{largest:.0e}" if largest else "0"
 
     def call_row(call: object) -> Row:
         mine = [cell for cell in found if cell.call == call.name]
@@ -132,32 +117,39 @@ def document(found: list[Cell]) -> str:
         return markdown(("family", *numbers.values()), rows)
 
     family_rows = (
-        (family, *(worst(family, dtype) for dtype in DTYPES), "no" if family in NOT_ON_FLOOR else "yes", limit(family))
+        (
+            family,
+            *(worst(family, dtype) for dtype in DTYPES),
+            "no" if family in NOT_ON_FLOOR else "yes",
+            LIMITS.get(family, ""),
+        )
         for family in families
     )
-    bounds = ", ".join(f"{dtype} {bound:.0e}" for dtype, bound in TOLERANCE.items() if bound)
+    bounds = ", ".join(f"{bound:.0e} ({dtype})" for dtype, bound in TOLERANCE.items() if bound)
     return f"""# What is supported, and how exactly
 
 Written by `make support` (transformers {transformers.__version__}, torch {torch.__version__}, CPU). Do not edit.
 
 Every cell is one way of calling `generate()` on one tiny model with random weights, whose logits show a lost state. It
-runs three times: without the cache (stock), with an empty cache (cold), and with a cache that has served a
-prompt with a common prefix (warm).
+runs three times: without the cache (stock), with an empty cache (cold), and with a cache that has served a prompt with
+a common prefix (warm).
 
-- {SIGNS["exact"]} **exact**: a prefix was resumed, warm equals cold bit for bit, and stock within a bound ({bounds};
-  in bfloat16 rounding is not bounded, so that only warm against cold is).
+- {SIGNS["exact"]} **exact**: a prefix was resumed, warm equals cold bit for bit, and stock within {bounds}.
+  In bfloat16 one rounding can send a token to another expert, in stock as well: only warm against cold is bounded.
 - {SIGNS["uncached"]} **uncached**: nothing can be resumed in this call. It gives stock results, and
   `last_request.reason` says why.
 - {SIGNS["not allowed"]} **not allowed**: transformers itself refuses this call on this model.
 - {SIGNS["broken upstream"]} **broken upstream**: the model fails without the cache as well.
 - {NOT_RUN} not run: tracing takes long, so it runs on some families only.
 
-**{sum(totals.values()):,} cells run: {summary(totals)}.** The sabotaged twin of every family, with states zeroed, taken
-from another prompt, or off by one token, is rejected (`tests/test_sabotage.py`).
+**{sum(totals.values()):,} cells: {summary(totals)}.**
+
+The sabotaged twin of every family, with states zeroed, of another prompt, or off by one token, is rejected
+(`tests/test_sabotage.py`).
 
 ## Families
 
-Largest difference of a logit from stock over all calls, and what to know.
+Largest difference of a logit from stock over all calls, in float32 as `generate()` returns them, and what to know.
 
 {markdown(("family", *DTYPES, "on transformers 5.15.0", "known limit"), family_rows)}
 

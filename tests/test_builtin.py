@@ -6,6 +6,7 @@ from tiny_models import random_ids, state_sensitivity
 
 from hf_sparse_cache.builtin import SIZES, build_model, build_tokenizer, describe_model, parameter_count
 
+
 SMALL = [name for name in SIZES if parameter_count(name) < 40e6]
 TEXTS = [
     "A state is a summary of everything read so far.\n" * 20,

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse_cache import cli, exactness
+from hf_sparse_cache import SparsePrefixCache, cli, exactness
 from hf_sparse_cache.builtin import load
 from hf_sparse_cache.cli import questions, sources, verifying
+from hf_sparse_cache.policies import Block
 
 
 Run = Callable[..., tuple[int, str, str]]
@@ -36,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_names_the_commands_with_an_example(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "verify", "plan", "simulate"):
+    for command in ("demo", "verify", "plan", "simulate", "inspect"):
         assert command in out
         assert "Example:" in run(command, "--help")[1]
 
@@ -152,6 +153,31 @@ def test_plan_without_a_trace_spreads(run: Run) -> None:
     assert costs == sorted(costs, reverse=True)
 
 
+def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> None:
+    text = "A state is a summary of everything read so far. " * 40
+    model, tokenizer = load("jamba-3m", [text])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shared = torch.arange(10, 110)[None]
+    with SparsePrefixCache(model, grid=32, policy=Block(32)) as cache:
+        for branch in (500, 700):  # both leave the shared part between two cuts
+            prompt = torch.cat([shared, torch.arange(branch, branch + 40)[None]], dim=1)
+            model.generate(prompt, past_key_values=cache, max_new_tokens=1)
+        saved = cache.save_pretrained(tmp_path / "saved")
+        kept = cache.stats()
+    code, out, _ = run("inspect", str(tmp_path / "saved"), "--json")
+    (found,) = json.loads(out)["models"]
+    assert code == 0 and found["model"] == "JambaForCausalLM" and found["grid"] == 32
+    assert [item["position"] for item in found["checkpoints"]] == [32, 64, 96, 128, 128]
+    assert [item["depth"] for item in found["checkpoints"]] == [0, 1, 2, 3, 3]
+    assert len(found["checkpoints"]) == saved == kept.checkpoints
+    # Files have headers, so they are a little larger than what was in memory.
+    for kind in ("state", "kv"):
+        held = kept.checkpoint_bytes if kind == "state" else kept.kv_bytes
+        assert held < sum(item[f"{kind}_bytes"] for item in found["checkpoints"]) < 1.3 * held
+    code, out, _ = run("inspect", str(tmp_path / "saved"), "--tree", "--tokenizer", str(tmp_path / "tokenizer"))
+    assert code == 0 and "|       128 " in out and "5 checkpoints" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -163,6 +189,7 @@ def test_plan_without_a_trace_spreads(run: Run) -> None:
         (("verify", "mamba-3m", "--tokens", "300"), "--grid"),
         (("verify", "mamba-3m", "--dtype", "float7"), "float7"),
         (("simulate", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("inspect", "nowhere"), "nowhere"),
         (("plan", "mamba-3m", "--tokens", "100"), "256"),
     ],
 )

@@ -6,12 +6,9 @@ import errno
 import os
 import signal
 import stat
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -22,6 +19,7 @@ from hf_sparse_cache import files
 from hf_sparse_cache.disk import DiskTier
 from hf_sparse_cache.store import CheckpointStore
 
+
 KV = 5  # bytes of keys and values a token
 UNIT = 10 + 4 * KV
 
@@ -30,10 +28,10 @@ UNIT = 10 + 4 * KV
 def opened(tmp_path: Path) -> Iterator[Callable[..., CheckpointStore]]:
     stores: list[CheckpointStore] = []
 
-    def make(max_memory: int = UNIT, disk_memory: int | str = "1GiB", folder: Path = tmp_path / "tier") -> CheckpointStore:
+    def make(max_memory: int = UNIT, disk_memory: int | str = "1GiB") -> CheckpointStore:
         for store in stores:
             store.close(flush=False)
-        stores.append(CheckpointStore(max_memory, "lru", disk_memory=disk_memory, disk_dir=folder))
+        stores.append(CheckpointStore(max_memory, "lru", disk_memory=disk_memory, disk_dir=tmp_path / "tier"))
         for tier in stores[-1].tiers:
             tier.reader = Blob.from_bytes
         return stores[-1]
@@ -268,28 +266,36 @@ def test_one_process_has_the_folder(opened: Any, tmp_path: Path, caplog: pytest.
     assert serve(store, 0) == 4
 
 
-def test_killed_while_saving(opened: Any, tmp_path: Path) -> None:
-    """A process is killed in the middle of a file, twenty times; each start finds whole units and cleans up the rest."""
-    program = f"""
-        import os, sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-        from test_disk import *
-        store = CheckpointStore(UNIT, "lru", disk_memory="1GiB", disk_dir={str(tmp_path / "tier")!r})
-        own, budget = os.write, int(sys.argv[1])
-        def write(descriptor, data):
-            global budget
-            done = own(descriptor, data[:max(1, min(len(data), budget))])
-            budget -= done
-            if budget <= 0:
-                os.kill(os.getpid(), {signal.SIGKILL.value})
-            return done
+def serve_until_killed(folder: Path, budget: int) -> NoReturn:
+    """Serves prompts in this process until `budget` bytes are written, and is killed at that byte."""
+    own = os.write
+
+    def write(descriptor: int, data: memoryview) -> int:
+        nonlocal budget
+        done = own(descriptor, data[: max(1, min(len(data), budget))])
+        budget -= done
+        if budget <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    try:
         files.os.write = write
+        store = CheckpointStore(UNIT, "lru", disk_memory="1GiB", disk_dir=folder)
         for first in range(50):
             serve(store, first)
-    """
-    for budget in (1, 300, 1000, 1500, 2500):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(budget)], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_while_saving(opened: Any, tmp_path: Path) -> None:
+    """A process is killed in the middle of a file; each start finds whole units and cleans up the rest."""
+    for budget in (1, 300, 1000, 1500, 2500, 4000, 10000):
+        child = os.fork()
+        if not child:
+            serve_until_killed(tmp_path / "tier", budget)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         store = opened()
         assert list(disk_of(store).folder.rglob("*.tmp")) == []
         assert disk_of(store).used_bytes == sum(path.stat().st_size for path in files_of(store))

@@ -1,5 +1,6 @@
 """Every Python block in README and docs runs, the links lead somewhere, and the demo has enough to read."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 import transformers
 
+from hf_sparse_cache import cli
 from hf_sparse_cache.builtin import build_tokenizer, load
-from hf_sparse_cache.cli.sources import own_document
+from hf_sparse_cache.cli.sources import own_document, shorten
+from hf_sparse_cache.families import FAMILIES, REFUSED
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,4 +50,16 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 def test_the_demo_has_enough_to_read() -> None:
     text, name = own_document()
     assert name == "the project's documentation"
-    assert len(build_tokenizer([text])(text)["input_ids"]) >= 5000
+    tokenizer = build_tokenizer([text])
+    default = inspect.signature(cli.demo).parameters["tokens"].default
+    assert len(tokenizer(shorten(text, tokenizer, default))["input_ids"]) >= 5000
+
+
+def test_the_readme_names_every_family() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Supported models")[1].split("\n\n")[1]
+    supported, refused = section.split("Refused")
+    for family in FAMILIES.values():
+        assert re.search(rf"(?<![\w-]){re.escape(family.name)}(?![\w-])", supported), family.name
+    for name in ("MiniMax", "RWKV", "xLSTM", "RecurrentGemma"):
+        assert name in refused
+    assert len(REFUSED) == 4

@@ -20,7 +20,9 @@ PROMPTS = [torch.cat([DOCUMENT, random_ids(40 + extra, seed=2 + extra)], dim=1) 
 def warmed(model: PreTrainedModel, seed: int = 1) -> SparsePrefixCache:
     """A handle that has seen a document with a question of its own."""
     cache = SparsePrefixCache(model, grid=GRID, policy="balanced")
-    model.generate(torch.cat([random_ids(160, seed=seed), random_ids(48, seed=9)], dim=1), past_key_values=cache, max_new_tokens=1)
+    model.generate(
+        torch.cat([random_ids(160, seed=seed), random_ids(48, seed=9)], dim=1), past_key_values=cache, max_new_tokens=1
+    )
     return cache
 
 
@@ -74,7 +76,7 @@ def position_off_by_one(cache: SparsePrefixCache) -> None:
 
 
 def kv_of_another_prompt(cache: SparsePrefixCache) -> None:
-    """The first KV segment is swapped for another prompt's. (Jamba's attention has no positions: order is invisible.)"""
+    """The first KV segment is swapped for another prompt's. (In Jamba's attention order is invisible.)"""
     with warmed(cache.model, seed=77) as other:
         first_segment(cache).payload = first_segment(other).payload
 

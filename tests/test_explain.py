@@ -30,7 +30,10 @@ def test_every_cause(jamba: PreTrainedModel) -> None:
         whole = cache.explain(prompt(2)[0])
         assert whole.reason == "resumed" and whole.resumed_tokens == 192 and whole.remedy == ""
         behind = cache.explain(prompt(3))
-        assert behind.reason == "overlap of 160 tokens ends before the first checkpoint at 192" and "mark" in behind.remedy
+        assert (
+            behind.reason == "overlap of 160 tokens ends before the first checkpoint at 192"
+            and "mark" in behind.remedy
+        )
         early = cache.explain(torch.cat([DOCUMENT[:, :20], random_ids(80, seed=9)], dim=1))
         assert early.reason == "diverges at token 20" and "smaller grid" in early.remedy
         assert cache.explain(DOCUMENT[:, :10]).reason.startswith("never captured: the prompt is shorter")

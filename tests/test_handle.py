@@ -25,9 +25,7 @@ def handle(model: PreTrainedModel, **options: object) -> SparsePrefixCache:
 
 
 def stock_logits(model: PreTrainedModel, **inputs: object) -> torch.Tensor:
-    out = model.generate(
-        **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
     return torch.stack(out.logits)
 
 
@@ -129,6 +127,16 @@ def test_changed_weights_are_never_matched(model: PreTrainedModel) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+def test_autocast_shares_nothing_with_full_precision(jamba: PreTrainedModel) -> None:
+    with handle(jamba) as cache:
+        jamba.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            jamba.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        assert cache.last_request.resumed_tokens == 0
+        jamba.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        assert cache.last_request.resumed_tokens > 0
+
+
 @pytest.mark.parametrize("eviction", ["lru", "learned"])
 def test_budget_holds_and_outputs_stay_right(model: PreTrainedModel, eviction: str) -> None:
     with handle(model) as cache:
@@ -154,6 +162,11 @@ def test_namespaces_share_nothing(jamba: PreTrainedModel) -> None:
         assert second.last_request.overlap_tokens == second.last_request.resumed_tokens == 0
         jamba.generate(question(2), past_key_values=first, max_new_tokens=1)
         assert first.last_request.resumed_tokens > 0
+        second.clear()
+        assert second.explain(question(2)).reason == "nothing stored"
+        assert first.explain(question(2)).resumed_tokens > 0 and first.stats().checkpoints == len(store) > 0
+        first.clear()
+        assert len(store) == store.used_bytes == store.remembered_tokens == 0
 
 
 def test_max_checkpoints_bounds_each_prompt(jamba: PreTrainedModel) -> None:
@@ -180,9 +193,8 @@ class TestErrors:
 
     def test_cache_of_another_model(self, model: PreTrainedModel) -> None:
         other = build("Jamba", seed=3)
-        with handle(other) as cache, handle(model):
-            with pytest.raises(ValueError, match="made for another model"):
-                model.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        with handle(other) as cache, handle(model), pytest.raises(ValueError, match="made for another model"):
+            model.generate(question(2), past_key_values=cache, max_new_tokens=1)
         with handle(other) as cache, pytest.raises(ValueError, match="past_key_values"):
             model.generate(question(2), past_key_values=cache, max_new_tokens=1)
 

@@ -1,4 +1,4 @@
-"""The `evaluate` measurement: loadable offline from its path, right on known numbers, and able to notice a lost state."""
+"""The `evaluate` measurement: loadable offline, right on known numbers, and able to notice a lost state."""
 
 from pathlib import Path
 from typing import Any

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import build, random_ids
 
-from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache import SparsePrefixCache, check_exactness
 from hf_sparse_cache.segmentation import with_free_cuts
 
 
@@ -33,6 +33,17 @@ def test_resumes_off_the_grid(family: str, dtype: torch.dtype, tolerance: float)
         wiped = torch.stack(model.generate(prompt, past_key_values=cache, **options).logits)
         if family != "Llama":  # its checkpoints hold nothing but keys and values
             assert (wiped - expected).abs().max() > 1e-3
+
+
+def test_the_check_asks_for_the_tolerance_alone() -> None:
+    model = build("Mamba")
+    prompts = [torch.cat([DOCUMENT, random_ids(30, seed=seed)], dim=1) for seed in (2, 3)]
+    with SparsePrefixCache(model, grid=64, policy="junction", exactness="numerical") as cache:
+        assert check_exactness(model, prompts, cache=cache).passed
+        for _, _, checkpoint in cache.store.checkpoints():
+            for layer in checkpoint.state.layers:
+                layer["recurrent.0"].zero_()
+        assert not check_exactness(model, prompts, cache=cache).passed
 
 
 def test_free_cuts_leave_no_segment_of_one_token() -> None:

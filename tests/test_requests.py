@@ -11,6 +11,7 @@ import pytest
 import torch
 from matrix import Bench, supported_families
 from tiny_models import build
+from torch.nn.modules.module import register_module_forward_hook
 
 from hf_sparse_cache import CheckpointStore, prefill
 
@@ -111,8 +112,7 @@ def test_threads_on_two_models_of_one_family(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["Mamba", "Zamba", "Zamba2", "Qwen3.5"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_interrupted_prefill_leaves_the_next_request_right(family: str, error: type[BaseException]) -> None:
+def test_interrupted_prefill_leaves_the_next_request_right(family: str) -> None:
     """Interrupted in every module in turn, between the announced state and the scan among them."""
     bench = Bench(family, model=build(family))
     stock = bench.generate(bench.prompt(1), None)
@@ -120,13 +120,14 @@ def test_interrupted_prefill_leaves_the_next_request_right(family: str, error: t
         bench.warm(cache)
         expected = bench.generate(bench.prompt(1), cache)
         places = [module for module in bench.model.modules() if not list(module.children())]
-        for place in places[:: max(1, len(places) // 12)]:
+        for place in places[:: max(1, len(places) // 8)]:
 
-            def interrupt(*_: Any) -> None:
-                raise error("stop")
+            def interrupt(module: torch.nn.Module, *_: Any, place: torch.nn.Module = place) -> None:
+                if module is place:
+                    raise KeyboardInterrupt
 
-            hook = place.register_forward_hook(interrupt)
-            with contextlib.suppress(error):  # not raised where the module has no part in a prefill
+            hook = register_module_forward_hook(interrupt)  # on the model itself it would be a change of the model
+            with contextlib.suppress(KeyboardInterrupt):  # not raised where the module has no part in a prefill
                 bench.generate(bench.prompt(2), cache)
             hook.remove()
             assert bench.generate(bench.prompt(1), None).equals(stock)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_sparse_cache.segmentation import cut_positions
 
+
 IDS = st.lists(st.integers(0, 5), max_size=60).map(lambda ids: np.asarray(ids, dtype=np.int32))
 GRIDS = st.integers(1, 16)
 SPECIALS = st.sets(st.integers(0, 5), max_size=2)

@@ -15,6 +15,7 @@ from hf_sparse_cache.segmentation import cut_positions
 from hf_sparse_cache.sizes import parse_bytes
 from hf_sparse_cache.store import CheckpointStore
 
+
 GRID = 2
 
 
@@ -145,7 +146,7 @@ def test_threads_share_one_store() -> None:
                 request = run(store, ids, list(range(2, len(ids) - 1, 6)), kv=1)
                 assert store.used_bytes <= 400
                 assert request.resumed_tokens <= request.overlap_tokens
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]

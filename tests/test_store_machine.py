@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from test_store import GRID, begin
 from hf_sparse_cache.eviction import FIFO, LRU
 from hf_sparse_cache.request import Request
 from hf_sparse_cache.store import CheckpointStore
+
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 SPACES = st.sampled_from(["", "b"])
@@ -176,5 +176,5 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(
-    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )

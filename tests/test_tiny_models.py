@@ -5,6 +5,7 @@ import torch
 from tiny_families import FAMILIES
 from tiny_models import available_families, build, carried_states, prefill, random_ids, state_sensitivity
 
+
 CARRYING = [name for name in available_families() if FAMILIES[name].state != "none"]
 CONVOLVING = [name for name in CARRYING if name not in ("MiniMax", "xLSTM")]
 

@@ -128,6 +128,7 @@ def test_a_handle_made_anew_finds_its_store(bench: Bench) -> None:
         assert cache.last_request.resumed_tokens > 0
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_adapters_of_peft(bench: Bench) -> None:
     """Attached, switched, disabled, merged, unloaded."""
     peft = pytest.importorskip("peft")
@@ -145,6 +146,10 @@ def test_adapters_of_peft(bench: Bench) -> None:
 
         adapted = peft.get_peft_model(bench.model, settings).eval()
         check()
+        with bench.handle(model=adapted, store=cache.store) as wrapped:  # a handle made for the wrapper
+            options = {"max_new_tokens": 1, "past_key_values": wrapped, "pad_token_id": 0}
+            adapted.generate(input_ids=bench.prompt(3), **options)
+            assert wrapped.last_request.reason == "resumed"
         adapted.add_adapter("other", settings)
         adapted.set_adapter("other")
         check()
@@ -155,6 +160,15 @@ def test_adapters_of_peft(bench: Bench) -> None:
         check()
         adapted.unload()
         check()
+
+
+def test_a_compiled_wrapper_stands_for_its_model(bench: Bench) -> None:
+    compiled = torch.compile(bench.model, backend="eager")
+    with bench.handle(model=compiled) as cache:
+        bench.warm(cache)
+        expected = bench.generate(bench.prompt(1), None)
+        assert bench.generate(bench.prompt(1), cache).distance(expected) <= 1e-4
+        assert cache.last_request.reason == "resumed"
 
 
 def test_looking_costs_a_millisecond_for_a_thousand_tensors() -> None:

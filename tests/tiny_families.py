@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 
+
 VOCABULARY = 128
 PAD, BOS, SPECIAL = 0, 1, 2
 FIRST_WORD, LAST_WORD = 3, 119  # what prompts are made of; above are the image tokens of multimodal classes

@@ -20,6 +20,7 @@ from ..live import LiveCache
 from ..policies import Policy, Prompt
 from ..segmentation import MIN_SUFFIX_TOKENS
 from ..store import CheckpointStore
+from ..tree import Checkpoint
 from .serving import Served, serve
 from .workloads import Asked
 
@@ -50,6 +51,10 @@ class Contender:
         """Most bytes it has kept so far, by its own account."""
         return 0
 
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes of every tier it keeps them in."""
+        return {}
+
     def close(self) -> None:
         """Gives the model back as it was."""
 
@@ -73,8 +78,8 @@ class Chunked(Contender):
 class DeepCopy(Contender):
     """The recipe of the transformers documentation: `copy.deepcopy` of a cache pre-filled with the common prefix.
 
-    It knows what all prompts of a group will share, which no cache knows beforehand. A group's first request pays for the
-    prefix; every group's cache is kept for good.
+    It knows what all prompts of a group will share, which no cache knows beforehand. A group's first request pays for
+    the prefix; every group's cache is kept for good.
     """
 
     name = "deepcopy"
@@ -165,15 +170,20 @@ class Cached(Contender):
     def held_bytes(self) -> int:
         layers: list[dict[str, Any]] = []
         for _, _, checkpoint in self.handle.store.checkpoints():
-            layers += checkpoint.state.layers
-            segment = checkpoint.kv
-            while segment is not None:
-                layers += segment.payload.layers
-                segment = segment.parent
+            payloads: list[Any] = [checkpoint.state, *_spans(checkpoint)]
+            for payload in payloads:
+                layers += payload.layers
         return _storage_bytes(layers)
 
     def peak_bytes(self) -> int:
         return self.handle.store.peak_bytes
+
+    def tier_bytes(self) -> dict[str, int]:
+        store = self.handle.store
+        device = {
+            f"{kind} on {self.model.device.type}": getattr(store, f"{kind}_bytes") for kind in ("checkpoint", "kv")
+        }
+        return {**device, **{str(getattr(tier, "name", "below")): tier.used_bytes for tier in store.tiers[1:]}}
 
     def close(self) -> None:
         self.handle.clear()
@@ -183,8 +193,8 @@ class Cached(Contender):
 class Limit(Contender):
     """What no cache can beat: `generate()` on a live cache that is ready, at the position from which another resumes.
 
-    Only the tokens that `follows` will compute are run, in the same segments; matching, planning, restoring and capturing
-    are left out. Requests that resume nothing are not measured.
+    Only the tokens that `follows` will compute are run, in the same segments; matching, planning, restoring and
+    capturing are left out. Requests that resume nothing are not measured.
     """
 
     name = "limit"
@@ -199,13 +209,10 @@ class Limit(Contender):
         usable = len(asked.ids) - MIN_SUFFIX_TOKENS
         stored = handle.store.match(asked.ids, handle._space()[0]).checkpoints(usable)
         if stored:
-            spans, segment = [], stored[-1].kv
-            while segment is not None:
-                spans.append(segment.payload)
-                segment = segment.parent
+            state: Any = stored[-1].state
             self._handle.live = LiveCache(handle._config)
             self._handle.start = stored[-1].position
-            states.restore(self._handle.live, stored[-1].state, spans[::-1])
+            states.restore(self._handle.live, state, _spans(stored[-1]))
 
     def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
         if self._handle.live is None:
@@ -236,10 +243,24 @@ class _Ready(SparsePrefixCache):
     def resumed_tokens(self) -> int:
         return self.start
 
-    def _serve_row(self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]) -> Any:
+    def _serve_row(
+        self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
+    ) -> Any:
         cuts = self._cuts(ids.to("cpu", torch.int32).numpy(), "")
         request: Any = self
-        return prefill.prefill_row(self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims)[0]
+        return prefill.prefill_row(
+            self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
+        )[0]
+
+
+def _spans(checkpoint: Checkpoint) -> list[Any]:
+    """Payloads of the KV segments below a checkpoint, shallow to deep."""
+    spans: list[Any] = []
+    segment = checkpoint.kv
+    while segment is not None:
+        spans.append(segment.payload)
+        segment = segment.parent
+    return spans[::-1]
 
 
 def _timed_eviction(store: CheckpointStore) -> Callable[[], float]:

@@ -13,6 +13,7 @@ from ..stats import format_bytes
 if TYPE_CHECKING:
     import pandas
 
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 COSTS = ("match_seconds", "plan_seconds", "restore_seconds", "capture_seconds", "eviction_seconds")
 LIMIT, STOCK = "limit", "stock"
 
@@ -20,7 +21,7 @@ LIMIT, STOCK = "limit", "stock"
 def measure(rows: pandas.DataFrame, summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per model, dataset and contender.
 
-    "Again" are the requests of a group that was seen before: second and later questions, turns, revisions. Ratios are taken
+    "Again" are the requests of a group that was seen before: later questions, turns, revisions. Ratios are taken
     request by request, against another contender's time for the same request in the same run.
     """
     measured = []
@@ -55,7 +56,10 @@ def _one(
         **spent,
         "model_seconds": prefill - sum(spent.values()) if prefill else None,
         "capture_restore_share": (spent["capture_seconds"] + spent["restore_seconds"]) / prefill if prefill else None,
-        **{f"{kind}_tokens": int(served[f"{kind}_tokens"].sum()) for kind in ("prompt", "overlap", "resumed", "computed")},
+        **{
+            f"{kind}_tokens": int(served[f"{kind}_tokens"].sum())
+            for kind in ("prompt", "overlap", "resumed", "computed")
+        },
         "checkpoint_bytes": int(served["checkpoint_bytes"].iloc[-1]),
         "kv_bytes": int(served["kv_bytes"].iloc[-1]),
         "held_bytes": max((summary["held_bytes"].get(contender, 0) for summary in own), default=0),
@@ -115,7 +119,7 @@ def verdict(measured: list[dict[str, Any]], policy: str) -> list[str]:
         sooner = row["sooner_again"]
         if sooner:
             sentence += (
-                f"the first token of requests that came back came {sooner['median']:.1f}× sooner than without a cache "
+                f"repeated requests got their first token {sooner['median']:.1f}× sooner than without a cache "
                 f"(80 % of them {sooner['low']:.1f}× to {sooner['high']:.1f}×)"
             )
         else:
@@ -129,10 +133,21 @@ def verdict(measured: list[dict[str, Any]], policy: str) -> list[str]:
     return sentences
 
 
-def table(measured: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(measured: list[dict[str, Any]]) -> Table:
     """Columns and cells for people."""
-    columns = ("model", "dataset", "served by", "first token", "again", "p95", "sooner", "resumed", "bytes", "exact")
-    cells = []
+    columns = (
+        "model",
+        "dataset",
+        "served by",
+        "first token",
+        "again",
+        "again p95",
+        "sooner",
+        "resumed",
+        "bytes",
+        "exact",
+    )
+    cells: list[tuple[str, ...]] = []
     for row in measured:
         sooner = row["sooner_again"]
         exact = "" if row["tokens_equal"] is None else f"{row['tokens_equal']:.0%}"
@@ -143,11 +158,11 @@ def table(measured: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
                 row["model"],
                 row["dataset"],
                 row["contender"],
-                seconds(row["first_token_p50"]),
+                "" if row["contender"] == LIMIT else seconds(row["first_token_p50"]),
                 seconds(row["first_token_again_p50"]),
                 seconds(row["first_token_again_p95"]),
                 f"{sooner['median']:.1f}× ({sooner['low']:.1f} to {sooner['high']:.1f})" if sooner else "",
-                _percent(row["resumed_tokens"], row["prompt_tokens"]),
+                "" if row["contender"] == LIMIT else _percent(row["resumed_tokens"], row["prompt_tokens"]),
                 format_bytes(row["peak_bytes"]),
                 exact,
             )
@@ -155,11 +170,11 @@ def table(measured: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
     return columns, cells
 
 
-def costs(measured: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def costs(measured: list[dict[str, Any]]) -> Table:
     """Where the seconds of each cached contender went: columns and cells for people."""
     columns = ("model", "dataset", "served by", "prefill", "model", *(name.removesuffix("_seconds") for name in COSTS))
     columns += ("capture + restore", "over limit", "cold over chunked", "decode")
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in measured:
         if row["prefill_seconds"] is None:
             continue
@@ -171,7 +186,10 @@ def costs(measured: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
                 seconds(row["model_seconds"]),
                 *(seconds(row[name]) for name in COSTS),
                 f"{row['capture_restore_share']:.2%}",
-                *("" if not row[name] else f"{row[name]['median']:.2f}×" for name in ("over_limit", "over_chunked_cold")),
+                *(
+                    "" if not row[name] else f"{row[name]['median']:.2f}×"
+                    for name in ("over_limit", "over_chunked_cold")
+                ),
                 f"{decode:.0f} tok/s" if decode else "",
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,35 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2026; background: #fff; margin: 0 auto; max-width: 76rem;
   padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: .2rem 0 1rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+h1 { font-size: 1.5rem; margin: .2rem 0 1rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .verdict { background: #eef4fa; border-left: 4px solid #2166ac; padding: .6rem 1rem; margin: 0; }
-.verdict p { margin: .4rem 0; } .bad { background: #fbeae7; border-color: #b2182b; }
+.verdict p { margin: .4rem 0; }
+.bad { background: #fbeae7; border-color: #b2182b; }
 .numbers { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
-.numbers b { display: block; font-size: 1.6rem; line-height: 1.2; } .numbers span { color: #59616b; font-size: .85rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; min-width: 100%; overflow-wrap: normal; }
+.numbers b { display: block; font-size: 1.6rem; line-height: 1.2; }
+.numbers span { color: #59616b; font-size: .85rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; min-width: 100%; overflow-wrap: normal; }
 th, td { text-align: right; padding: .25rem .6rem; white-space: nowrap; border-bottom: 1px solid #e3e6ea; }
-th { color: #59616b; font-weight: 600; } .text3 :is(th, td):nth-child(-n+3), .text1 :is(th, td) { text-align: left; }
-.text1 td { white-space: normal; } tr.main td { background: #eef4fa; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .9rem; font-weight: 600; } svg { width: 100%; height: auto; display: block; }
-code { font-size: .85rem; background: #f3f4f6; padding: .1rem .3rem; } .small { color: #59616b; font-size: .85rem; }
+th { color: #59616b; font-weight: 600; }
+.text3 :is(th, td):nth-child(-n+3), .text1 :is(th, td) { text-align: left; }
+.text1 td { white-space: normal; }
+tr.main td { background: #eef4fa; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; }
+figure { margin: 0; }
+figcaption { font-size: .9rem; font-weight: 600; }
+svg { width: 100%; max-width: 34rem; height: auto; display: block; }
+code { font-size: .85rem; background: #f3f4f6; padding: .1rem .3rem; }
+.small { color: #59616b; font-size: .85rem; }
 """
+_LEGEND = (
+    "“Again” are requests of a group that was seen before. “Sooner” is the time to first token without a cache over "
+    "this contender's, request by request: median, and 10th to 90th percentile. “Exact”: requests with the tokens of "
+    "stock generate(), and checked runs equal to a fresh run bit for bit. “dense” keeps a checkpoint at every cut "
+    "without a budget; “limit” runs only what is left to compute, from a live cache that is ready; “deepcopy” knows "
+    "the common prefix of each group beforehand."
+)
 
 
 def build(
@@ -43,30 +60,29 @@ def build(
     """
     settings = config["settings"]
     policies = list(settings["policies"])
-    sentences = metrics.verdict(measured, policies[0])
+    sentences = "".join(f"<p>{escape(line)}</p>" for line in metrics.verdict(measured, policies[0]))
     exact = all(row["checked_bitwise"] == row["checked_resumed"] for row in measured)
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>hf_sparse_cache bench</title><style>{_STYLE}</style></head><body>",
         "<h1>What the prefix cache is worth here</h1>",
-        f"<div class='verdict{'' if exact else ' bad'}'>{''.join(f'<p>{escape(line)}</p>' for line in sentences)}</div>",
+        f"<div class='verdict{'' if exact else ' bad'}'>{sentences}</div>",
         _numbers(measured, policies[0]),
-        "<h2>Side by side</h2><p class='small'>“Again” are requests of a group that was seen before. “Sooner” is the time "
-        "to first token without a cache over this contender's, request by request: median, and 10th to 90th percentile. "
-        "“Exact”: requests with the tokens of stock generate(), and checked runs equal to a fresh run bit for bit. “dense” "
-        "keeps a checkpoint at every cut without a budget; “limit” runs only what is left to compute, from a live cache "
-        "that is ready; “deepcopy” knows the common prefix of each group beforehand.</p>",
+        f"<h2>Side by side</h2><p class='small'>{_LEGEND}</p>",
         _table(*metrics.table(measured), css="text3", main=policies[0]),
         _left_out(summaries),
         "<h2>Where the seconds went</h2>",
         _table(*metrics.costs(measured), css="text3", main=policies[0]),
     ]
+    parts += ["<h2>What is stored</h2>", _stored([summary for summary in summaries if summary["repeat"] == 0])]
     for (model, dataset), unit in rows.groupby(["model", "dataset"], sort=False):
         own = [row for row in measured if (row["model"], row["dataset"]) == (model, dataset)]
         figures = plots.draw(unit, own, policies)
         parts.append(f"<h2>{escape(str(model))} on {escape(str(dataset))}</h2><div class='plots'>")
-        parts += [f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in _unique(figures, len(parts))]
+        parts += [
+            f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in _unique(figures, len(parts))
+        ]
         parts.append("</div>")
     parts += [_circumstances(config, summaries), "</body></html>\n"]
     return "\n".join(parts)
@@ -83,16 +99,32 @@ def _numbers(measured: list[dict[str, Any]], policy: str) -> str:
         (f"{max(share):.2%}" if share else "", "of prefill spent on capture and restore, highest"),
         (format_bytes(max((row["peak_bytes"] for row in own), default=0)), "most bytes stored"),
     ]
-    return "<div class='numbers'>" + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in shown if a) + "</div>"
+    return (
+        "<div class='numbers'>" + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in shown if a) + "</div>"
+    )
 
 
-def _table(columns: tuple[str, ...], cells: list[tuple[str, ...]], css: str = "", main: str = "") -> str:
+def _table(columns: tuple[str, ...], cells: Sequence[tuple[str, ...]], css: str = "", main: str = "") -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = []
     for row in cells:
         mark = " class='main'" if main and main in row[:3] else ""
         body.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<div class='wide'><table class='{css}'><tr>{head}</tr>{''.join(body)}</table></div>"
+
+
+def _stored(summaries: list[dict[str, Any]]) -> str:
+    cells = []
+    for summary in summaries:
+        for name, tiers in summary["tier_bytes"].items():
+            if tiers:
+                shown = ", ".join(f"{tier} {format_bytes(held)}" for tier, held in tiers.items())
+                account, held = summary["peak_bytes"][name], summary["held_bytes"][name]
+                cells.append(
+                    (summary["model"], summary["dataset"], name, shown, format_bytes(account), format_bytes(held))
+                )
+    columns = ("model", "dataset", "served by", "at the end", "most accounted for", "storages at the end")
+    return _table(columns, cells, css="text3")
 
 
 def _left_out(summaries: list[dict[str, Any]]) -> str:
@@ -102,7 +134,9 @@ def _left_out(summaries: list[dict[str, Any]]) -> str:
     if not reasons:
         return ""
     items = "".join(f"<li>{escape(reason)}</li>" for reason in sorted(reasons))
-    return f"<p class='small'>Left out, because transformers itself is not right there:</p><ul class='small'>{items}</ul>"
+    return (
+        f"<p class='small'>Left out, because transformers itself is not right there:</p><ul class='small'>{items}</ul>"
+    )
 
 
 def _unique(figures: dict[str, str], number: int) -> list[tuple[str, str]]:
@@ -120,8 +154,13 @@ def _circumstances(config: dict[str, Any], summaries: list[dict[str, Any]]) -> s
     facts = [(name.replace("_", " "), _plain(value)) for name, value in config["machine"].items()]
     settings = [(name.replace("_", " "), _plain(value)) for name, value in config["settings"].items()]
     models = {
-        f"{summary['model']}: {summary['parameters'] / 1e6:.1f} M parameters, {summary['dtype']}, grid {summary['grid']}"
-        + (", seeded random weights: what it writes means nothing, time and memory do" if summary["random_weights"] else "")
+        f"{summary['model']}: {summary['parameters'] / 1e6:.1f} M parameters, {summary['dtype']}, "
+        f"grid {summary['grid']}"
+        + (
+            ", seeded random weights: what it writes means nothing, time and memory do"
+            if summary["random_weights"]
+            else ""
+        )
         for summary in summaries
     }
     total = sum(summary["seconds"] for summary in summaries)
@@ -129,7 +168,7 @@ def _circumstances(config: dict[str, Any], summaries: list[dict[str, Any]]) -> s
     return (
         "<h2>Circumstances</h2><ul>"
         + "".join(f"<li>{escape(model)}</li>" for model in sorted(models))
-        + f"</ul><p>Served in {total:.0f} s; the process, with all contenders in it, took {format_bytes(peak)} at most.</p>"
+        + f"</ul><p>Served in {total:.0f} s; the process with all contenders took {format_bytes(peak)} at most.</p>"
         + f"<p>Made by <code>{escape(config['command'])}</code></p>"
         + _table(("machine", ""), facts, css="text1")
         + _table(("setting", ""), settings, css="text1")

@@ -35,7 +35,7 @@ def draw(rows: pandas.DataFrame, measured: list[dict[str, Any]], policies: list[
         "Time to first token against overlap": _figure(lambda axes: _against_overlap(axes, rows, first, policies)),
         "Memory against recomputation": _figure(lambda axes: _memory(axes, measured, policies)),
         f"Overlap, and checkpoints of {policies[0]}": _figure(lambda axes: _overlap(axes, first)),
-        "Where the seconds besides the model's went": _figure(lambda axes: _seconds(axes, measured)),
+        "Where the other seconds went": _figure(lambda axes: _seconds(axes, measured)),
     }
 
 
@@ -46,7 +46,7 @@ def _figure(fill: Callable[[Any], None]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_sparse_cache", "font.size": 9}):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        figure = Figure(figsize=(4.4, 3.2), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         fill(axes)
@@ -57,16 +57,23 @@ def _figure(fill: Callable[[Any], None]) -> str:
 
 
 def _against_overlap(axes: Any, rows: Any, first: Any, policies: list[str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     depth = first.set_index(["repeat", "request"])["overlap_tokens"]
     for name, served in rows.groupby("contender", sort=False):
         times = served.set_index(["repeat", "request"])["first_token_seconds"]
         shared = depth.reindex(times.index)
         wide = name in policies or name == "stock"
-        axes.scatter(shared, times, s=26 if wide else 12, alpha=0.8, label=name, color=colour(name, policies), linewidths=0)
+        axes.scatter(
+            shared, times, s=26 if wide else 12, alpha=0.8, label=name, color=colour(name, policies), linewidths=0
+        )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("tokens shared with earlier prompts")
     axes.set_ylabel("seconds to first token")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0))
 
 
 def _memory(axes: Any, measured: list[dict[str, Any]], policies: list[str]) -> None:
@@ -87,10 +94,11 @@ def _overlap(axes: Any, first: Any) -> None:
     axes.hist(first["overlap_tokens"], bins=24, color="#92c5de")
     captured = [position for positions in first["captured"] for position in positions]
     if captured:
-        axes.plot(captured, [-0.04] * len(captured), "|", color="#2166ac", transform=axes.get_xaxis_transform(), clip_on=False)
-    axes.set_xlabel("tokens; ticks below: checkpoints stored")
+        height = [0.97] * len(captured)
+        axes.plot(captured, height, "|", color="#2166ac", markersize=9, transform=axes.get_xaxis_transform())
+    axes.margins(y=0.2)
+    axes.set_xlabel("tokens; ticks on top: checkpoints stored")
     axes.set_ylabel("requests that share so many")
-    axes.tick_params(axis="x", pad=8)
 
 
 def _seconds(axes: Any, measured: list[dict[str, Any]]) -> None:

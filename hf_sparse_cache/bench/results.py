@@ -1,7 +1,8 @@
 """One folder a run: what was asked for, every request, and what came out; a run that was interrupted goes on from it.
 
 `config.json` (settings, command, machine), `units/` (one model on one workload, once: what an interrupted run need not
-do again; stores are in memory, so a unit that was interrupted begins anew), `requests.parquet`, `metrics.json`, `plots/`.
+do again; stores are in memory, so a unit that was interrupted begins anew), `requests.parquet`, `metrics.json`,
+`plots/`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Folder:
 
     def __init__(self, path: Path, settings: Settings, command: str) -> None:
         self.path = path
-        content = json.loads(json.dumps({"settings": asdict(settings), "command": command, "machine": describe_machine()}))
+        content = json.loads(
+            json.dumps({"settings": asdict(settings), "command": command, "machine": describe_machine()})
+        )
         known = path / "config.json"
         if known.is_file():
             before = json.loads(known.read_text(encoding="utf-8"))
@@ -77,7 +80,9 @@ class Folder:
                 key for key, value in content["settings"].items() if before["settings"].get(key, value) != value
             )
             if differ:
-                raise ValueError(f"--out {path} holds a run with other settings ({', '.join(differ)}); give another folder.")
+                raise ValueError(
+                    f"--out {path} holds a run with other settings ({', '.join(differ)}); give another folder."
+                )
             content = before
         else:
             (path / "units").mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,9 @@ def _draw(out: Path, rows: Any, measured: list[dict[str, Any]], policies: list[s
     for (model, dataset), unit in rows.groupby(["model", "dataset"], sort=False):
         own = [row for row in measured if (row["model"], row["dataset"]) == (model, dataset)]
         for title, svg in plots.draw(unit, own, policies).items():
-            name = "-".join(f"{Path(str(model)).name} {dataset} {title}".lower().replace(",", "").replace("/", " ").split())
+            name = "-".join(
+                f"{Path(str(model)).name} {dataset} {title}".lower().replace(",", "").replace("/", " ").split()
+            )
             (out / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 

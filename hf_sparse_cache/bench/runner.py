@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -20,8 +20,6 @@ from .results import Settings
 from .serving import Served, serve
 from .upstream import why_wrong
 from .workloads import Asked, Workload, common_prefixes
-
-
 
 
 @dataclass
@@ -52,7 +50,7 @@ def run_unit(settings: Settings, name: str, workload: Workload, repeat: int) -> 
         tokenizer,
         seed=settings.seed,
         max_prompt_tokens=settings.max_prompt_tokens,
-        vocabulary=model.get_input_embeddings().num_embeddings,
+        vocabulary=int(cast(Any, model.get_input_embeddings()).num_embeddings),
     )
     contenders, left_out = _contenders(settings, model, tokenizer, requests)
     try:
@@ -71,6 +69,7 @@ def run_unit(settings: Settings, name: str, workload: Workload, repeat: int) -> 
             "seconds": time.perf_counter() - started,
             "left_out": left_out,
             "exactness": exactness,
+            "tier_bytes": {contender.name: contender.tier_bytes() for contender in contenders},
             "held_bytes": {contender.name: contender.held_bytes() for contender in contenders},
             "peak_bytes": {contender.name: contender.peak_bytes() for contender in contenders},
             "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -128,6 +127,9 @@ def _serve_all(
     seen: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     exactness: dict[str, Any] = {c.name: {"requests": 0, "bitwise": 0, "max_abs_logit_diff": 0.0} for c in contenders}
+    # What is there already is left out of the collections between requests, which would be slow.
+    gc.collect()
+    gc.freeze()
     tokens = sum(len(asked.ids) for asked in requests) * len(contenders)
     with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         for index, asked in enumerate(requests):
@@ -153,6 +155,7 @@ def _serve_all(
                     equal = None if stock is None else bool(torch.equal(result.tokens, stock.tokens))
                     row = {"repeat": repeat, "request": index, "group": asked.group, "turn": turn}
                     rows.append({**row, "contender": contender.name, **result.row(), "tokens_equal": equal})
+    gc.unfreeze()
     if twin is not None:
         twin.close()
     return rows, exactness
@@ -169,7 +172,9 @@ def _compare(served: dict[str, Served], cold: Served | None, exactness: dict[str
             found["max_abs_logit_diff"] = max(found["max_abs_logit_diff"], difference)
         if cold is not None and cold.logits is not None and result.prefill_seconds and result.resumed_tokens:
             found["requests"] += 1
-            found["bitwise"] += int(torch.equal(result.logits, cold.logits) and torch.equal(result.tokens, cold.tokens))
+            found["bitwise"] += int(
+                torch.equal(result.logits, cold.logits) and torch.equal(result.tokens, cold.tokens)
+            )
 
 
 def _twin(contenders: list[Contender]) -> Cached | None:

@@ -15,14 +15,17 @@ class Served:
     """One request, served one way.
 
     Attributes:
-        first_token_seconds: from the call of `generate()` to the first new token; with `max_new_tokens=1` its wall time.
+        first_token_seconds: from the call of `generate()` to the first new token; with `max_new_tokens=1` its wall
+            time.
         total_seconds: wall time of the whole call.
         new_tokens: tokens decoded, the first one included.
         tokens: these, shape `(new_tokens,)`.
         logits: of the first new token, float32 of shape `(vocabulary,)`; None where they were not asked for.
-        prompt_tokens, overlap_tokens, resumed_tokens, computed_tokens: see `RequestInfo`; without a cache all is computed.
-        prefill_seconds, match_seconds, plan_seconds, capture_seconds, restore_seconds, eviction_seconds: what the cache
-            spent on this request, see `CacheStats`; eviction is not part of capture here. 0 where there is no cache.
+        prompt_tokens, overlap_tokens, resumed_tokens, computed_tokens: see `RequestInfo`; without a cache all is
+            computed.
+        prefill_seconds, match_seconds, plan_seconds, capture_seconds, restore_seconds, eviction_seconds: what the
+            cache spent on this request, see `CacheStats`; eviction is not part of capture here. 0 where there is no
+            cache.
         captured: positions of the checkpoints stored by this request.
         checkpoints, checkpoint_bytes, kv_bytes: what is stored afterwards.
         device_peak_bytes: most bytes allocated on an accelerator during the call; 0 on a CPU.
@@ -58,7 +61,7 @@ class Served:
         return {**row, "captured": list(self.captured)}
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]
+class _Clock(BaseStreamer):
     """Notes when the first new token came out; the first thing `generate()` streams is the prompt."""
 
     def __init__(self) -> None:

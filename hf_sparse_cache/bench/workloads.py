@@ -1,4 +1,4 @@
-"""What is asked: prompts from the Hub, a file or a workload folder, through `datasets`, in the order of their arrival."""
+"""What is asked: prompts from the Hub, a file or a workload folder, through `datasets`, in order of arrival."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def load_workload(
 
     Args:
         source: a workload folder, a local `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file, or a Hub id.
-        columns: those that make up a prompt, in order; the first one is the group, the text that comes back. One column
-            with lists of messages (`role` and `content`) gives one request a turn of the user. A column `input_ids` gives
-            tokens as they are. Not needed for a workload folder.
+        columns: those that make up a prompt, in order; the first one is the group, the text that comes back. One
+            column with lists of messages (`role` and `content`) gives one request a turn of the user. A column
+            `input_ids` gives tokens as they are. Not needed for a workload folder.
         config: name of the Hub dataset's configuration.
         split: of the dataset.
 
@@ -119,7 +119,9 @@ def load_workload(
         loaded = datasets.load_dataset(source, config, split=split)
     unknown = [column for column in columns if column not in loaded.column_names]
     if unknown or not (columns or {"messages", "input_ids", "text"} & set(loaded.column_names)):
-        raise ValueError(f"columns={','.join(columns)!r}: {source} has {', '.join(loaded.column_names)}; name some of them")
+        raise ValueError(
+            f"columns={','.join(columns)!r}: {source} has {', '.join(loaded.column_names)}; name some of them"
+        )
     chosen = list(columns) or [c for c in ("messages", "input_ids", "text") if c in loaded.column_names][:1]
     return Workload(name, source, datasets.Dataset.from_list(list(_rows(loaded, chosen))))
 

@@ -64,7 +64,7 @@ def demo(
     documents: Annotated[int, typer.Option(help="Documents to take from the workload.", min=1)] = 1,
     document: Annotated[Path | None, typer.Option(help="A text file of your own, with --question.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 6000,
+    tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 5600,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller models and 1,500 tokens: seconds.")] = False,
     uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
     policy: Policy = None,
@@ -189,6 +189,27 @@ def simulate(
     names = policy or ["learned", "dp", "block"]
     limits: dict[str, Any] = {"max_memory": max_memory, "max_checkpoints": max_checkpoints, "warmup": warmup}
     screen.emit({"trace": str(trace), **planning.replay(trace, sizes, names, screen, **limits)})
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Written by save_pretrained, or a disk_dir.")],
+    tree: Annotated[bool, typer.Option("--tree", help="Every checkpoint below the one that it continues.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id, to show text instead of token ids.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a stored cache holds, by prefix and by byte. It changes nothing.
+
+    Example: `hf-sparse-cache inspect my_cache --tree`
+    """
+    from transformers import AutoTokenizer
+
+    from . import inspecting
+
+    screen = Screen(json)
+    _quiet()
+    decoder = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    screen.emit(inspecting.run(folder, decoder, tree, screen))
 
 
 def _quiet() -> None:

@@ -1,6 +1,7 @@
 """The command `bench`: its options, and what it prints. The measuring is done in `hf_sparse_cache.bench`."""
 
 import hashlib
+import importlib.util
 import json as jsonlib
 import shlex
 import sys
@@ -23,7 +24,8 @@ FULL: dict[str, Any] = {"requests": 15, "per_group": 5, "max_prompt_tokens": 0, 
 def bench(
     model: Annotated[list[str] | None, typer.Option(help="Built-in model, folder or Hub id; repeat for more.")] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Hub id, .jsonl/.csv/.parquet/.txt file or workload folder; repeat for more.")
+        list[str] | None,
+        typer.Option(help="Hub id, .jsonl/.csv/.parquet/.txt file or workload folder; repeat for more."),
     ] = None,
     columns: Annotated[str, typer.Option(help="Columns that make up a prompt, such as article,question.")] = "",
     config: Annotated[str | None, typer.Option(help="Configuration of the Hub dataset.")] = None,
@@ -33,7 +35,9 @@ def bench(
         list[str] | None, typer.Option(help=f"Of {', '.join(RIVALS)}; 'none' for none. Default: all that are right.")
     ] = None,
     max_memory: Annotated[str, typer.Option(help="Bytes that each policy may store.")] = "2GiB",
-    grid: Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)] = None,
+    grid: Annotated[
+        int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt.", min=1)] = None,
     requests: Annotated[int | None, typer.Option(help="How many requests of each dataset; 0 for all.", min=0)] = None,
     per_group: Annotated[int | None, typer.Option(help="How many of each document or chat; 0 for all.", min=0)] = None,
@@ -43,8 +47,12 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the arrivals, and of a built-in model's weights.")] = 42,
-    quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; a run that was interrupted goes on.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; a run that was interrupted goes on.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")] = False,
 ) -> None:
@@ -54,6 +62,9 @@ def bench(
     """
     import transformers
 
+    missing = [name for name in ("datasets", "matplotlib", "pandas") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"bench needs {', '.join(missing)}: pip install 'hf_sparse_cache[bench]'")
     from ..bench import metrics
     from ..bench.results import Settings
     from ..bench.run import run
@@ -69,8 +80,11 @@ def bench(
         "max_new_tokens": max_new_tokens,
         "checked": checked,
     }
-    sizes = {name: default if given[name] is None else given[name] for name, default in (QUICK if quick else FULL).items()}
-    unlimited = ("requests", "per_group", "max_prompt_tokens")
+    sizes: dict[str, Any] = {
+        name: default if given[name] is None else given[name] for name, default in (QUICK if quick else FULL).items()
+    }
+    for name in ("requests", "per_group", "max_prompt_tokens"):
+        sizes[name] = sizes[name] or None  # 0 is no limit
     settings = Settings(
         models=tuple(model or ("mamba-21m", "jamba-30m", "zamba2-30m")),
         datasets=tuple(dataset or (OWN,)),
@@ -85,7 +99,7 @@ def bench(
         device=device,
         dtype=dtype,
         seed=seed,
-        **{name: value or None if name in unlimited else value for name, value in sizes.items()},
+        **sizes,
     )
     folder = out or Path("bench-runs") / _digest(asdict(settings))
     command = shlex.join(["hf-sparse-cache", *sys.argv[1:]])

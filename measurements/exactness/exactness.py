@@ -6,9 +6,10 @@ import numpy as np
 
 
 _DESCRIPTION = """
-Compares greedy decoding of the same prompts by two runs of a language model, one of them the reference. Tokens alone prove
-little: they often agree although a state was lost. So the logits of every step are compared as well, up to and including
-the first step at which the tokens differ; behind it the two runs read different texts.
+Compares greedy decoding of the same prompts by two runs of a language model, one of them the reference. Tokens alone
+prove
+little: they often agree although a state was lost. So the logits of every step are compared as well, up to and
+including the first step at which the tokens differ; behind it the two runs read different texts.
 """
 
 _KWARGS_DESCRIPTION = """

@@ -1,0 +1,127 @@
+"""What a folder of stored states holds: by prefix, by model and by byte. Nothing in the folder is changed."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..persistence import SavedFolder
+from ..segmentation import Tokens
+from ..stats import format_bytes
+from ..tree import Checkpoint
+from .screen import Screen
+
+
+# Tokens of a prefix that are shown, at its end, where prefixes that begin alike differ.
+_SHOWN_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One checkpoint.
+
+    Attributes:
+        tokens: of its path, `(position,)`.
+        depth: how many stored checkpoints lie on this path before it.
+        state_bytes: of its states.
+        kv_bytes: of the keys and values that it adds to those of the checkpoint before it.
+        used: when it was last used or written, in seconds since the epoch.
+    """
+
+    space: str
+    tokens: Tokens
+    depth: int
+    state_bytes: int
+    kv_bytes: int
+    used: float
+
+
+def read(folder: Path) -> list[Stored]:
+    """Every checkpoint of a saved cache, or of a disk tier with its folder for each model; a path before its branches.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"DIR {folder} is not a folder; give one written by save_pretrained, or a disk_dir.")
+    source = SavedFolder(folder, None, read_only=True)
+    for part in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        source.load(part)
+    stored: list[Stored] = []
+    above: list[tuple[str, Tokens, Checkpoint]] = []
+    for space, tokens, checkpoint in sorted(source.checkpoints(), key=lambda item: (item[0], item[1].tolist())):
+        while above and not (above[-1][0] == space and _begins(tokens, above[-1][1])):
+            above.pop()
+        before = len(above[-1][1]) if above else 0
+        kv_bytes, segment = 0, checkpoint.kv
+        while segment is not None and segment.end > before:
+            kv_bytes, segment = kv_bytes + int(segment.payload.nbytes), segment.parent
+        state: Any = checkpoint.state
+        used = state.path.stat().st_mtime
+        stored.append(Stored(space, tokens, len(above), checkpoint.nbytes, kv_bytes, used))
+        above.append((space, tokens, checkpoint))
+    if not stored:
+        raise ValueError(f"DIR {folder} holds no checkpoint; give one written by save_pretrained, or a disk_dir.")
+    return stored
+
+
+def _begins(tokens: Tokens, prefix: Tokens) -> bool:
+    return len(prefix) < len(tokens) and np.array_equal(tokens[: len(prefix)], prefix)
+
+
+def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, Any]:
+    """Write what the folder holds; as a tree, with every checkpoint below the one it continues.
+
+    Returns:
+        The same as plain values.
+    """
+    stored = read(folder)
+    models = []
+    for space in dict.fromkeys(item.space for item in stored):
+        own = [item for item in stored if item.space == space]
+        about, namespace = _describe(space)
+        states, kv = sum(item.state_bytes for item in own), sum(item.kv_bytes for item in own)
+        screen.say(
+            f"{about['model']} ({', '.join(about['dtype'])}, grid {about['grid']}, namespace {namespace!r}): "
+            f"{len(own)} checkpoints, {format_bytes(states)} of states, {format_bytes(kv)} of keys and values",
+            style="bold",
+        )
+        rows = [
+            (
+                ("  " * item.depth if tree else "") + f"{len(item.tokens):,}",
+                format_bytes(item.state_bytes),
+                format_bytes(item.kv_bytes),
+                f"{datetime.fromtimestamp(item.used):%Y-%m-%d %H:%M}",
+                _end(item.tokens, tokenizer),
+            )
+            for item in (own if tree else sorted(own, key=lambda item: -item.used))
+        ]
+        screen.table(("position", "state", "KV added", "last used", "its prefix ends with"), rows)
+        checkpoints = [
+            {
+                "position": len(item.tokens),
+                "depth": item.depth,
+                "state_bytes": item.state_bytes,
+                "kv_bytes": item.kv_bytes,
+                "last_used": item.used,
+            }
+            for item in own
+        ]
+        models.append({**about, "namespace": namespace, "checkpoints": checkpoints})
+    return {"folder": str(folder), "models": models}
+
+
+def _describe(space: str) -> tuple[dict[str, Any], str]:
+    """What a durable space is about (see `fingerprint`), and its namespace."""
+    described, _, namespace = space.partition("\x1f")
+    about = json.loads(described)
+    return {name: about[name] for name in ("model", "dtype", "grid", "exactness", "torch", "transformers")}, namespace
+
+
+def _end(tokens: Tokens, tokenizer: Any) -> str:
+    last = tokens[-_SHOWN_TOKENS:].tolist()
+    shown = " ".join(map(str, last)) if tokenizer is None else repr(tokenizer.decode(last))
+    return shown.replace("|", "\\|")

@@ -1,0 +1,93 @@
+"""The benchmark programs run at toy size, and the README's tables come out of their results."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("pandas")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    importlib.import_module(f"benchmarks.{program}").main()
+
+
+def test_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ("overhead", "short", "tiny-budget", "cold-start", "one-token", "decode", "big-store")
+    size = (
+        "--tokens",
+        "120",
+        "--prompts",
+        "1",
+        "--repeats",
+        "1",
+        "--new-tokens",
+        "3",
+        "--store",
+        "20",
+        "--grid",
+        "32",
+    )
+    chosen = [word for case in cases for word in ("--only", case)]
+    run(monkeypatch, "bench_costs", "--model", "jamba-3m", *size, *chosen, "--json", str(tmp_path / "costs.json"))
+    content = json.loads((tmp_path / "costs.json").read_text())
+    assert list(dict.fromkeys(result["case"] for result in content["results"])) == list(cases)
+    assert all(len(result["values"]) == 1 and result["values"][0] >= 0 for result in content["results"])
+    assert "over" in capsys.readouterr().out and content["machine"]["torch"]
+
+
+def test_gpu_at_toy_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--model", "tiny", "--device", "cpu", "--prefix", "520", "--repeats", "1", "--new-tokens", "2")
+    run(monkeypatch, "gpu", *size, "--json", str(tmp_path / "gpu.json"))
+    (result,) = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert result["resumed_tokens"] == 512 and result["bitwise"] and result["stored_bytes"] == result["held_bytes"] > 0
+
+
+def test_gpu_says_when_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "gpu")
+    assert "no accelerator was found" in capsys.readouterr().err
+
+
+def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
+    table = importlib.import_module("benchmarks.readme_table")
+    machine = {"cores": 2, "threads": 2, "cpu": "a chip", "torch": "2", "transformers": "5", "python": "3"}
+    ratio = {"median": 16.04, "low": 15.0, "high": 17.0}
+    row = {"model": "m", "dataset": "d", "first_token_again_p50": 8.0, "sooner_again": None, "over_limit": None}
+    own = {**row, "contender": "learned", "first_token_again_p50": 0.5, "sooner_again": ratio, "over_limit": ratio}
+    own |= {"resumed_tokens": 9, "prompt_tokens": 10, "peak_bytes": 2**20, "checked_bitwise": 2, "checked_resumed": 2}
+    (tmp_path / "run").mkdir()
+    config = {"machine": machine, "command": "bench it", "settings": {"policies": ["learned"]}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"measured": [{**row, "contender": "stock"}, own]}))
+    costs = [
+        {"model": "m", "case": "memory", "what": "memory taken / 9 MiB", "values": [1.0, 1.02], "bound": "<= 1.10"}
+    ]
+    (tmp_path / "costs.json").write_text(json.dumps({"machine": machine, "command": "cost it", "results": costs}))
+    text = table.tables(tmp_path)
+    for words in (
+        "8.00 s",
+        "500 ms",
+        "**16.0×** (15.0 to 17.0)",
+        "90%",
+        "1.0 MiB",
+        "bench it",
+        "1.010 (1.000 to 1.020)",
+    ):
+        assert words in text
+    once = table.rewritten("# Title\n\nMEASURED_TABLE\n\n## Next\n", text)
+    assert once == table.rewritten(once, text) and once.startswith("# Title") and once.endswith("## Next\n")
+    with pytest.raises(ValueError, match="README"):
+        table.rewritten("nothing", text)

@@ -1,0 +1,113 @@
+"""Views are distribution functions, the mixture credits the right one, survival tables recover what made the data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_sparse_cache.overlap import BRANCHES, EXTENDS, FRESH, RETURNS, OverlapModel, shape_of
+from hf_sparse_cache.survival import WINDOW, SurvivalTables, cell_of
+from hf_sparse_cache.views import VIEWS, FromEnd, Shape, Uniform, View
+
+
+def shape(length: int, overlap: int = 0, ends: tuple[int, ...] = ()) -> Shape:
+    known = np.asarray(ends, dtype=np.int64)
+    return Shape(length, overlap, known, np.ones_like(known), FRESH)
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@given(st.integers(1, 200_000), st.data())
+def test_views_are_distribution_functions(kind: type[View], length: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, length))
+    ends = tuple(sorted(data.draw(st.sets(st.integers(1, max(overlap, 1)), max_size=3))))
+    view, described = kind(), shape(length, overlap, ends if overlap else ())
+    for depth in data.draw(st.lists(st.integers(0, length), max_size=5)):
+        view.learn(depth, described, data.draw(st.floats(0.01, 1.0)), 0.99)
+    inner = data.draw(st.lists(st.integers(0, length), max_size=8))
+    depths = np.sort(np.asarray([0, *inner, length + 1], dtype=float))
+    below = view.below(depths, described)
+    assert below[0] == pytest.approx(0.0, abs=1e-9)
+    assert below[-1] == pytest.approx(1.0, abs=1e-9)
+    assert (np.diff(below) >= -1e-9).all()
+
+
+def test_mixture_credits_the_view_that_foresaw() -> None:
+    generator = np.random.default_rng(1)
+    near_end, anywhere = OverlapModel(), OverlapModel()
+    for _ in range(300):
+        length = int(generator.integers(500, 5000))
+        cuts = np.arange(64, length, 64)
+        near_end.learn(length - 20, cuts, shape(length))
+        anywhere.learn(int(generator.integers(1, length)), cuts, shape(length))
+    names = [type(view) for view in near_end.views]
+    assert near_end.shares[FRESH].argmax() == names.index(FromEnd)
+    spread = anywhere.forecast(np.arange(64, 4000, 64), shape(4000))
+    assert 0.18 < spread.mass(1984, 2944) < 0.3
+    assert anywhere.shares[FRESH][names.index(Uniform)] > 0.1
+    sharp = near_end.forecast(np.arange(64, 4000, 64), shape(4000))
+    assert sharp.mass(3904) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("overlap", "ends", "previous", "kind"),
+    [
+        (10, [], None, FRESH),
+        (990, [1000], shape(1000), EXTENDS),
+        (500, [1000], shape(1000), BRANCHES),
+        (500, [500], shape(1000), RETURNS),
+    ],
+)
+def test_kinds(overlap: int, ends: list[int], previous: Shape | None, kind: int) -> None:
+    edges = np.asarray(ends, dtype=np.int64)
+    cuts = np.arange(64, 1200, 64)
+    assert shape_of(1200, overlap, edges, np.ones_like(edges), cuts, previous).kind == kind
+
+
+def test_stops_are_prompts_that_went_no_further() -> None:
+    cuts = np.arange(64, 1200, 64)
+    described = shape_of(1200, 700, np.asarray([100, 700, 900]), np.asarray([9, 4, 3]), cuts, None)
+    assert described.ends.tolist() == [100, 700]
+    assert described.stops.tolist() == [5, 1]
+
+
+def feed(tables: SurvivalTables, hazard: float, most: int, ticks: int = 6000) -> None:
+    """Families that are passed with a constant hazard until they were passed `most` times."""
+    generator = np.random.default_rng(2)
+    alive: list[tuple[int, int]] = []
+    for now in range(1, ticks):
+        tables.advance(now)
+        waiting = []
+        for passes, since in alive:
+            if passes < most and generator.random() < hazard:
+                tables.hit(cell_of(passes, 1), since)
+                tables.leave(cell_of(passes, 1), since)
+                tables.enter(cell_of(passes + 1, 1))
+                waiting.append((passes + 1, now))
+            elif now - since < 1000:
+                waiting.append((passes, since))
+        alive = waiting
+        if now % 20 == 0:
+            tables.enter(cell_of(1, 1))
+            alive.append((1, now))
+
+
+def test_tables_recover_a_constant_hazard_and_the_last_pass() -> None:
+    tables = SurvivalTables()
+    feed(tables, 0.02, 4)
+    for passes in (1, 2, 3):
+        assert 0.012 < tables.rate(cell_of(passes, 1)) < 0.035
+    assert tables.rate(cell_of(4, 1), 100) < 0.003
+    assert tables.rate(cell_of(1, 1)) > 2 * tables.rate(cell_of(1, 1), 600)
+
+
+def test_tables_are_of_fixed_size_and_forget_what_is_too_old() -> None:
+    tables = SurvivalTables()
+    before = tables._alive.nbytes
+    tables.enter(cell_of(1, 1))
+    tables.advance(WINDOW + 5)
+    tables.hit(cell_of(1, 1), 0)
+    tables.leave(cell_of(1, 1), 0)
+    assert tables._alive.nbytes == before
+    assert (tables._alive >= 0).all()

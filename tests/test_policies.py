@@ -1,0 +1,104 @@
+"""Every policy keeps the rules of placement; the learned one finds out where prompts diverge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hf_sparse_cache.policies import POLICIES, Learned, make_policy
+from hf_sparse_cache.request import open_request
+from hf_sparse_cache.segmentation import cut_positions
+from hf_sparse_cache.simulator import Sized, simulate
+from hf_sparse_cache.store import CheckpointStore
+from hf_sparse_cache.traces import Trace
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+def tokens(count: int) -> np.ndarray:
+    return GENERATOR.integers(10, 50_000, count).astype(np.int32)
+
+
+def documents(count: int = 12, questions: int = 4) -> Trace:
+    stories = [tokens(int(length)) for length in GENERATOR.integers(600, 2000, count)]
+    return Trace([np.concatenate([story, tokens(20)]) for _ in range(questions) for story in stories])
+
+
+def conversations(count: int = 10, turns: int = 6) -> Trace:
+    histories = [tokens(300) for _ in range(count)]
+    prompts = []
+    for _ in range(turns):
+        prompts += histories
+        histories = [np.concatenate([history, tokens(150)]) for history in histories]
+    return Trace(prompts)
+
+
+def edits(count: int = 6, revisions: int = 12) -> Trace:
+    prompts = []
+    pages = [tokens(2000) for _ in range(count)]
+    for _ in range(revisions):
+        for page in pages:
+            page[int(GENERATOR.integers(0, 2000))] += 1
+            prompts.append(page.copy())
+    return Trace(prompts)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("limit", [None, 0, 1, 3])
+def test_plans_are_open_cuts_within_the_limit(name: str, limit: int | None) -> None:
+    store, policy = CheckpointStore(40, "learned"), make_policy(name, [7])
+    for ids in list(conversations())[:30]:
+        ids = np.where(GENERATOR.random(len(ids)) < 0.01, 7, ids).astype(np.int32)
+        cuts = cut_positions(ids, 32, [7])
+        with open_request(store, policy, ids, cuts, max_checkpoints=limit) as request:
+            assert request.planned == sorted(set(request.planned) & set(cuts.tolist()))
+            assert all(position > request.resumed_tokens for position in request.planned)
+            assert limit is None or len(request.planned) <= limit
+            for position in request.planned:
+                request.add(position, Sized(1))
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "none"])
+def test_works_from_the_first_request(name: str) -> None:
+    ids = tokens(4000)
+    with open_request(CheckpointStore(None), make_policy(name), ids, cut_positions(ids, 64)) as request:
+        assert request.planned
+
+
+@pytest.mark.parametrize(("trace", "recomputed"), [(documents(), 40.0), (conversations(), 40.0)])
+def test_learned_finds_where_structure_ends(trace: Trace, recomputed: float) -> None:
+    result = simulate(trace, max_checkpoints=2, state_bytes=1, warmup=0.5)
+    assert result.recomputed_tokens <= recomputed
+
+
+def test_learned_spreads_where_text_is_edited_anywhere() -> None:
+    trace = edits()
+    cost = {
+        name: simulate(trace, policy=name, max_checkpoints=4, state_bytes=1, warmup=0.5).recomputed_tokens
+        for name in ("learned", "last", "junction")
+    }
+    assert cost["learned"] < 0.6 * min(cost["last"], cost["junction"])
+
+
+def test_learned_keeps_up_with_a_shift_of_workload() -> None:
+    trace = Trace([*documents(20, 4), *conversations(12, 8)])
+    assert simulate(trace, max_checkpoints=2, state_bytes=1, warmup=0.7).recomputed_tokens <= 60.0
+
+
+def test_price_thins_out_checkpoints() -> None:
+    trace = edits(20, 6)
+    roomy, tight = (simulate(trace, state_bytes=1, max_memory=memory) for memory in (None, 10))
+    assert tight.checkpoints < roomy.checkpoints
+    assert tight.peak_bytes == 10
+
+
+def test_learned_weighs_the_prefill_cost_it_is_given() -> None:
+    ids = tokens(4000)
+    cuts = cut_positions(ids, 64)
+    late = Learned(prefill_cost=lambda positions: positions**4)
+    depths = []
+    for policy in (Learned(), late):
+        with open_request(CheckpointStore(None), policy, ids, cuts, max_checkpoints=2) as request:
+            depths.append(sum(request.planned))
+    assert depths[1] > depths[0]
