@@ -75,7 +75,6 @@ FAMILIES: dict[str, Family] = {
     "inkling2_text": Family("Inkling2"),
     "llama": Family("Llama"),
     "qwen3": Family("Qwen3"),
-    "gemma2": Family("Gemma2"),
     "gemma3_text": Family("Gemma3"),
 }
 
