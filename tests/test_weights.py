@@ -175,8 +175,8 @@ def test_looking_costs_a_millisecond_for_a_thousand_tensors() -> None:
     model = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(500)])
     name = identity(model)
     fastest = float("inf")
-    for _ in range(100):  # the machine may be busy: the fastest is the cost
-        started = time.perf_counter()
+    for _ in range(300):  # the machine may be busy: the fastest is the cost, in time of this thread alone
+        started = time.thread_time()
         assert identity(model) == name
-        fastest = min(fastest, time.perf_counter() - started)
+        fastest = min(fastest, time.thread_time() - started)
     assert fastest <= 1e-3, f"{1e3 * fastest:.2f} ms"
