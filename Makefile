@@ -39,10 +39,10 @@ format: .venv/dev  ## Format and sort imports in place
 MATRIX_TESTS := $(addprefix tests/test_,matrix.py sabotage.py exactness.py mamba1.py numerical.py multimodal.py requests.py weights.py)
 
 test-matrix: .venv/dev test-floor  ## The exactness tests on the oldest supported transformers and on the newest
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 test-floor: .venv-floor/ready  ## The exactness tests on the oldest supported transformers
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest $(MATRIX_TESTS) $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: slow
 	$(BIN)/python tests/support_table.py
