@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+FLOOR_ARGS ?=
 # One worker a core.
 WORKERS ?= auto
 DEMO_ARGS ?=
@@ -22,7 +23,7 @@ help:  ## Show this list
 demo: .venv/core  ## Questions about a long document on three small models, with and without the cache
 	$(BIN)/hf-sparse-cache demo $(DEMO_ARGS)
 
-test: .venv/dev lint  ## Linters, types and all tests (PYTEST_ARGS="-k planner" for some of them)
+test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: .venv/dev  ## ruff, mypy and cython-lint
@@ -42,7 +43,7 @@ test-matrix: .venv/dev test-floor  ## The exactness tests on the oldest supporte
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 test-floor: .venv-floor/ready  ## The exactness tests on the oldest supported transformers
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(FLOOR_ARGS)
 
 support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: slow
 	$(BIN)/python tests/support_table.py

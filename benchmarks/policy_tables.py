@@ -100,13 +100,18 @@ def summary(
 
     groups = {"all budgets": budgets, "without KV": budgets[:3], "with KV": budgets[3:]}
     complete = [r for r in rivals if all((name, budget, r) in capture for name in workloads for budget in budgets)]
-    lines = [[who, *(f"{uncaptured(who, chosen):.3f}" for chosen in groups.values())] for who in contenders]
+    measured = {
+        who: sum((name, budget, who) in capture for name in workloads for budget in budgets) for who in contenders
+    }
+    cells = len(workloads) * len(budgets)
+    label = {who: who if measured[who] == cells else f"{who} ({measured[who]} of {cells} cells)" for who in contenders}
+    lines = [[label[who], *(f"{uncaptured(who, chosen):.3f}" for chosen in groups.values())] for who in contenders]
     ratios = []
-    for (label, chosen), target in zip(groups.items(), (0.79, 0.68, 0.89), strict=True):
+    for (group, chosen), target in zip(groups.items(), (0.79, 0.68, 0.89), strict=True):
         best = min(complete, key=lambda who: uncaptured(who, chosen)) if complete else ""
         if best:
             ratio = uncaptured("learned", chosen) / uncaptured(best, chosen)
-            ratios.append([label, best, f"{ratio:.3f}", str(target)])
+            ratios.append([group, best, f"{ratio:.3f}", str(target)])
     misses = []
     for name in workloads:
         for budget in budgets:
