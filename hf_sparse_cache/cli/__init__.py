@@ -1,4 +1,7 @@
-"""The command line: `hf-sparse-cache --help`. One function a command; the work is in the modules beside this one."""
+"""The command line: `hf-sparse-cache --help`. One function a command; the work is in the modules beside this one.
+
+What a command needs is imported inside it: help, errors in options and completion in a shell come without torch.
+"""
 
 import os
 import sys
@@ -7,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import builtin
-from ..machine import describe_machine
+from .. import __version__
+from ..builtin_sizes import SIZES
 from .benching import bench
 from .screen import Screen, fail
 
@@ -23,22 +26,26 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _group(
-    version: Annotated[bool, typer.Option("--version", help="Write the version and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Write the version and leave.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        print(installed("hf-sparse-cache"))
-        raise typer.Exit
+    pass
 
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")]
 
 
 def _model_names(incomplete: str) -> list[str]:
-    return [name for name in builtin.SIZES if name.startswith(incomplete)]
+    return [name for name in SIZES if name.startswith(incomplete)]
 
 
 ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
@@ -78,6 +85,8 @@ def demo(
 
     Example: `hf-sparse-cache demo --model mamba-21m`
     """
+    from .. import builtin
+    from ..machine import describe_machine
     from . import questions as work
     from . import sources
 
@@ -86,7 +95,7 @@ def demo(
     tokens = min(tokens, 1500) if quick else tokens
     reading = sources.reading(workload, documents, document, question or [], tokens)
     _quiet()
-    if any(name in builtin.SIZES for name in names):
+    if any(name in SIZES for name in names):
         screen.say(
             "Built-in models have random weights: what they would answer means nothing and is not shown. What is "
             "shown is time to first token, memory and exactness, which depend on the architecture alone.\n"
@@ -120,6 +129,8 @@ def verify(
 
     Example: `hf-sparse-cache verify jamba-3m`
     """
+    from .. import builtin
+    from ..machine import describe_machine
     from . import sources, verifying
 
     screen = Screen(json)
@@ -149,6 +160,7 @@ def plan(
     """
     import numpy as np
 
+    from .. import builtin
     from . import planning
 
     screen = Screen(json)
@@ -185,6 +197,8 @@ def simulate(
     if model is None:
         sizes = planning.Sizes(state_bytes, kv_bytes_per_token, grid or 64)
     else:
+        from .. import builtin
+
         sizes = planning.Sizes.of(builtin.load(model, [""])[0], grid)
     names = policy or ["learned", "dp", "block"]
     limits: dict[str, Any] = {"max_memory": max_memory, "max_checkpoints": max_checkpoints, "warmup": warmup}
