@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import forks, generation, mamba1, states
+from . import forks, generation, mamba1, notebook, states
 from .calls import as_ids, why_uncached
 from .config import SparseCacheConfig
 from .cost import prefill_cost
@@ -117,6 +117,10 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
 
     def __repr__(self) -> str:
         return f"SparsePrefixCache({type(self.model).__name__}, grid={self.grid}: {self.stats()})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tree of what is stored in the handle's space, and the last requests."""
+        return notebook.page(self, self._latest_space(), self._recorder.recent)
 
     def explain(self, ids: torch.Tensor | str) -> Explanation:
         """What a prompt would reuse now and why not more, without running the model; `str()` reads as a sentence.

@@ -181,3 +181,9 @@ class Serving:
             self.store.drop(old)
             logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
         return new, changed
+
+    def _latest_space(self) -> str:
+        """The space of the latest prompt. Unlike `_space` it notices nothing, and it never reads all weights."""
+        if self._space_name or self.store.outlives_process:
+            return self._space_name
+        return fingerprint.space_of(cast("SparsePrefixCache", self), identity(self.model))
