@@ -68,12 +68,17 @@ def load(
         seed (`int`): of a built-in model's weights.
 
     Raises:
-        ValueError: when `name` can be none of the three.
+        ValueError: when `name` can be none of the three, or there is no such dtype or device.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"device={device!r} cannot be used: {said}; choose another, such as cpu") from error
     model: Any
     if name in SIZES:
         named = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if not isinstance(named, torch.dtype):
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise ValueError(f"dtype={dtype!r} is not a dtype of torch; use auto, float32 or bfloat16")
         model = build_model(name, named, seed)
         return model.to(device), build_tokenizer(texts)

@@ -3,6 +3,7 @@
 What a command needs is imported inside it: help, errors in options and completion in a shell come without torch.
 """
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -135,7 +136,7 @@ def verify(
 
     screen = Screen(json)
     _quiet()
-    text = document.read_text(encoding="utf-8") if document else sources.own_document()[0]
+    text = sources.read_document(document) if document else sources.own_document()[0]
     loaded, tokenizer = builtin.load(model, [text], dtype, device)
     options = {"grid": grid, **({"policy": policy} if policy else {})}
     report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
@@ -240,6 +241,9 @@ app.command()(bench)
 
 def main() -> None:
     """Run the command line; what goes wrong becomes one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe on Windows may lack the signs we use
     try:
         sys.exit(app(standalone_mode=False))
     except (typer.Abort, KeyboardInterrupt):
@@ -249,5 +253,7 @@ def main() -> None:
             raise
         usage = getattr(error, "format_message", None)  # typer's own errors have it; it brings its copy of click
         expected = isinstance(error, (ValueError, OSError, ImportError))
-        fail(usage() if usage else str(error) if expected else f"{type(error).__name__}: {error}")
+        message = usage() if usage else str(error) if expected else f"{type(error).__name__}: {error}"
+        if message:  # none where the help was shown in place of a command
+            fail(message)
         sys.exit(2)
