@@ -126,14 +126,7 @@ class Serving:
                 self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
             )
             served = time.perf_counter()
-        info = RequestInfo(
-            prompt_tokens=request.prompt_tokens,
-            overlap_tokens=request.overlap_tokens,
-            resumed_tokens=request.resumed_tokens,
-            computed_tokens=request.prompt_tokens - request.resumed_tokens,
-            captured=tuple(request.captured),
-            reason="weights changed: what was stored of them was dropped" if changed else request.reason,
-        )
+        info = request.info("weights changed: what was stored of them was dropped" if changed else "")
         closed = time.perf_counter()
         self._recorder.add(
             info,
