@@ -93,6 +93,7 @@ def simulate(
     prefill_cost: Callable[[Floats], Floats] | None = None,
     store_outputs: bool = False,
     on_request: Callable[[RequestInfo], None] | None = None,
+    progress: bool = True,
 ) -> SimulationResult:
     """Serves a trace with the live cache's own parts and counts what it reuses.
 
@@ -121,6 +122,8 @@ def simulate(
         on_request: called with what happened to each request, warm-up included, in order: what `cache.last_request`
             is for the live cache. With `store_outputs`, positions captured in the output lie behind the prompt.
 
+        progress: whether a terminal shows a bar.
+
     Raises:
         ValueError: if an argument is out of range or a name unknown.
     """
@@ -147,8 +150,8 @@ def simulate(
     counted = [0, 0, 0]
     captured, planning, started = 0, 0.0, time.perf_counter()
     name = policy if isinstance(policy, str) else type(policy).__name__
-    progress = tqdm(prompts, desc=f"simulate {name}", unit="req", disable=not sys.stderr.isatty(), leave=False)
-    for index, ids in enumerate(progress):
+    hidden = not progress or not sys.stderr.isatty()
+    for index, ids in enumerate(tqdm(prompts, desc=f"simulate {name}", unit="req", disable=hidden, leave=False)):
         cuts = cut_positions(ids, grid, specials)
         with open_request(store, place, ids, cuts, max_checkpoints=max_checkpoints) as request:
             for position in request.planned:

@@ -1,4 +1,4 @@
-"""One trace through `simulate` and through the live cache of a tiny model: the same matches, captures and evictions."""
+"""One trace through `simulate` and through a live cache: the same matches, captures and evictions."""
 
 from __future__ import annotations
 
