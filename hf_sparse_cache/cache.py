@@ -81,8 +81,10 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         states.check_layers(probe, type(model).__name__)
         self.grid = self._checked_grid(self.config.grid)
         self._cut_ids = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
-        cost = prefill_cost(model, probe.full_attention_layers)
-        self.policy = make_policy(self.config.policy, self._cut_ids, cost) if isinstance(policy, str) else policy
+        self.prefill_cost = prefill_cost(model, probe.full_attention_layers)  # what the policy weighs
+        self.policy = (
+            make_policy(self.config.policy, self._cut_ids, self.prefill_cost) if isinstance(policy, str) else policy
+        )
         self.store = CheckpointStore(self.config.max_memory) if store is None else store
         self.size = states.measure(model, probe, self.family.cache_name)
         self._check_budget()

@@ -12,7 +12,8 @@ with open_request(store, policy, ids, cut_positions(ids, grid), space=fingerprin
 ```
 
 Closing counts the prompt in the tree and lets the policy observe it; leaving the block by an exception only unpins,
-and everything added before stays valid. `add` may be called for any cut of the prompt (a mark, say), planned or not.
+and everything added before stays valid. `add` may be called for any cut of the prompt (a mark, say), planned or not. A
+cache that keeps states produced by decoding would go on with `continued` before it closes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +30,7 @@ import numpy as np
 from .explain import cause
 from .policies import Policy, Prompt
 from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .stats import RequestInfo
 from .store import CheckpointStore
 from .tree import Checkpoint, Payload
 from .units import Span
@@ -114,11 +117,21 @@ class Request:
         except BaseException:
             self._release()
             raise
-        fresh = cuts[np.isin(cuts, np.asarray(wanted, dtype=np.int64)) & (cuts > self.resumed_tokens)]
-        limit = len(fresh) if max_checkpoints is None else min(max_checkpoints, len(fresh))
+        fresh = _among(self._prompt.open_cuts, wanted, max_checkpoints)
         self._marked = {p for p in store.marks.positions(ids, cuts, space) if p > self.resumed_tokens}
-        self.planned: list[int] = sorted({*fresh.tolist()[len(fresh) - limit :], *self._marked})
+        self.planned: list[int] = sorted({*fresh, *self._marked})
         self.plan_seconds = time.perf_counter() - matched
+
+    def info(self, reason: str = "") -> RequestInfo:
+        """What happened, for those who count; `reason` in place of its own."""
+        return RequestInfo(
+            prompt_tokens=self.prompt_tokens,
+            overlap_tokens=self.overlap_tokens,
+            resumed_tokens=self.resumed_tokens,
+            computed_tokens=self.prompt_tokens - self.resumed_tokens,
+            captured=tuple(self.captured),
+            reason=reason or self.reason,
+        )
 
     def kv_payloads(self) -> list[Payload]:
         """The KV segments below `checkpoint`, shallow to deep; empty when cold or without full attention."""
@@ -168,6 +181,28 @@ class Request:
         self.captured.append(position)
         return True
 
+    def continued(self, output: Tokens, cuts: Positions) -> list[int]:
+        """Goes on with what the model generated, as if its states had been kept while it was decoded.
+
+        Call it when everything of the prompt was added. From here on the prompt and the output are one text: `add`
+        takes its cuts, closing remembers it, and the policy and the eviction learn from it.
+
+        Args:
+            output: the generated tokens, int32 of shape `(M,)`.
+            cuts: the cuts of prompt and output together.
+
+        Returns:
+            Positions to capture, ascending, none of them before the end of the prompt. A limit of new checkpoints
+            counts anew for the output.
+        """
+        self._ids, self._cuts = np.concatenate([self._ids, output.astype(np.int32, copy=False)]), cuts
+        self._prompt = replace(self._prompt, ids=self._ids, cuts=cuts, shape=None, forecast=None)
+        with self._policy.lock:
+            wanted = self._policy.place(self._prompt)
+        behind = cuts[np.searchsorted(cuts, self.prompt_tokens) :]
+        self.planned = _among(behind, wanted, self._prompt.limit)
+        return self.planned
+
     def close(self) -> None:
         """Counts the prompt in the tree, lets the policy observe it, and unpins. Closing twice is harmless."""
         if self._closed:
@@ -199,6 +234,12 @@ class Request:
             self.close()
         elif not self._closed:
             self._release()
+
+
+def _among(cuts: Positions, wanted: list[int], limit: int | None) -> list[int]:
+    """Those of `wanted` that are cuts, ascending; the deepest `limit` of them."""
+    found = sorted(set(wanted).intersection(cuts.tolist()))
+    return found if limit is None else found[max(0, len(found) - limit) :]
 
 
 def open_request(

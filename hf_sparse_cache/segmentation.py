@@ -45,7 +45,7 @@ def cut_positions(ids: Tokens, grid: int, cut_ids: Iterable[int] = (), min_dista
         raise ValueError(f"min_distance must be 1 to grid ({grid}), got {min_distance}; leave it out for a default")
     limit = len(ids) - MIN_SUFFIX_TOKENS
     regular: Positions = np.arange(grid, limit + 1, grid, dtype=np.int64)
-    special_ids = np.unique(np.fromiter(cut_ids, dtype=np.int64))
+    special_ids = np.fromiter(cut_ids, dtype=np.int64)
     if limit < 1 or special_ids.size == 0:
         return regular
     special = np.flatnonzero(np.isin(ids[:limit], special_ids)) + 1

@@ -128,14 +128,7 @@ class Serving:
                 self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
             )
             served = time.perf_counter()
-        info = RequestInfo(
-            prompt_tokens=request.prompt_tokens,
-            overlap_tokens=request.overlap_tokens,
-            resumed_tokens=request.resumed_tokens,
-            computed_tokens=request.prompt_tokens - request.resumed_tokens,
-            captured=tuple(request.captured),
-            reason=WEIGHTS_CHANGED if changed and not request.resumed_tokens else request.reason,
-        )
+        info = request.info(WEIGHTS_CHANGED if changed and not request.resumed_tokens else "")
         closed = time.perf_counter()
         self._note(
             info,

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from .eviction import Eviction
 from .policies import Policy, make_policy
 from .request import open_request
 from .segmentation import cut_positions
+from .stats import RequestInfo
 from .store import CheckpointStore
 from .traces import load_trace
+from .views import Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,17 @@ def simulate(
     cut_ids: Iterable[int] = (),
     warmup: float = 0.0,
     eviction: str | Eviction = "learned",
+    prefill_cost: Callable[[Floats], Floats] | None = None,
+    store_outputs: bool = False,
+    on_request: Callable[[RequestInfo], None] | None = None,
+    progress: bool = True,
 ) -> SimulationResult:
     """Serves a trace with the live cache's own parts and counts what it reuses.
+
+    With the sizes, the grid and the prefill cost of a live cache (`cache.size.state_bytes`,
+    `cache.size.kv_bytes_per_token`, `cache.grid`, `cache.prefill_cost`) and its policy, eviction and budget, every
+    request is matched, captured and evicted for exactly as that cache would. Counts and bytes agree; seconds need a
+    model.
 
     Args:
         trace: a workload folder, a `.jsonl` file, a `datasets.Dataset` with a column `input_ids`, or an iterable of
@@ -102,6 +114,15 @@ def simulate(
         cut_ids: token ids after which a prompt may be cut as well.
         warmup: leading fraction of the requests that is served but not counted.
         eviction: "learned", "lru", "fifo", or an object.
+        prefill_cost: cost of prefilling to each of an array of positions, for the policies by name that weigh it;
+            default the positions themselves. `cache.prefill_cost` is the one of a model.
+        store_outputs: whether what was generated is stored behind each prompt as well, as a cache could that keeps
+            states produced by decoding. The live cache does not; this says what it would be worth. The overlap then
+            counts tokens shared with earlier outputs too.
+        on_request: called with what happened to each request, warm-up included, in order: what `cache.last_request`
+            is for the live cache. With `store_outputs`, positions captured in the output lie behind the prompt.
+
+        progress: whether a terminal shows a bar.
 
     Raises:
         ValueError: if an argument is out of range or a name unknown.
@@ -114,27 +135,39 @@ def simulate(
         )
     if not 0.0 <= warmup < 1.0:
         raise ValueError(f"warmup must be a fraction in [0, 1), got {warmup}; 0.6 leaves 40 % of the requests counted")
+    if prefill_cost is not None and not isinstance(policy, str):
+        raise ValueError(
+            f"prefill_cost is for policies by name, but policy is a {type(policy).__name__} object; give it to that"
+        )
     specials = tuple(cut_ids)
-    place = make_policy(policy, specials) if isinstance(policy, str) else policy
+    place = make_policy(policy, specials, prefill_cost) if isinstance(policy, str) else policy
     store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)
     prompts = load_trace(trace)
+    outputs = prompts.outputs if store_outputs else None
     state = Sized(state_bytes)
     kv = (lambda start, end: Sized((end - start) * kv_bytes_per_token)) if kv_bytes_per_token else None
     first = int(len(prompts) * warmup)
     counted = [0, 0, 0]
     captured, planning, started = 0, 0.0, time.perf_counter()
-    progress = tqdm(prompts, desc="simulate", unit="req", disable=not sys.stderr.isatty(), leave=False)
-    for index, ids in enumerate(progress):
+    name = policy if isinstance(policy, str) else type(policy).__name__
+    hidden = not progress or not sys.stderr.isatty()
+    for index, ids in enumerate(tqdm(prompts, desc=f"simulate {name}", unit="req", disable=hidden, leave=False)):
         cuts = cut_positions(ids, grid, specials)
         with open_request(store, place, ids, cuts, max_checkpoints=max_checkpoints) as request:
             for position in request.planned:
                 request.add(position, state, kv)
+            if outputs is not None and len(outputs[index]):
+                cuts = cut_positions(np.concatenate([ids, outputs[index]]), grid, specials)
+                for position in request.continued(outputs[index], cuts):
+                    request.add(position, state, kv)
         captured += len(request.captured)
         planning += request.match_seconds + request.plan_seconds
         if index >= first:
             counted[0] += request.prompt_tokens
             counted[1] += request.overlap_tokens
             counted[2] += request.resumed_tokens
+        if on_request is not None:
+            on_request(request.info())
     return SimulationResult(
         requests=len(prompts) - first,
         prompt_tokens=counted[0],

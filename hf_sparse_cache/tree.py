@@ -81,13 +81,12 @@ class Checkpoint:
 
     def above(self) -> Checkpoint | None:
         """The nearest checkpoint nearer to the start of the prompt."""
-        node: Node | None = self.node
-        while node is not None:
-            found = [position for position in node.checkpoints if position < self.position]
-            if found:
-                return node.checkpoints[max(found)]
+        node = self.node
+        found = [position for position in node.checkpoints if position < self.position]
+        while not found and node.parent is not None:
             node = node.parent
-        return None
+            found = list(node.checkpoints)  # all of them lie above
+        return node.checkpoints[max(found)] if found else None
 
     def below(self, limit: int = 16) -> list[Checkpoint]:
         """The next checkpoints on every path that runs on from here, looking at `limit` nodes at most."""

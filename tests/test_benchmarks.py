@@ -91,3 +91,27 @@ def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     assert once == table.rewritten(once, text) and once.startswith("# Title") and once.endswith("## Next\n")
     with pytest.raises(ValueError, match="README"):
         table.rewritten("nothing", text)
+
+
+def test_deciding_at_toy_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    rows = [[*range(100 * (turn % 3), 100 * (turn % 3) + 90), 9000 + turn, *range(50)] for turn in range(6)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    size = ("--model", "jamba-3m", "--grid", "32", "--requests", "6", "--stored", "80", "--max-memory", "2MiB")
+    size += ("--memory-requests", "40", "--remembered", "1000")
+    run(monkeypatch, "bench_deciding", str(trace), *size, "--json")
+    found = json.loads(capsys.readouterr().out)
+    deciding = found["deciding"]
+    assert deciding["cold"]["requests"] == deciding["resumed"]["requests"] == 3 and deciding["evictions"] > 0
+    for kind in ("cold", "resumed", "all"):
+        row = deciding[kind]
+        assert row["deciding_seconds"] == pytest.approx(
+            sum(row[part] for part in ("cuts", "match and plan", "add", "close"))
+        )
+        assert 0 < row["deciding_seconds"] < row["prefill_seconds"]
+    assert [row["requests"] for row in found["held"]] == [10, 20, 30, 40]
+    assert found["held"][-1]["remembered_tokens"] <= 1000 + 200 * 150
+    run(monkeypatch, "bench_deciding", str(trace), *size)
+    assert "bound 1 %" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import Run
 
 from hf_sparse_cache import SparsePrefixCache, cli, exactness
 from hf_sparse_cache.builtin import load
@@ -19,22 +19,7 @@ from hf_sparse_cache.cli.screen import Screen
 from hf_sparse_cache.policies import Block
 
 
-Run = Callable[..., tuple[int, str, str]]
 DEMO = ("demo", "--model", "jamba-3m", "--tokens", "600", "--grid", "64", "--uncached", "2")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; returns exit code, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-sparse-cache", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(left.value.code or 0), printed.out, printed.err
-
-    return call
 
 
 def test_help_names_the_commands_with_an_example(run: Run) -> None:
@@ -115,18 +100,6 @@ def test_a_difference_is_an_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch,
     assert code == 1 and "NOT EXACT" in out
 
 
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    """Three documents of 700 tokens, four questions each."""
-    lines = []
-    for document in range(3):
-        shared = [1000 * document + token for token in range(700)]
-        lines += [json.dumps({"input_ids": [*shared, 5000 + question, *range(40)]}) for question in range(4)]
-    path = tmp_path / "trace.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
 def test_simulate_puts_policies_side_by_side(run: Run, trace: Path) -> None:
     options = ("simulate", str(trace), "--policy", "balanced", "--policy", "none", "--max-memory", "1GiB")
     code, out, _ = run(*options, "--json")
@@ -135,25 +108,6 @@ def test_simulate_puts_policies_side_by_side(run: Run, trace: Path) -> None:
     assert result["none"]["resumed_tokens"] == 0 < result["balanced"]["resumed_tokens"]
     assert result["balanced"]["overlap_tokens"] == 3 * 3 * 700
     assert "| balanced " in run(*options)[1]
-
-
-def test_plan_finds_the_end_of_the_documents(run: Run, trace: Path) -> None:
-    options = ("plan", "jamba-3m", "--trace", str(trace), "--grid", "100")
-    code, out, _ = run(*options, "--json")
-    result = json.loads(out)
-    (one,) = result["plans"][:1]
-    assert code == 0 and result["kv_bytes_per_token"] > 0
-    assert one["positions"] == [700] and one["recomputed_tokens"] == pytest.approx(0)
-    assert one["bytes_per_prompt"] == result["state_bytes"] + 700 * result["kv_bytes_per_token"]
-    assert "cuts every 100 tokens" in run(*options)[1]
-
-
-def test_plan_without_a_trace_spreads(run: Run) -> None:
-    code, out, _ = run("plan", "mamba-3m", "--tokens", "1000", "--grid", "10", "--json")
-    plans = json.loads(out)["plans"]
-    assert code == 0 and plans[0]["positions"] == [500]
-    costs = [row["recomputed_tokens"] for row in plans]
-    assert costs == sorted(costs, reverse=True)
 
 
 def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> None:
@@ -193,12 +147,15 @@ def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> No
         (("verify", "mamba-3m", "--dtype", "float7"), "float7"),
         (("simulate", "nowhere.jsonl"), "nowhere.jsonl"),
         (("inspect", "nowhere"), "nowhere"),
-        (("plan", "mamba-3m", "--tokens", "100"), "256"),
+        (("plan", "--model", "mamba-3m", "--tokens", "100"), "256"),
+        (("plan", "mamba-3m"), "--model mamba-3m"),
+        (("plan", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("plan", "--png", "plan.png"), "TRACE"),
         (("nonsense",), "nonsense"),
         (("demo", "--question", "Why?"), "--document"),
         (("demo", "--document", "nowhere.txt", "--question", "a", "--question", "b"), "--document nowhere.txt"),
         (("verify", "mamba-3m", "--document", "nowhere.txt"), "--document nowhere.txt"),
-        (("plan", "mamba-3m", "--device", "cpu"), "--device"),
+        (("plan", "--model", "mamba-3m", "--device", "cpu"), "--device"),
         (("verify", "mamba-3m", "--device", "nowhere"), "device='nowhere'"),
         (("verify", "mamba-3m", "--dtype", "int8"), "dtype='int8'"),
         (("simulate", "."), "meta.json"),

@@ -147,3 +147,13 @@ def test_errors_name_the_argument(kwargs: dict[str, Any], message: str) -> None:
 def test_missing_trace() -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         simulate("nowhere", state_bytes=1)
+
+
+def test_a_terminal_shows_a_bar_that_names_the_policy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    simulate(prompts(5), state_bytes=1, policy="junction", progress=False)
+    assert capsys.readouterr().err == ""
+    simulate(prompts(5), state_bytes=1, policy="junction")
+    assert "simulate junction" in capsys.readouterr().err

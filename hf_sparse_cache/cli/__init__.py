@@ -55,6 +55,11 @@ Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500
 Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's choice.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+SizesModel = Annotated[str | None, typer.Option(help="Take the sizes from this model.", autocompletion=_model_names)]
+StateBytes = Annotated[int, typer.Option(help="Bytes of a checkpoint's states, without --model.", min=1)]
+KVBytes = Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0)]
+MaxCheckpoints = Annotated[int | None, typer.Option(help="Most new checkpoints a prompt.", min=0)]
+Warmup = Annotated[float, typer.Option(help="Leading fraction that is served but not counted.")]
 
 
 _DEMO_MODELS = {"mamba": "mamba-21m", "jamba": "jamba-30m", "zamba2": "zamba2-30m"}
@@ -146,64 +151,79 @@ def verify(
 
 @app.command()
 def plan(
-    model: ModelName,
     trace: Annotated[
-        Path | None, typer.Option(help="Workload folder or .jsonl of token ids; default: prompts that part anywhere.")
+        Path | None,
+        typer.Argument(help="Workload folder or .jsonl of token ids; default: prompts that part anywhere."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Length of the prompts without a trace.", min=64)] = 8192,
+    model: SizesModel = None,
+    state_bytes: StateBytes = 2**20,
+    kv_bytes_per_token: KVBytes = 0,
     max_memory: Memory = "2GiB",
+    policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: all.")] = None,
+    max_checkpoints: MaxCheckpoints = None,
+    cut_id: Annotated[
+        list[int] | None, typer.Option(help="Token id after which prompts may be cut, the end of a message; repeat.")
+    ] = None,
     grid: Grid = None,
+    warmup: Warmup = 0.0,
+    requests: Annotated[int | None, typer.Option(help="Only the first so many requests of the trace.", min=1)] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the three pictures into this file.")] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the prompts without a trace.", min=64)] = 8192,
     json: Json = False,
 ) -> None:
-    """Show what a checkpoint of a model costs, and the best places for 1, 2, 4, ... of them.
+    """Advise before memory is spent: what each policy would reuse of a trace, where, and what memory would be worth.
 
-    Example: `hf-sparse-cache plan zamba2-30m --tokens 8000`
+    Example: `hf-sparse-cache plan trace.jsonl --model zamba2-30m --max-memory 2GiB --png plan.png`
     """
-    import numpy as np
-
-    from .. import builtin
-    from . import planning
+    from . import advising
 
     screen = Screen(json)
     _quiet()
-    sizes = planning.Sizes.of(builtin.load(model, [""])[0], grid)
-    weights = np.ones(tokens + 1) if trace is None else planning.overlap_weights(trace)
-    prompts = f"prompts of {tokens:,} tokens that part anywhere" if trace is None else f"the requests of {trace.name}"
-    screen.emit({"model": model, **planning.plan(sizes, weights, max_memory, prompts, screen)})
+    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid)
+    if trace is None:
+        screen.emit({"model": model, **advising.without_trace(sizes, tokens, max_memory, png, screen)})
+        return
+    found = advising.on_trace(
+        trace,
+        sizes,
+        max_memory=max_memory,
+        policies=policy,
+        max_checkpoints=max_checkpoints,
+        cut_ids=cut_id or (),
+        warmup=warmup,
+        requests=requests,
+        png=png,
+        screen=screen,
+    )
+    screen.emit({"model": model, **found})
 
 
 @app.command()
 def simulate(
     trace: Annotated[Path, typer.Argument(help="Workload folder, or .jsonl with one list of token ids a line.")],
     policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: learned, dp, block.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Take the sizes from this model.", autocompletion=_model_names)
-    ] = None,
-    state_bytes: Annotated[int, typer.Option(help="Bytes of a checkpoint's states, without --model.", min=1)] = 2**20,
-    kv_bytes_per_token: Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0)] = 0,
+    model: SizesModel = None,
+    state_bytes: StateBytes = 2**20,
+    kv_bytes_per_token: KVBytes = 0,
     max_memory: Annotated[str | None, typer.Option(help="Budget, such as 2GiB; default: no limit.")] = None,
-    max_checkpoints: Annotated[int | None, typer.Option(help="Most new checkpoints a prompt.", min=0)] = None,
+    max_checkpoints: MaxCheckpoints = None,
     grid: Grid = None,
-    warmup: Annotated[float, typer.Option(help="Leading fraction that is served but not counted.")] = 0.0,
+    warmup: Warmup = 0.0,
     json: Json = False,
 ) -> None:
     """Serve a trace without a model, and show what each policy would reuse of it.
 
     Example: `hf-sparse-cache simulate trace.jsonl --max-memory 2GiB --policy learned --policy block`
     """
+    from ..traces import load_trace
     from . import planning
 
     screen = Screen(json)
     _quiet()
-    if model is None:
-        sizes = planning.Sizes(state_bytes, kv_bytes_per_token, grid or 64)
-    else:
-        from .. import builtin
-
-        sizes = planning.Sizes.of(builtin.load(model, [""])[0], grid)
+    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid)
     names = policy or ["learned", "dp", "block"]
     limits: dict[str, Any] = {"max_memory": max_memory, "max_checkpoints": max_checkpoints, "warmup": warmup}
-    screen.emit({"trace": str(trace), **planning.replay(trace, sizes, names, screen, **limits)})
+    screen.emit({"trace": str(trace), **planning.replay(load_trace(trace), sizes, names, screen, **limits)})
 
 
 @app.command()
@@ -225,6 +245,17 @@ def inspect(
     _quiet()
     decoder = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     screen.emit(inspecting.run(folder, decoder, tree, screen))
+
+
+def _sizes(model: str | None, state_bytes: int, kv_bytes_per_token: int, grid: int | None) -> Any:
+    """Those of the model, where one is named."""
+    from .planning import Sizes
+
+    if model is None:
+        return Sizes(state_bytes, kv_bytes_per_token, grid or 64)
+    from .. import builtin
+
+    return Sizes.of(builtin.load(model, [""])[0], grid)
 
 
 def _quiet() -> None:

@@ -1,8 +1,7 @@
 """Before memory is spent: what a checkpoint costs, where checkpoints would go, and what a trace would reuse."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,55 +9,65 @@ from numpy.typing import NDArray
 
 from ..cache import SparsePrefixCache
 from ..planner import plan_checkpoints
-from ..policies import NoCheckpoints, Prompt
 from ..simulator import simulate
-from ..sizes import parse_bytes
 from ..stats import format_bytes
+from ..traces import Trace
+from ..views import Floats
 from .screen import Screen
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is stored for one model: bytes of a checkpoint's states, bytes of KV a token, tokens between cuts."""
+    """What is stored for one model: bytes of a checkpoint's states, bytes of KV a token, tokens between cuts.
+
+    Attributes:
+        prefill_cost: what policies weigh; None for the number of tokens.
+    """
 
     state_bytes: int
     kv_bytes_per_token: int
     grid: int
+    prefill_cost: Callable[[Floats], Floats] | None = None
 
     @classmethod
     def of(cls, model: Any, grid: int | None) -> "Sizes":
         """Measured on the model."""
         with SparsePrefixCache(model, grid=grid, max_memory=None, policy="none") as cache:
-            return cls(cache.size.state_bytes, cache.size.kv_bytes_per_token, cache.grid)
+            return cls(cache.size.state_bytes, cache.size.kv_bytes_per_token, cache.grid, cache.prefill_cost)
+
+    @property
+    def measured(self) -> dict[str, int]:
+        """The numbers."""
+        return {
+            "state_bytes": self.state_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "grid": self.grid,
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of `simulate`."""
+        return {**self.measured, "prefill_cost": self.prefill_cost}
 
 
-class _Listening(NoCheckpoints):
-    """Stores nothing and notes how many tokens each prompt shares with earlier ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.overlaps: list[int] = []
-
-    def observe(self, prompt: Prompt) -> None:
-        self.overlaps.append(prompt.overlap)
+def describe(found: dict[str, Any]) -> str:
+    """What is stored, in one line."""
+    return (
+        f"A checkpoint: {format_bytes(found['state_bytes'])} of states, {format_bytes(found['kv_bytes_per_token'])} "
+        f"of keys and values for each token below it; cuts every {found['grid']} tokens."
+    )
 
 
-def overlap_weights(trace: Any) -> NDArray[np.float64]:
-    """How many requests of a trace share exactly d tokens with earlier ones, `(deepest + 1,)`."""
-    listener = _Listening()
-    simulate(trace, policy=listener, state_bytes=1)
-    return np.bincount(listener.overlaps).astype(np.float64)
-
-
-def plan(sizes: Sizes, weights: NDArray[np.float64], memory: str, prompts: str, screen: Screen) -> dict[str, Any]:
-    """Write the best placement for several numbers of checkpoints a prompt, next to equal spans.
+def placements(sizes: Sizes, weights: Floats, budget: int) -> list[dict[str, Any]]:
+    """The best places for several numbers of checkpoints a prompt, next to equal spans.
 
     Args:
         weights: `(N + 1,)`, weight of each overlap depth.
-        memory: what may be stored.
-        prompts: how to name the prompts that the weights describe.
+        budget: bytes that may be stored.
+
+    Raises:
+        ValueError: No depth reaches the first cut.
     """
-    budget = parse_bytes(memory)
     if weights.sum() == 0 or len(weights) <= sizes.grid:
         raise ValueError(f"no overlap reaches the first cut at {sizes.grid} tokens: there is nothing to plan.")
     shares = weights / weights.sum()
@@ -76,18 +85,26 @@ def plan(sizes: Sizes, weights: NDArray[np.float64], memory: str, prompts: str, 
                 "recomputed_tokens": best.expected_cost,
                 "recomputed_tokens_equal_spans": float(shares @ (depths - _resumed(depths, spans))),
                 "bytes_per_prompt": stored,
-                "prompts_in_memory": None if budget is None or not stored else budget // stored,
+                "prompts_in_memory": budget // stored if stored else None,
             }
         )
         if len(best.positions) < count:
             break
-    screen.say(
-        f"A checkpoint: {format_bytes(sizes.state_bytes)} of states, {format_bytes(sizes.kv_bytes_per_token)} of keys "
-        f"and values for each token below it; cuts every {sizes.grid} tokens.\n"
-        f"Tokens shared with earlier prompts but computed again, mean over {prompts}:\n"
-    )
+    return rows
+
+
+def show_placements(rows: list[dict[str, Any]], budget: int, prompts: str, screen: Screen) -> None:
+    """Write what `placements` found; `prompts` names the prompts that the weights describe."""
+    screen.say(f"Tokens shared with earlier prompts but computed again, mean over {prompts}:\n")
     screen.table(
-        ("checkpoints", "planned", "equal spans", "bytes a prompt", f"prompts in {memory}", "positions"),
+        (
+            "checkpoints",
+            "planned",
+            "equal spans",
+            "bytes a prompt",
+            f"prompts in {format_bytes(budget)}",
+            "positions",
+        ),
         [
             (
                 str(row["checkpoints"]),
@@ -100,7 +117,67 @@ def plan(sizes: Sizes, weights: NDArray[np.float64], memory: str, prompts: str, 
             for row in rows
         ],
     )
-    return {**asdict(sizes), "plans": rows}
+
+
+def show_advice(found: dict[str, Any], screen: Screen) -> None:
+    """Write what the advisor found: policies, where prompts part, and the frontier."""
+    trace, best = found["trace"], found["best"]
+    shared = trace["overlap_tokens"] / max(1, trace["prompt_tokens"])
+    screen.say(
+        f"{trace['name']}: {trace['requests']:,} requests of "
+        f"{trace['prompt_tokens'] / max(1, trace['requests']):,.0f} tokens on average, {shared:.1%} of them shared "
+        f"with earlier prompts.\n{describe(found)}\nBudget {format_bytes(found['max_memory'])}.\n"
+    )
+    rows = [*found["policies"].items(), ("every cut, no limit", found["every_cut"])]
+    screen.table(
+        ("policy", "of the prompt", "of the overlap", "recomputed", "regret", "checkpoints", "evictions", "peak"),
+        [
+            (
+                name,
+                f"{row['resume_rate']:.1%}",
+                f"{row['capture_rate']:.1%}",
+                f"{row['recomputed_tokens']:,.0f}",
+                f"{row.get('regret_tokens', 0.0):,.0f}",
+                f"{row['checkpoints']:,}",
+                f"{row.get('evictions', 0):,}",
+                format_bytes(row["peak_bytes"]),
+            )
+            for name, row in rows
+        ],
+    )
+    screen.say(
+        "Resumed of the prompt and of the overlap; recomputed: shared tokens that a request computes all the same; "
+        "regret: how many more than with a checkpoint at every cut, which is the most that these cuts allow (its "
+        f"bytes are about right).\nMost is resumed by {best}.\n"
+    )
+    histogram = found["histogram"]
+    most = max(*histogram["requests"], 1)
+    screen.table(
+        ("tokens", "requests that share so many", f"checkpoints of {best}"),
+        [
+            (f"{start:,} to {start + histogram['width_tokens'] - 1:,} {_bar(count / most)}", f"{count:,}", f"{made:,}")
+            for start, count, made in zip(
+                histogram["starts"], histogram["requests"], histogram["checkpoints"], strict=True
+            )
+        ],
+    )
+    screen.table(
+        ("policy under a budget", "budget", "peak", "recomputed", "of the overlap"),
+        [
+            (
+                row["policy"],
+                format_bytes(row["max_memory"]),
+                format_bytes(row["peak_bytes"]),
+                f"{row['recomputed_tokens']:,.0f}",
+                f"{row['capture_rate']:.1%}",
+            )
+            for row in found["frontier"]
+        ],
+    )
+
+
+def _bar(share: float, width: int = 20) -> str:
+    return "█" * round(share * width) or ("▏" if share else "")
 
 
 def _resumed(depths: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -121,7 +198,7 @@ def _short(positions: list[int]) -> str:
 
 
 def replay(
-    trace: Path,
+    trace: Trace,
     sizes: Sizes,
     policies: list[str],
     screen: Screen,
@@ -138,7 +215,7 @@ def replay(
             max_memory=max_memory,
             max_checkpoints=max_checkpoints,
             warmup=warmup,
-            **asdict(sizes),
+            **sizes.options,
         )
         for name in policies
     }
@@ -164,4 +241,4 @@ def replay(
         name: {**asdict(result), "resume_rate": result.resume_rate, "capture_rate": result.capture_rate}
         for name, result in results.items()
     }
-    return {**asdict(sizes), "max_memory": max_memory, "policies": rates}
+    return {**sizes.measured, "max_memory": max_memory, "policies": rates}

@@ -1,0 +1,239 @@
+"""The advisor: what each policy would reuse of a trace under a budget, where, and what other budgets are worth."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from ..builtin_sizes import SIZES
+from ..policies import POLICIES
+from ..segmentation import MIN_SUFFIX_TOKENS, cut_positions
+from ..simulator import SimulationResult, simulate
+from ..sizes import parse_bytes
+from ..stats import RequestInfo
+from ..traces import Trace, load_trace
+from .drawing import check_installed, draw
+from .planning import Sizes, describe, placements, show_advice, show_placements
+from .screen import Screen, Steps
+
+
+BELOW, ABOVE = (16, 4), 4  # the budgets of the frontier: a 16th and a quarter, and four times as much
+BINS = 16
+
+
+def without_trace(sizes: Sizes, tokens: int, max_memory: str, png: Path | None, screen: Screen) -> dict[str, Any]:
+    """The best placements for prompts of one length that part anywhere."""
+    if png is not None:
+        raise ValueError(f"--png {png} draws what a trace would reuse; give a TRACE.")
+    budget = cast(int, parse_bytes(max_memory))
+    rows = placements(sizes, np.ones(tokens + 1), budget)
+    screen.say(f"{describe(sizes.measured)}\n")
+    show_placements(rows, budget, f"prompts of {tokens:,} tokens that part anywhere", screen)
+    return {**sizes.measured, "max_memory": budget, "plans": rows}
+
+
+def on_trace(
+    path: Path,
+    sizes: Sizes,
+    *,
+    max_memory: str,
+    policies: Sequence[str] | None,
+    max_checkpoints: int | None,
+    cut_ids: Sequence[int],
+    warmup: float,
+    requests: int | None,
+    png: Path | None,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Load a trace once, advise on it, and write and draw what was found."""
+    if png is not None:
+        check_installed()
+    if not path.exists() and path.name in SIZES:
+        raise ValueError(f"TRACE is {str(path)!r}, which is a model; a model goes by --model {path}.")
+    trace = load_trace(path)
+    if requests is not None:
+        trace = load_trace(trace[:requests])
+    names = list(dict.fromkeys(policies or default_policies(cut_ids)))
+    budget = cast(int, parse_bytes(max_memory))
+    question = Question(path.name, trace, sizes, names, budget, max_checkpoints, tuple(cut_ids), warmup)
+    found = advise(question, screen)
+    show_advice(found, screen)
+    show_placements(found["plans"], budget, f"the requests of {path.name}", screen)
+    if png is not None:
+        draw(found, png)
+        screen.say(f"Pictures: {png}")
+    return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the advisor is asked.
+
+    Attributes:
+        name: how to call the trace.
+        trace: loaded once, served once for each policy and budget.
+        policies: names; the first one is drawn on the frontier with the best of the others.
+        max_memory: the budget in bytes.
+        cut_ids: tokens after which a prompt may be cut.
+        warmup: leading fraction that is served but not counted.
+    """
+
+    name: str
+    trace: Trace
+    sizes: Sizes
+    policies: Sequence[str]
+    max_memory: int
+    max_checkpoints: int | None = None
+    cut_ids: tuple[int, ...] = ()
+    warmup: float = 0.0
+
+
+def default_policies(cut_ids: Sequence[int]) -> list[str]:
+    """All that keep something; `boundary` only where ends of segments are known."""
+    return [name for name in POLICIES if name != "none" and (name != "boundary" or cut_ids)]
+
+
+def advise(question: Question, screen: Screen) -> dict[str, Any]:
+    """Serve the trace with every policy, and with the two best ones under other budgets.
+
+    Returns:
+        What was found, ready for JSON: `trace`, `policies`, `every_cut`, `best`, `histogram`, `frontier`, `plans`.
+
+    Raises:
+        ValueError: No prompt of the trace shares its first cut with an earlier one.
+    """
+    runs = 1 + len(question.policies) + (len(BELOW) + 1) * min(2, len(question.policies))
+    with screen.progress(runs * len(question.trace), "overlap") as steps:
+        overlaps = _serve(question, steps, "none", None)[1]
+        every_cut = _every_cut(question, overlaps)
+        weights = np.bincount([row.overlap_tokens for row in _counted(question, overlaps)]).astype(np.float64)
+        plans = placements(question.sizes, weights, question.max_memory)
+        served = {name: _serve(question, steps, name, question.max_memory) for name in question.policies}
+        results = {name: result for name, (result, _) in served.items()}
+        order = sorted(question.policies, key=lambda name: -results[name].resumed_tokens)  # ties: as they were given
+        best, first = order[0], question.policies[0]
+        shown = list(dict.fromkeys([first, next((name for name in order if name != first), first)]))
+        frontier = _frontier(question, {name: results[name] for name in shown}, steps)
+    floor = every_cut["recomputed_tokens"]
+    return {
+        "trace": {
+            "name": question.name,
+            "requests": results[best].requests,
+            "prompt_tokens": results[best].prompt_tokens,
+            "overlap_tokens": results[best].overlap_tokens,
+        },
+        **question.sizes.measured,
+        "max_memory": question.max_memory,
+        "policies": {name: _row(result, floor) for name, result in results.items()},
+        "every_cut": every_cut,
+        "best": best,
+        "histogram": _histogram(weights, _counted(question, served[best][1])),
+        "frontier": frontier,
+        "plans": plans,
+    }
+
+
+def _serve(
+    question: Question, steps: Steps, policy: str, max_memory: int | None
+) -> tuple[SimulationResult, list[RequestInfo]]:
+    rows: list[RequestInfo] = []
+
+    def count(row: RequestInfo) -> None:
+        rows.append(row)
+        steps.done(1)
+
+    steps.now(policy)
+    result = simulate(
+        question.trace,
+        policy=policy,
+        max_memory=max_memory,
+        max_checkpoints=question.max_checkpoints,
+        cut_ids=question.cut_ids,
+        warmup=question.warmup,
+        on_request=count,
+        progress=False,
+        **question.sizes.options,
+    )
+    return result, rows
+
+
+def _counted(question: Question, rows: list[RequestInfo]) -> list[RequestInfo]:
+    return rows[int(len(rows) * question.warmup) :]
+
+
+def _row(result: SimulationResult, floor: float) -> dict[str, Any]:
+    return {
+        **asdict(result),
+        "resume_rate": result.resume_rate,
+        "capture_rate": result.capture_rate,
+        "recomputed_tokens": result.recomputed_tokens,
+        "regret_tokens": result.recomputed_tokens - floor,
+    }
+
+
+def _every_cut(question: Question, rows: list[RequestInfo]) -> dict[str, Any]:
+    """The most that any policy can resume on these cuts, and about what it would hold: nothing is ever evicted."""
+    sizes, skipped = question.sizes, len(rows) - len(_counted(question, rows))
+    resumed = checkpoints = held = 0
+    for index, (ids, row) in enumerate(zip(question.trace, rows, strict=True)):
+        cuts = cut_positions(ids, sizes.grid, question.cut_ids)
+        usable = min(row.overlap_tokens, len(ids) - MIN_SUFFIX_TOKENS)
+        known, shared = (int(np.searchsorted(cuts, depth, side="right")) for depth in (usable, row.overlap_tokens))
+        resumed += int(cuts[known - 1]) if known and index >= skipped else 0
+        if shared < len(cuts):
+            checkpoints += len(cuts) - shared
+            held += int(cuts[-1]) - (int(cuts[shared - 1]) if shared else 0)
+    counted = _counted(question, rows)
+    overlap, tokens = sum(row.overlap_tokens for row in counted), sum(row.prompt_tokens for row in counted)
+    return {
+        "resumed_tokens": resumed,
+        "checkpoints": checkpoints,
+        "peak_bytes": checkpoints * sizes.state_bytes + held * sizes.kv_bytes_per_token,
+        "resume_rate": resumed / max(tokens, 1),
+        "capture_rate": resumed / overlap if overlap else 1.0,
+        "recomputed_tokens": (overlap - resumed) / len(counted),
+    }
+
+
+def _frontier(question: Question, known: dict[str, SimulationResult], steps: Steps) -> list[dict[str, Any]]:
+    """Each policy under less memory than was used, under the budget, and under more where the budget was short."""
+    used = min(question.max_memory, max(result.peak_bytes for result in known.values()))
+    budgets = {used // share for share in BELOW} - {0}
+    if any(result.evictions for result in known.values()):
+        budgets.add(ABOVE * question.max_memory)
+    rows = [_point(name, question.max_memory, result) for name, result in known.items()]
+    rows += [_point(name, budget, _serve(question, steps, name, budget)[0]) for name in known for budget in budgets]
+    order = list(known)
+    return sorted(rows, key=lambda row: (order.index(row["policy"]), row["max_memory"]))
+
+
+def _point(name: str, budget: int, result: SimulationResult) -> dict[str, Any]:
+    return {
+        "policy": name,
+        "max_memory": budget,
+        "peak_bytes": result.peak_bytes,
+        "recomputed_tokens": result.recomputed_tokens,
+        "capture_rate": result.capture_rate,
+    }
+
+
+def _histogram(weights: Any, rows: list[RequestInfo]) -> dict[str, Any]:
+    """Requests and captured checkpoints by depth, in bins of one power of two."""
+    captured = Counter(position for row in rows for position in row.captured)
+    deepest = max(len(weights) - 1, *captured, 1)
+    width = 1
+    while width * BINS <= deepest:
+        width *= 2
+    starts = np.arange(0, deepest + 1, width)
+    deep = np.asarray(list(captured), dtype=np.int64)
+    times = np.asarray(list(captured.values()), dtype=np.float64)
+    return {
+        "width_tokens": width,
+        "starts": starts.tolist(),
+        "requests": np.bincount(np.arange(len(weights)) // width, weights, len(starts)).astype(int).tolist(),
+        "checkpoints": np.bincount(deep // width, times, len(starts)).astype(int).tolist(),
+        "positions": sorted(captured),
+    }

@@ -1,0 +1,139 @@
+"""One trace through `simulate` and through a live cache: the same matches, captures and evictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import FIRST_WORD, LAST_WORD
+from tiny_models import available_families, build
+
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache, simulate
+from hf_sparse_cache.ledger import Ledger
+from hf_sparse_cache.policies import Learned
+from hf_sparse_cache.stats import RequestInfo
+from hf_sparse_cache.tree import Checkpoint
+
+
+GRID = 16
+PURE, HYBRID = "Mamba2", "Jamba"
+
+
+@dataclass
+class Events:
+    """What happened: a row a request, and the prefix of each evicted checkpoint in the order in which they went."""
+
+    rows: list[RequestInfo] = field(default_factory=list)
+    evicted: list[bytes] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module", params=[PURE, HYBRID])
+def model(request: pytest.FixtureRequest) -> Any:
+    if request.param not in available_families():
+        pytest.skip(f"this transformers has no {request.param}")
+    return build(request.param)
+
+
+@pytest.fixture
+def evicted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """Prefixes of the checkpoints that any store evicts, in order."""
+    order: list[bytes] = []
+    evict = Ledger.evict
+
+    def noted(store: Ledger, checkpoint: Checkpoint, **options: Any) -> None:
+        order.append(checkpoint.node.path_tokens()[: checkpoint.position].tobytes())
+        evict(store, checkpoint, **options)
+
+    monkeypatch.setattr(Ledger, "evict", noted)
+    return order
+
+
+def trace(count: int = 40) -> list[np.ndarray]:
+    """Questions on four documents, some of them a second round of the same conversation."""
+    draw = np.random.default_rng(7)
+
+    def words(length: int) -> np.ndarray:
+        return draw.integers(FIRST_WORD, LAST_WORD + 1, length).astype(np.int32)
+
+    documents = [words(100) for _ in range(4)]
+    prompts: list[np.ndarray] = []
+    for index in range(count):
+        before = prompts[-1] if index % 5 == 4 else documents[int(draw.integers(4))][: int(draw.integers(40, 101))]
+        prompts.append(np.concatenate([before, words(int(draw.integers(8, 40)))]))
+    return prompts
+
+
+def sizes(cache: SparsePrefixCache) -> dict[str, int]:
+    return {"state_bytes": cache.size.state_bytes, "kv_bytes_per_token": cache.size.kv_bytes_per_token}
+
+
+def live(model: Any, policy: Any, eviction: str, budget: int, evicted: list[bytes]) -> tuple[Events, dict[str, Any]]:
+    """What the live cache does, and what the simulator has to know of the model."""
+    evicted.clear()
+    store = CheckpointStore(budget, eviction)
+    events = Events()
+    with SparsePrefixCache(model, grid=GRID, policy=policy, store=store) as cache:
+        for ids in trace():
+            prompt = torch.from_numpy(ids).long()[None]
+            model.generate(prompt, past_key_values=cache, max_new_tokens=1, do_sample=False)
+            assert cache.last_request is not None
+            events.rows.append(cache.last_request)
+        events.evicted = list(evicted)
+        known = {**sizes(cache), "grid": cache.grid, "prefill_cost": cache.prefill_cost}
+    assert store.used_bytes == store.checkpoint_bytes + store.kv_bytes <= budget
+    return events, known
+
+
+def simulated(evicted: list[bytes], **options: Any) -> Events:
+    evicted.clear()
+    events = Events()
+    simulate(trace(), on_request=events.rows.append, **options)
+    events.evicted = list(evicted)
+    return events
+
+
+def budget_of(model: Any) -> int:
+    """Room for about eight checkpoints with their KV, of the thirty and more that the trace asks for."""
+    with SparsePrefixCache(model, grid=GRID, policy="none") as cache:
+        return 8 * cache.size.state_bytes + 400 * cache.size.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("eviction", ["learned", "lru"])
+@pytest.mark.parametrize("policy", ["learned", "dp", "junction"])
+def test_the_live_cache_does_what_was_simulated(model: Any, evicted: list[bytes], policy: str, eviction: str) -> None:
+    budget = budget_of(model)
+    expected, known = live(model, policy, eviction, budget, evicted)
+    found = simulated(evicted, policy=policy, eviction=eviction, max_memory=budget, **known)
+    assert found.rows == expected.rows
+    assert found.evicted == expected.evicted
+    assert len(expected.evicted) >= 8, "a budget that is never full proves nothing"
+    assert sum(row.resumed_tokens > 0 for row in expected.rows) >= 8
+    assert sum(len(row.captured) for row in expected.rows) >= 16
+
+
+@pytest.mark.parametrize("wrong", ["grid", "max_memory", "eviction", "policy", "state_bytes"])
+def test_sabotage_another_setting_is_noticed(model: Any, evicted: list[bytes], wrong: str) -> None:
+    budget = budget_of(model)
+    expected, known = live(model, "learned", "learned", budget, evicted)
+    right = {"policy": "learned", "eviction": "learned", "max_memory": budget, **known}
+    other = {"grid": 24, "max_memory": budget // 2, "eviction": "fifo", "policy": "last", "state_bytes": 1}
+    assert simulated(evicted, **right) == expected
+    assert simulated(evicted, **{**right, wrong: other[wrong]}) != expected
+
+
+def test_sabotage_the_prefill_cost_matters(evicted: list[bytes]) -> None:
+    """A cost that only the live cache knows moves checkpoints, so the simulator has to be told."""
+
+    def steep(positions: np.ndarray) -> np.ndarray:
+        return np.asarray(positions + 0.5 * positions**2)
+
+    model = build(PURE)
+    budget = budget_of(model)
+    expected, known = live(model, Learned(steep), "learned", budget, evicted)
+    options = {**known, "max_memory": budget}
+    assert simulated(evicted, **{**options, "prefill_cost": steep}) == expected
+    assert simulated(evicted, **{**options, "prefill_cost": None}) != expected
