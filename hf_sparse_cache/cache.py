@@ -6,16 +6,18 @@ handle points to, so one handle serves any number of prompts, batches and thread
 
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import forks, generation, mamba1, states
+from . import forks, generation, mamba1, notebook, states
+from .calls import as_ids, why_uncached
 from .config import SparseCacheConfig
 from .cost import prefill_cost
-from .explain import Explanation, explain
+from .explain import WEIGHTS_CHANGED, Explanation, explain, remedy
 from .families import family_of, unwrapped
 from .live import LiveCache
 from .payloads import LayerTensors
@@ -87,7 +89,7 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         self.on_prefill = None
         self._lock = threading.Lock()
         self._recorder = Recorder()
-        self._weights, self._space_name = identity(model), ""
+        self._weights, self._space_name, self._changed = identity(model), "", False
         for tier in self.store.tiers:
             tier.reader = LayerTensors.from_bytes
         generation.attach(model)
@@ -116,16 +118,29 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
     def __repr__(self) -> str:
         return f"SparsePrefixCache({type(self.model).__name__}, grid={self.grid}: {self.stats()})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tree of what is stored in the handle's space, and the last requests."""
+        return notebook.page(self, self._latest_space(), self._recorder.recent)
+
     def explain(self, ids: torch.Tensor | str) -> Explanation:
         """What a prompt would reuse now and why not more, without running the model; `str()` reads as a sentence.
 
         Args:
             ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
         """
-        tokens = self._tokens_of(ids)
-        space = self._space()[0]
+        given = as_ids(ids, self.tokenizer)
+        tokens = given[0].to("cpu", torch.int32).numpy()
+        space, changed = self._space()
         decode = None if self.tokenizer is None else self.tokenizer.decode
-        return explain(self.store, tokens, self._cuts(tokens, space), space, decode)
+        found = explain(self.store, tokens, self._cuts(tokens, space), space, decode)
+        unsupported = why_uncached(self.model, given, None, {})
+        if unsupported:
+            reason = f"call not supported: {unsupported}"
+        elif changed and not found.resumed_tokens:
+            reason = WEIGHTS_CHANGED
+        else:
+            return found
+        return replace(found, resumed_tokens=0, reason=reason, remedy=remedy(reason))
 
     def mark(self, ids: torch.Tensor | str) -> None:
         """Announce a prefix that will come back: a checkpoint is kept at its last cut until `clear()`.
@@ -153,7 +168,7 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
 
     def clear(self) -> None:
         """Forget every prompt that this handle matches, with states and marks; a shared store keeps the others'."""
-        self.store.clear(self._space()[0])
+        self.store.clear(self._space(told=True)[0])
 
     def detach(self) -> None:
         """Give the model its own `generate()` methods back. What is stored stays; the handle can no longer be used."""

@@ -7,18 +7,25 @@ The causes are a closed set; their wording is part of the interface:
 - `diverges at token n`
 - `overlap of n tokens ends before the first checkpoint at m`
 - `evicted`
-- `never captured: ...`
+- `never captured: the prompt is shorter than ...`, `... the policy placed ...`, `... no room ...`
 - `weights changed: ...` and `call not supported: ...`, which the handle adds
+
+What other namespaces hold is no cause, since a tenant must not see whether they hold anything. A prompt that would
+resume there is told `nothing stored`, in the very words that it would be told if nobody had ever sent it; the remedy
+names the namespace that was looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
 from .tree import Checkpoint, Match, Node
+from .units import namespace_of
 
 
 if TYPE_CHECKING:
@@ -27,6 +34,21 @@ if TYPE_CHECKING:
 
 # Tokens decoded on either side of the place where a prompt leaves what is known.
 _CONTEXT_TOKENS = 8
+WEIGHTS_CHANGED = "weights changed: what was stored of them was dropped"
+_FIGURES = re.compile(r"\d+")
+_REMEDIES = {  # by how a cause begins; the first that fits counts
+    "nothing stored": "The first prompt of a kind is always computed; a later one that starts alike resumes. Only "
+    "prompts under namespace {namespace!r} count, with the same weights and settings.",
+    "diverges": "That is before the first cut: put what changes behind what stays, or use a smaller grid.",
+    "overlap of": "Call cache.mark() on the shared part: a checkpoint is then kept at its end.",
+    "evicted": "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint.",
+    "never captured: no room": "Raise max_memory, or the namespace's share in namespace_memory.",
+    "never captured: the prompt is shorter": "A smaller grid would cut it, if so few tokens are worth it.",
+    "never captured": "Call cache.mark() on the shared part, or raise max_checkpoints, or choose another policy.",
+    "weights changed": "States belong to weights: this prompt and those after it are stored anew.",
+    "call not supported: the model is in training mode": "Call model.eval() first.",
+    "call not supported": "Call generate() without what the reason names; such a call runs as if there were no cache.",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,13 @@ def explain(
     if decode is not None and match.known and match.overlap < len(ids):
         around = ids[max(0, match.overlap - _CONTEXT_TOKENS) : match.overlap + _CONTEXT_TOKENS]
         context = decode(around.tolist())
-    return Explanation(len(ids), overlap, resumed, reason, _remedy(reason, lost, match, len(ids)), context)
+    if reason != "resumed":
+        advice = remedy(reason, namespace_of(space))
+    elif lost > 0:
+        advice = f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
+    else:
+        advice = ""
+    return Explanation(len(ids), overlap, resumed, reason, advice, context)
 
 
 def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positions) -> str:
@@ -111,28 +139,25 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
         return f"diverges at token {match.overlap}"
     if any(0 < node.lost <= usable for node in match.path):
         return "evicted"
+    if any(0 < node.refused <= usable for node in match.path):
+        return f"never captured: no room was made for a checkpoint on the first {usable} tokens"
     ahead = _first_ahead(match.path)
     if ahead is not None:
         return f"overlap of {match.overlap} tokens ends before the first checkpoint at {ahead}"
     return f"never captured: the policy placed no checkpoint on the first {usable} tokens"
 
 
-def _remedy(reason: str, lost: int, match: Match, length: int) -> str:
-    if reason == "resumed":
-        if lost <= 0:
-            return ""
-        return f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
-    if reason == "nothing stored":
-        return "The first prompt of a kind is always computed; a later one that starts alike resumes."
-    if reason.startswith("diverges"):
-        return "That is before the first cut: put what changes behind what stays, or use a smaller grid."
-    if reason == "evicted":
-        return "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint."
-    if reason.startswith("overlap of"):
-        return "Call cache.mark() on the shared part: a checkpoint is then kept at its end."
-    if length <= match.overlap:
-        return "A prompt this short has nothing worth storing; a smaller grid would cut it."
-    return "Call cache.mark() on the shared part, or raise max_checkpoints or max_memory."
+def remedy(reason: str, namespace: str = "") -> str:
+    """What helps against a cause; empty where nothing is lost."""
+    found = (text for start, text in _REMEDIES.items() if reason.startswith(start))
+    return next(found, "").format(namespace=namespace)
+
+
+def frequent(reasons: Sequence[str]) -> tuple[str, int]:
+    """The most frequent cause, as it was worded last, and how often it came; the figures in it may differ."""
+    kinds = [_FIGURES.sub("", reason) for reason in reasons]
+    kind, count = Counter(kinds).most_common(1)[0]
+    return next(reason for reason in reversed(reasons) if _FIGURES.sub("", reason) == kind), count
 
 
 def _first_ahead(path: list[Node], limit: int = 256) -> int | None:

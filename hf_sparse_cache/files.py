@@ -7,6 +7,7 @@ it is for stands in its own header, so a folder needs no index that could disagr
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import uuid
@@ -21,6 +22,8 @@ from .segmentation import Tokens
 
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"
+# Not handed to child processes, and on Windows not translated: a state holds bytes that look like line ends.
+_PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0) | getattr(os, "O_BINARY", 0)
 
 
 class DamagedFileError(ValueError):
@@ -37,20 +40,34 @@ def private_folder(path: Path) -> Path:
 
 def take_over(folder: Path) -> int | None:
     """A descriptor that keeps other processes out of a folder until it is closed; None when one is in already."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | _PLAIN, 0o600)
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return descriptor
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
+        taken = _lock(descriptor)
     except OSError:
         os.close(descriptor)
         raise
+    if not taken:
+        os.close(descriptor)
+        return None
     return descriptor
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the file is ours alone now, until the descriptor is closed."""
+    try:
+        locking: Any = importlib.import_module("fcntl")
+    except ImportError:  # on Windows
+        locking = importlib.import_module("msvcrt")
+        try:
+            locking.locking(descriptor, locking.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+    try:
+        locking.flock(descriptor, locking.LOCK_EX | locking.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def checksum(data: bytes) -> str:
@@ -71,7 +88,7 @@ def write(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600)
         try:
             view = memoryview(data)
             while view:

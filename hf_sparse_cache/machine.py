@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -32,6 +33,21 @@ def describe_machine() -> dict[str, str | int | list[str] | None]:
         "memory_bytes": _memory_bytes(),
         "accelerators": _accelerators(),
     }
+
+
+def peak_process_bytes() -> int | None:
+    """Most memory that this process has taken so far; None where the platform and psutil, if installed, do not say."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        try:
+            import psutil
+        except ImportError:
+            return None
+        found = psutil.Process().memory_info()
+        return int(getattr(found, "peak_wset", found.rss))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes
 
 
 def _version(package: str) -> str | None:

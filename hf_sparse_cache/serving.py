@@ -14,9 +14,10 @@ from transformers.utils import logging
 from . import fingerprint, prefill
 from .calls import as_ids, check_ids, input_device, unpadded_rows
 from .config import SparseCacheConfig
+from .explain import WEIGHTS_CHANGED, frequent, remedy
 from .families import Family
 from .live import LiveCache
-from .policies import Policy
+from .policies import NoCheckpoints, Policy
 from .request import open_request
 from .segmentation import Positions, Tokens, cut_positions, with_free_cuts
 from .stats import Recorder, RequestInfo
@@ -46,6 +47,7 @@ class Serving:
     _cut_ids: Collection[int]
     _weights: str
     _space_name: str
+    _changed: bool
     _lock: threading.Lock
     _recorder: Recorder
     _finalizer: weakref.finalize[..., Any]
@@ -78,7 +80,7 @@ class Serving:
         """Record a request that runs as if there were no handle, and say so once."""
         logger.warning_once(f"SparsePrefixCache is not used by this call, which runs uncached: {why}.")
         tokens = 0 if input_ids is None else input_ids.numel()
-        self._recorder.add(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
+        self._note(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
 
     def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
@@ -116,7 +118,7 @@ class Serving:
     ) -> Any:
         started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
-        space, changed = self._space()
+        space, changed = self._space(told=True)
         cuts = self._cuts(tokens, space)
         opened = time.perf_counter()
         with open_request(
@@ -132,10 +134,10 @@ class Serving:
             resumed_tokens=request.resumed_tokens,
             computed_tokens=request.prompt_tokens - request.resumed_tokens,
             captured=tuple(request.captured),
-            reason="weights changed: what was stored of them was dropped" if changed else request.reason,
+            reason=WEIGHTS_CHANGED if changed and not request.resumed_tokens else request.reason,
         )
         closed = time.perf_counter()
-        self._recorder.add(
+        self._note(
             info,
             prefill_seconds=closed - started,
             match_seconds=opened - started + request.match_seconds,
@@ -144,6 +146,16 @@ class Serving:
             restore_seconds=timing.restore_seconds,
         )
         return output
+
+    def _note(self, info: RequestInfo, **seconds: float) -> None:
+        """Count one finished request; say so, once, when none of the first ones resumed anything."""
+        misses = self._recorder.add(info, **seconds)
+        if misses and not isinstance(self.policy, NoCheckpoints):
+            reason, count = frequent([miss.reason for miss in misses])
+            logger.warning(
+                f"{len(misses)} requests and nothing was resumed. Most frequent reason ({count} of {len(misses)}): "
+                f"{reason}. {remedy(reason, self.config.namespace)} cache.explain(prompt) tells for any prompt."
+            )
 
     def _cuts(self, tokens: Tokens, space: str, marked: int = 0) -> Positions:
         cuts = cut_positions(tokens, self.grid, self._cut_ids)
@@ -156,14 +168,22 @@ class Serving:
     def _tokens_of(self, ids: torch.Tensor | str) -> Tokens:
         return as_ids(ids, self.tokenizer)[0].to("cpu", torch.int32).numpy()
 
-    def _space(self) -> tuple[str, bool]:
-        """Where this handle's prompts live in the store, and whether that has just changed with the weights."""
+    def _space(self, told: bool = False) -> tuple[str, bool]:
+        """Where this handle's prompts live in the store, and whether weights changed since a request was `told`."""
         weights = identity(self.model)
         with self._lock:
             before, self._weights = self._weights, weights
             old, self._space_name = self._space_name, fingerprint.space_of(cast("SparsePrefixCache", self), weights)
             new = self._space_name
+            changed = self._changed or before != weights
+            self._changed = changed and not told
         if before != weights:
             self.store.drop(old)
             logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
-        return new, before != weights
+        return new, changed
+
+    def _latest_space(self) -> str:
+        """The space of the latest prompt. Unlike `_space` it notices nothing, and it never reads all weights."""
+        if self._space_name or self.store.outlives_process:
+            return self._space_name
+        return fingerprint.space_of(cast("SparsePrefixCache", self), identity(self.model))

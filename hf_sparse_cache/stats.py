@@ -1,6 +1,7 @@
 """What a handle reports: totals over its life, and the last request."""
 
 import threading
+from collections import deque
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -71,22 +72,42 @@ class CacheStats:
         )
 
 
+# Requests without a single hit after which something is wrong.
+PATIENCE = 20
+
+
 class Recorder:
-    """Sums requests up as they finish, from any thread."""
+    """Sums requests up as they finish, from any thread, and keeps the latest."""
 
     def __init__(self) -> None:
+        self._recent: deque[RequestInfo] = deque(maxlen=PATIENCE)
         self._lock = threading.Lock()
         self._totals = CacheStats()
-        self.last: RequestInfo | None = None
+
+    @property
+    def last(self) -> RequestInfo | None:
+        """The request that finished last; None before the first."""
+        recent = self.recent
+        return recent[-1] if recent else None
+
+    @property
+    def recent(self) -> list[RequestInfo]:
+        """The latest requests, oldest first."""
+        with self._lock:
+            return list(self._recent)
 
     def totals(self, **stored: int) -> CacheStats:
         """The sums so far, with what the store holds now filled in."""
         return replace(self._totals, **stored)
 
-    def add(self, info: RequestInfo, **seconds: float) -> None:
-        """Count one finished request; `seconds` go by the names of `CacheStats`."""
+    def add(self, info: RequestInfo, **seconds: float) -> list[RequestInfo]:
+        """Count one finished request; `seconds` go by the names of `CacheStats`.
+
+        Returns:
+            The requests so far if there are `PATIENCE` of them and none resumed anything; otherwise nothing.
+        """
         with self._lock:
-            self.last = info
+            self._recent.append(info)
             totals = self._totals
             self._totals = replace(
                 totals,
@@ -97,6 +118,8 @@ class Recorder:
                 computed_tokens=totals.computed_tokens + info.computed_tokens,
                 **{name: getattr(totals, name) + spent for name, spent in seconds.items()},
             )
+            fruitless = self._totals.requests == PATIENCE and not self._totals.resumed_tokens
+            return list(self._recent) if fruitless else []
 
 
 def format_bytes(count: float) -> str:

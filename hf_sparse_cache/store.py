@@ -193,6 +193,7 @@ class CheckpointStore(Tiered):
         checkpoint = Checkpoint(position, state, None, home, self.clock)
         checkpoint.held, checkpoint.share, checkpoint.refund = need, share, refund
         if not self._make_room(need, checkpoint, account, urgent):
+            home.refused = min(home.refused or position, position)
             return None
         below = chain[-1] if chain else None
         for start, end in wanted:

@@ -114,20 +114,36 @@ def _tokens(row: Any) -> Tokens:
 
 
 def _load_lines(path: Path) -> Trace:
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
+    rows = read_lines(path)
+    if any(isinstance(row, dict) and "input_ids" not in row for row in rows):
+        raise ValueError(f"trace={str(path)!r} has an object without 'input_ids'; give one list of token ids a line")
     return Trace([_tokens(row["input_ids"] if isinstance(row, dict) else row) for row in rows])
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def read_lines(path: Path) -> list[Any]:
+    """The values of a `.jsonl` file; empty lines are passed over.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not JSON; names file and line.
+    """
+    values = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if text := line.decode("utf-8").strip():
+                    values.append(json.loads(text))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is not JSON in UTF-8 ({error}); mend it") from error
+    return values
 
 
 def _load_folder(folder: Path, tokenize: Tokenize | None, seed: int) -> Trace:
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(f"trace={str(folder)!r} has no meta.json; give a workload folder or a .jsonl file")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["template"] == "hash_ids":  # recorded arrival times: already in order
-        rows = _read(folder / "requests.jsonl")
+        rows = read_lines(folder / "requests.jsonl")
         prompts = [np.asarray(row["hash_ids"], dtype=np.int32) for row in rows]
         return Trace(prompts, int(meta["block"]), [int(row["input_length"]) for row in rows])
     cache = _cache_file(folder) if tokenize is None else None
@@ -152,8 +168,8 @@ def folder_prompts(folder: Path) -> Iterator[tuple[str, str]]:
     template = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["template"]
     if template not in ("concat", "chatml"):
         raise ValueError(f"template={template!r} in {folder}/meta.json is unknown; use concat, chatml or hash_ids")
-    texts = {row["id"]: row for row in _read(folder / "texts.jsonl")}
-    for request in _read(folder / "requests.jsonl"):
+    texts = {row["id"]: row for row in read_lines(folder / "texts.jsonl")}
+    for request in read_lines(folder / "requests.jsonl"):
         segments = [texts[name] for name in request["segments"]]
         if template == "chatml":
             turns = [f"<|im_start|>{turn['role']}\n{turn['text']}<|im_end|>\n" for turn in segments]

@@ -116,6 +116,7 @@ class Node:
         "note",
         "parent",
         "passes",
+        "refused",
         "segments",
         "start",
         "tokens",
@@ -131,6 +132,7 @@ class Node:
         self.last_used = 0
         self.latest: Any = None  # the policies' description of the latest prompt that came this way
         self.lost = 0  # shallowest position of this edge whose checkpoint was evicted; 0 when none was
+        self.refused = 0  # shallowest position of this edge for whose checkpoint no room was made; 0 when none was
         self.note: Any = None  # room for what policies and evictions learn about this edge
 
     def path_tokens(self) -> Tokens:
@@ -242,6 +244,8 @@ class Forest:
             segment.node = upper
         if 0 < node.lost <= depth:
             upper.lost, node.lost = node.lost, 0
+        if 0 < node.refused <= depth:
+            upper.refused, node.refused = node.refused, 0
         return upper
 
     def offer(self, node: Node) -> None:

@@ -1,5 +1,6 @@
 """The command line: what it prints, in which form, and with which exit code."""
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -7,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hf_sparse_cache import SparsePrefixCache, cli, exactness
 from hf_sparse_cache.builtin import load
 from hf_sparse_cache.cli import questions, sources, verifying
+from hf_sparse_cache.cli.screen import Screen
 from hf_sparse_cache.policies import Block
 
 
@@ -191,12 +194,52 @@ def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> No
         (("simulate", "nowhere.jsonl"), "nowhere.jsonl"),
         (("inspect", "nowhere"), "nowhere"),
         (("plan", "mamba-3m", "--tokens", "100"), "256"),
+        (("nonsense",), "nonsense"),
+        (("demo", "--question", "Why?"), "--document"),
+        (("demo", "--document", "nowhere.txt", "--question", "a", "--question", "b"), "--document nowhere.txt"),
+        (("verify", "mamba-3m", "--document", "nowhere.txt"), "--document nowhere.txt"),
+        (("plan", "mamba-3m", "--device", "cpu"), "--device"),
+        (("verify", "mamba-3m", "--device", "nowhere"), "device='nowhere'"),
+        (("verify", "mamba-3m", "--dtype", "int8"), "dtype='int8'"),
+        (("simulate", "."), "meta.json"),
+        (("simulate", __file__), "line 1 is not JSON"),
+        (("inspect", __file__), "DIR"),
+        (("bench", "--rival", "guess"), "--rival guess"),
+        (("bench", "--repeats", "0"), "--repeats"),
     ],
 )
 def test_errors_are_one_line(run: Run, arguments: tuple[str, ...], named: str) -> None:
     code, _, err = run(*arguments)
     assert code == 2 and named in err
     assert err.startswith("hf-sparse-cache: ") and len(err.strip().splitlines()) == 1
+
+
+def test_no_command_is_a_question_for_help(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2 and "simulate" in out and err == ""
+
+
+def test_a_workload_that_lacks_a_column(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"id": "a"}', encoding="utf-8")
+    (tmp_path / "requests.jsonl").write_text('{"group_id": "g", "segments": ["a"]}', encoding="utf-8")
+    code, _, err = run("demo", "--workload", str(tmp_path))
+    assert code == 2 and "'text' is missing" in err and "KeyError" not in err
+
+
+def test_json_is_json_whatever_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Strictly: Python's NaN and Infinity are not JSON, and figures of numpy are figures."""
+    Screen(True).emit({"nan": float("nan"), "n": np.int64(3), "x": [np.float32(0.5), float("inf")], "p": Path("a")})
+    written = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert written == {"nan": None, "n": 3, "x": [0.5, None], "p": "a"}
+
+
+def test_a_pipe_without_our_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["hf-sparse-cache", "verify", "mamba-3m", "--grid", "32", "--tokens", "120"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0 and b"max |? logit|" in written.getvalue()
 
 
 def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

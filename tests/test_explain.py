@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
+from hf_sparse_cache.explain import WEIGHTS_CHANGED, remedy
 
 
 GRID = 32
@@ -36,7 +37,8 @@ def test_every_cause(jamba: PreTrainedModel) -> None:
         )
         early = cache.explain(torch.cat([DOCUMENT[:, :20], random_ids(80, seed=9)], dim=1))
         assert early.reason == "diverges at token 20" and "smaller grid" in early.remedy
-        assert cache.explain(DOCUMENT[:, :10]).reason.startswith("never captured: the prompt is shorter")
+        short = cache.explain(DOCUMENT[:, :10])
+        assert short.reason.startswith("never captured: the prompt is shorter") and "smaller grid" in short.remedy
         for _, _, checkpoint in cache.store.checkpoints():
             cache.store.evict(checkpoint)
         lost = cache.explain(prompt(2))
@@ -45,7 +47,9 @@ def test_every_cause(jamba: PreTrainedModel) -> None:
         assert str(lost).startswith("Of 200 tokens, 200 are shared")
     with SparsePrefixCache(jamba, grid=GRID, policy="none") as cache:
         serve(jamba, cache, prompt(2))
-        assert cache.explain(prompt(3)).reason.startswith("never captured: the policy placed no checkpoint")
+        unplanned = cache.explain(prompt(2))
+        assert unplanned.reason.startswith("never captured: the policy placed no checkpoint")
+        assert "max_checkpoints" in unplanned.remedy
 
 
 def test_explain_agrees_with_what_happens(jamba: PreTrainedModel) -> None:
@@ -61,14 +65,75 @@ def test_explain_agrees_with_what_happens(jamba: PreTrainedModel) -> None:
             )
 
 
-def test_other_namespace_shows_nothing(jamba: PreTrainedModel) -> None:
+def test_no_room_is_told_from_no_plan(jamba: PreTrainedModel) -> None:
+    """A tenant whose share holds no checkpoint would otherwise miss for ever and be told that the policy wanted it."""
+    store = CheckpointStore(namespace_memory={"a": 1})
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", store=store, namespace="a") as cache:
+        serve(jamba, cache, prompt(2))
+        said = cache.explain(prompt(3))
+        assert said.reason == "never captured: no room was made for a checkpoint on the first 160 tokens"
+        assert "namespace_memory" in said.remedy
+        serve(jamba, cache, prompt(3))
+        assert cache.last_request.reason == said.reason
+
+
+def test_changed_weights_are_named_until_a_request_was_told(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID) as cache:
+        serve(jamba, cache, prompt(2))
+        with torch.no_grad():
+            next(jamba.parameters()).mul_(1.5)
+        for _ in range(2):  # asking is not serving
+            said = cache.explain(prompt(2))
+            assert said.reason.startswith("weights changed") and said.remedy
+        serve(jamba, cache, prompt(2))
+        assert cache.last_request.reason == said.reason
+        assert cache.explain(prompt(2)).reason == "resumed"
+        serve(jamba, cache, prompt(2))
+        assert cache.last_request.reason == "resumed"
+
+
+def test_a_call_that_is_not_supported(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID) as cache:
+        serve(jamba, cache, prompt(2))
+        jamba.train()
+        said = cache.explain(prompt(2))
+        assert said.reason == "call not supported: the model is in training mode" and said.resumed_tokens == 0
+        assert said.remedy == "Call model.eval() first."
+        serve(jamba, cache, prompt(2))
+        assert cache.last_request.reason == said.reason
+        jamba.eval()
+        assert cache.explain(prompt(2)).reason == "resumed"
+
+
+def test_every_cause_has_a_remedy_of_its_own() -> None:
+    causes = (
+        "nothing stored",
+        "diverges at token 3",
+        "overlap of 3 tokens ends before the first checkpoint at 9",
+        "evicted",
+        "never captured: the prompt is shorter than the first cut",
+        "never captured: the policy placed no checkpoint on the first 9 tokens",
+        "never captured: no room was made for a checkpoint on the first 9 tokens",
+        WEIGHTS_CHANGED,
+        "call not supported: the model is in training mode",
+        "call not supported: inputs_embeds has no tokens to match",
+    )
+    assert len({remedy(cause) for cause in causes} - {""}) == len(causes)
+    assert remedy("resumed") == ""
+
+
+def test_another_namespace_cannot_be_noticed(jamba: PreTrainedModel) -> None:
+    """Word for word the same, whether another tenant has stored the prompt or nobody has."""
     store = CheckpointStore()
     with (
         SparsePrefixCache(jamba, grid=GRID, store=store, namespace="a") as one,
         SparsePrefixCache(jamba, grid=GRID, store=store, namespace="b") as other,
     ):
+        before = other.explain(prompt(2))
         serve(jamba, one, prompt(2))
-        assert other.explain(prompt(2)).reason == "nothing stored"
+        assert one.explain(prompt(2)).resumed_tokens > 0
+        assert other.explain(prompt(2)) == before
+        assert before.reason == "nothing stored" and "namespace 'b'" in before.remedy and "'a'" not in str(before)
 
 
 def test_context_is_decoded(jamba: PreTrainedModel) -> None:

@@ -164,11 +164,12 @@ def _circumstances(config: dict[str, Any], summaries: list[dict[str, Any]]) -> s
         for summary in summaries
     }
     total = sum(summary["seconds"] for summary in summaries)
-    peak = max(summary["process_peak_bytes"] for summary in summaries)
+    peaks = [summary["process_peak_bytes"] for summary in summaries]
+    most = "an unknown amount of memory" if None in peaks else f"{format_bytes(max(peaks))} at most"
     return (
         "<h2>Circumstances</h2><ul>"
         + "".join(f"<li>{escape(model)}</li>" for model in sorted(models))
-        + f"</ul><p>Served in {total:.0f} s; the process with all contenders took {format_bytes(peak)} at most.</p>"
+        + f"</ul><p>Served in {total:.0f} s; the process with all contenders took {most}.</p>"
         + f"<p>Made by <code>{escape(config['command'])}</code></p>"
         + _table(("machine", ""), facts, css="text1")
         + _table(("setting", ""), settings, css="text1")

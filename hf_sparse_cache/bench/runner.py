@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .. import builtin
 from ..cache import SparsePrefixCache
+from ..machine import peak_process_bytes
 from .contenders import Cached, Chunked, Contender, DeepCopy, EveryCut, Limit
 from .results import Settings
 from .serving import Served, serve
@@ -72,7 +72,7 @@ def run_unit(settings: Settings, name: str, workload: Workload, repeat: int) -> 
             "tier_bytes": {contender.name: contender.tier_bytes() for contender in contenders},
             "held_bytes": {contender.name: contender.held_bytes() for contender in contenders},
             "peak_bytes": {contender.name: contender.peak_bytes() for contender in contenders},
-            "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "process_peak_bytes": peak_process_bytes(),
         }
     finally:
         for contender in contenders:

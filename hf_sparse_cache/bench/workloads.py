@@ -114,6 +114,8 @@ def load_workload(
     if path.suffix in _READERS:
         if not path.is_file():
             raise FileNotFoundError(f"dataset={source!r} does not exist; give a file, a workload folder or a Hub id")
+        if not path.stat().st_size:
+            raise ValueError(f"dataset={source!r} is empty; give a file with at least one row")
         loaded = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
     else:
         loaded = datasets.load_dataset(source, config, split=split)

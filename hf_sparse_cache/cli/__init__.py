@@ -1,5 +1,9 @@
-"""The command line: `hf-sparse-cache --help`. One function a command; the work is in the modules beside this one."""
+"""The command line: `hf-sparse-cache --help`. One function a command; the work is in the modules beside this one.
 
+What a command needs is imported inside it: help, errors in options and completion in a shell come without torch.
+"""
+
+import io
 import os
 import sys
 from pathlib import Path
@@ -7,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import builtin
-from ..machine import describe_machine
+from .. import __version__
+from ..builtin_sizes import SIZES
 from .benching import bench
 from .screen import Screen, fail
 
@@ -23,22 +27,26 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _group(
-    version: Annotated[bool, typer.Option("--version", help="Write the version and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Write the version and leave.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        print(installed("hf-sparse-cache"))
-        raise typer.Exit
+    pass
 
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")]
 
 
 def _model_names(incomplete: str) -> list[str]:
-    return [name for name in builtin.SIZES if name.startswith(incomplete)]
+    return [name for name in SIZES if name.startswith(incomplete)]
 
 
 ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
@@ -78,6 +86,8 @@ def demo(
 
     Example: `hf-sparse-cache demo --model mamba-21m`
     """
+    from .. import builtin
+    from ..machine import describe_machine
     from . import questions as work
     from . import sources
 
@@ -86,7 +96,7 @@ def demo(
     tokens = min(tokens, 1500) if quick else tokens
     reading = sources.reading(workload, documents, document, question or [], tokens)
     _quiet()
-    if any(name in builtin.SIZES for name in names):
+    if any(name in SIZES for name in names):
         screen.say(
             "Built-in models have random weights: what they would answer means nothing and is not shown. What is "
             "shown is time to first token, memory and exactness, which depend on the architecture alone.\n"
@@ -120,11 +130,13 @@ def verify(
 
     Example: `hf-sparse-cache verify jamba-3m`
     """
+    from .. import builtin
+    from ..machine import describe_machine
     from . import sources, verifying
 
     screen = Screen(json)
     _quiet()
-    text = document.read_text(encoding="utf-8") if document else sources.own_document()[0]
+    text = sources.read_document(document) if document else sources.own_document()[0]
     loaded, tokenizer = builtin.load(model, [text], dtype, device)
     options = {"grid": grid, **({"policy": policy} if policy else {})}
     report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
@@ -149,6 +161,7 @@ def plan(
     """
     import numpy as np
 
+    from .. import builtin
     from . import planning
 
     screen = Screen(json)
@@ -185,6 +198,8 @@ def simulate(
     if model is None:
         sizes = planning.Sizes(state_bytes, kv_bytes_per_token, grid or 64)
     else:
+        from .. import builtin
+
         sizes = planning.Sizes.of(builtin.load(model, [""])[0], grid)
     names = policy or ["learned", "dp", "block"]
     limits: dict[str, Any] = {"max_memory": max_memory, "max_checkpoints": max_checkpoints, "warmup": warmup}
@@ -226,6 +241,9 @@ app.command()(bench)
 
 def main() -> None:
     """Run the command line; what goes wrong becomes one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe on Windows may lack the signs we use
     try:
         sys.exit(app(standalone_mode=False))
     except (typer.Abort, KeyboardInterrupt):
@@ -235,5 +253,7 @@ def main() -> None:
             raise
         usage = getattr(error, "format_message", None)  # typer's own errors have it; it brings its copy of click
         expected = isinstance(error, (ValueError, OSError, ImportError))
-        fail(usage() if usage else str(error) if expected else f"{type(error).__name__}: {error}")
+        message = usage() if usage else str(error) if expected else f"{type(error).__name__}: {error}"
+        if message:  # none where the help was shown in place of a command
+            fail(message)
         sys.exit(2)

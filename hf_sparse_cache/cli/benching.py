@@ -65,6 +65,8 @@ def bench(
     missing = [name for name in ("datasets", "matplotlib", "pandas") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"bench needs {', '.join(missing)}: pip install 'hf_sparse_cache[bench]'")
+    import datasets
+
     from ..bench import metrics
     from ..bench.results import Settings
     from ..bench.run import run
@@ -72,6 +74,7 @@ def bench(
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     screen = Screen(json)
     given = {
         "requests": requests,

@@ -6,12 +6,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..outline import added_kv_bytes, outline
 from ..persistence import SavedFolder
 from ..segmentation import Tokens
 from ..stats import format_bytes
-from ..tree import Checkpoint
 from .screen import Screen
 
 
@@ -51,25 +49,19 @@ def read(folder: Path) -> list[Stored]:
     for part in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         source.load(part)
     stored: list[Stored] = []
-    above: list[tuple[str, Tokens, Checkpoint]] = []
-    for space, tokens, checkpoint in sorted(source.checkpoints(), key=lambda item: (item[0], item[1].tolist())):
-        while above and not (above[-1][0] == space and _begins(tokens, above[-1][1])):
-            above.pop()
-        before = len(above[-1][1]) if above else 0
-        kv_bytes, segment = 0, checkpoint.kv
-        while segment is not None and segment.end > before:
-            kv_bytes, segment = kv_bytes + int(segment.payload.nbytes), segment.parent
-        state: Any = checkpoint.state
-        used = state.path.stat().st_mtime
-        stored.append(Stored(space, tokens, len(above), checkpoint.nbytes, kv_bytes, used))
-        above.append((space, tokens, checkpoint))
+    with source.lock:
+        for space, root in sorted(source.forest.roots.items()):
+            for branch in outline(root):
+                before, path = branch.before, branch.node.path_tokens()
+                for depth, checkpoint in enumerate(branch.checkpoints, branch.above):
+                    state: Any = checkpoint.state
+                    used = state.path.stat().st_mtime
+                    kv_bytes = added_kv_bytes(checkpoint, before)
+                    before = checkpoint.position
+                    stored.append(Stored(space, path[:before], depth, checkpoint.nbytes, kv_bytes, used))
     if not stored:
         raise ValueError(f"DIR {folder} holds no checkpoint; give one written by save_pretrained, or a disk_dir.")
     return stored
-
-
-def _begins(tokens: Tokens, prefix: Tokens) -> bool:
-    return len(prefix) < len(tokens) and np.array_equal(tokens[: len(prefix)], prefix)
 
 
 def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Progress goes to standard error and only to a terminal, so that what is piped is
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class Screen:
     def emit(self, result: dict[str, Any]) -> None:
         """The result of the command as JSON, when that was asked for."""
         if self._json:
-            print(json.dumps(result, indent=2, default=str), flush=True)
+            print(json.dumps(_plain(result), indent=2, allow_nan=False), flush=True)
 
     @contextmanager
     def progress(self, total: float, what: str) -> Iterator["Steps"]:
@@ -76,6 +77,19 @@ class Screen:
         )
         with bar:
             yield Steps(bar, total, what)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it: figures that are not finite become null, what numpy made becomes plain."""
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 class Steps:

@@ -1,12 +1,12 @@
 """What the commands run on: a model by name, and questions about a long text."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import builtin
+from ..traces import read_lines
 
 
 # The project's own documents in the order in which the demo reads them; the questions are about the first ones.
@@ -53,13 +53,27 @@ def reading(
     if workload is not None:
         tasks = read_workload(workload, documents)
         return Reading([task.prompt for task in tasks], lambda tokenizer: tasks)
+    if questions and document is None:
+        raise ValueError("--question is about a --document of yours; give both, or neither.")
     if document is not None:
         if len(questions) < 2:
             raise ValueError("--document needs at least two --question options: the first one pays for the others.")
-        tasks = about(document.read_text(encoding="utf-8"), questions, document.name)
+        tasks = about(read_document(document), questions, document.name)
         return Reading([task.prompt for task in tasks], lambda tokenizer: tasks)
     text, name = own_document()
     return Reading([text], lambda tokenizer: about(shorten(text, tokenizer, tokens), QUESTIONS, name))
+
+
+def read_document(path: Path) -> str:
+    """The text of a file that the user named.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--document {path} cannot be read ({error}); give a text file in UTF-8.") from error
 
 
 def own_document() -> tuple[str, str]:
@@ -94,10 +108,20 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
     missing = [name for name in ("texts.jsonl", "requests.jsonl") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"--workload {folder}: no {' and no '.join(missing)} there; give a folder that has both.")
-    texts = {text["id"]: text["text"] for text in _lines(folder / "texts.jsonl")}
+    try:
+        return _tasks(folder, groups)
+    except KeyError as error:
+        raise ValueError(
+            f"--workload {folder}: {error} is missing; texts.jsonl needs id and text in each row, requests.jsonl "
+            "group_id and segments, which are ids of the texts."
+        ) from error
+
+
+def _tasks(folder: Path, groups: int) -> list[Task]:
+    texts = {text["id"]: text["text"] for text in read_lines(folder / "texts.jsonl")}
     tasks: list[Task] = []
     seen: dict[str, None] = {}
-    for request in _lines(folder / "requests.jsonl"):
+    for request in read_lines(folder / "requests.jsonl"):
         segments = request.get("segments")
         if not segments:
             raise ValueError(f"--workload {folder}: requests.jsonl has no 'segments', so there is no text to read.")
@@ -108,10 +132,6 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
         asked = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
         tasks.append(Task(f"{folder.name}/{request['group_id']}", asked, "".join(before) + question))
     return tasks
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def shorten(document: str, tokenizer: Any, tokens: int) -> str:
