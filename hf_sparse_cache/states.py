@@ -3,7 +3,8 @@
 A position's state has two kinds of parts. Parts of fixed size (conv, recurrent, sliding window) are what a checkpoint
 holds. Keys and values of full attention grow with the prompt and are cut into spans, so that checkpoints share them.
 Everything captured is cloned, because decoding writes into the tensors it reads; everything restored is copied into a
-fresh live cache. A layer class that is not in `_RULES` is refused, never guessed.
+fresh live cache, keys and values by their layer's first update (see `waiting`). A layer class that is not in `_RULES`
+is refused, never guessed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from .calls import input_device
 from .errors import UnsupportedModelError
 from .payloads import LayerTensors as LayerTensors  # what is captured, under the name it is known by
 from .payloads import Tensors
+from .waiting import wait
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _set_keys_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> No
 
 def _full_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
     if spans and "keys" in spans[0]:
-        _set_keys_values(layer, *(torch.cat([span[name] for span in spans], dim=-2) for name in ("keys", "values")))
+        wait(layer, [span["keys"] for span in spans], [span["values"] for span in spans])
 
 
 def _full_stack(layer: Any, rows: Sequence[Any], width: int) -> None:

@@ -47,6 +47,13 @@ def test_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert "over" in capsys.readouterr().out and content["machine"]["torch"]
 
 
+def test_costs_where_stock_refuses_chunks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--tokens", "80", "--prompts", "1", "--repeats", "1", "--grid", "32")
+    run(monkeypatch, "bench_costs", "--model", "mamba-3m", *size, "--only", "overhead")
+    printed = capsys.readouterr().out
+    assert "one shot" in printed and "same chunks" not in printed
+
+
 def test_gpu_at_toy_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = ("--model", "tiny", "--device", "cpu", "--prefix", "520", "--repeats", "1", "--new-tokens", "2")
     run(monkeypatch, "gpu", *size, "--json", str(tmp_path / "gpu.json"))

@@ -21,6 +21,7 @@ from ..policies import Policy, Prompt
 from ..segmentation import MIN_SUFFIX_TOKENS
 from ..store import CheckpointStore
 from ..tree import Checkpoint
+from ..waiting import settle
 from .serving import Served, serve
 from .workloads import Asked
 
@@ -213,6 +214,7 @@ class Limit(Contender):
             self._handle.live = LiveCache(handle._config)
             self._handle.start = stored[-1].position
             states.restore(self._handle.live, state, _spans(stored[-1]))
+            settle(self._handle.live.layers)
 
     def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
         if self._handle.live is None:
