@@ -51,6 +51,11 @@ class Forecast:
         passing = self.mass(start)
         return 1.0 - min(following, 1.0) * (self.mass(end) / passing if passing > 1e-9 else 1.0)
 
+    def reach(self, start: int, position: int) -> float:
+        """Of the prompts that go on behind `start`, those that come as far as the cut `position`."""
+        behind = self.mass(start + 1)
+        return min(self.mass(position) / behind, 1.0) if behind > 1e-9 else 1.0
+
     def _at(self, position: int | None) -> float:
         if position is None:
             return 1.0
@@ -127,4 +132,4 @@ def shape_of(
         kind = EXTENDS
     else:
         kind = RETURNS if len(ends) and ends[-1] == overlap else BRANCHES
-    return Shape(length, overlap, ends, np.maximum(stops, 0), kind)
+    return Shape(length, overlap, ends, np.maximum(stops, 0), cuts, kind)

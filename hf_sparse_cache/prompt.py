@@ -54,13 +54,18 @@ class Prompt:
         return self.cuts[np.searchsorted(self.cuts, self.resumed, side="right") :]
 
     def share(self, position: int, planned: list[int]) -> float:
-        """Of the prompts that will pass `position`, those expected to leave before the next planned checkpoint."""
+        """Of the prompts that will enter the edge of `position`, those expected to leave between it and the next
+        planned checkpoint.
+        """
         if self.forecast is None:
             return 1.0
         after = next((other for other in planned if other > position), None)
         leaves = position <= self.overlap and after is not None and after > self.overlap
         known = self.terms.known_rate
-        return self.forecast.share(position, after, self._onward_rate / known if leaves and known else 1.0)
+        share = self.forecast.share(position, after, self._onward_rate / known if leaves and known else 1.0)
+        above = self.path_ends[self.path_ends < min(position, self.overlap)]
+        start = self.overlap if position > self.overlap else int(above[-1]) if len(above) else 0
+        return share * self.forecast.reach(start, position)
 
     @property
     def _onward_rate(self) -> float:

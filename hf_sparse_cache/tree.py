@@ -66,7 +66,9 @@ class Checkpoint:
         self.last_used = now
         self.nbytes = int(state.nbytes)
         self.held = self.nbytes  # bytes that go if it goes: the state and the KV that only it needs
-        self.share = 1.0  # of the prompts that pass it, those expected to leave before the next checkpoint
+        self.share = (
+            1.0  # of the prompts that enter its edge, those expected to leave between it and the next checkpoint
+        )
         self.refund = 0.0  # bytes of checkpoints that it makes superfluous
         self.slot = -1  # place in the eviction's tables
         self.owner: Any = None  # the account of its namespace
@@ -115,6 +117,7 @@ class Node:
         "note",
         "parent",
         "passes",
+        "recent",
         "refused",
         "segments",
         "start",
@@ -129,6 +132,7 @@ class Node:
         self.segments: dict[tuple[int, int], KVSegment] = {}
         self.passes = 0  # prompts that ran along the whole edge
         self.last_used = 0
+        self.recent: Node | None = None  # the child that the latest prompt ran on to, for the eviction
         self.latest: Any = None  # the policies' description of the latest prompt that came this way
         self.lost = 0  # shallowest position of this edge whose checkpoint was evicted; 0 when none was
         self.refused = 0  # shallowest position of this edge for whose checkpoint no room was made; 0 when none was
@@ -234,7 +238,7 @@ class Forest:
         assert node.parent is not None
         node.parent.children[int(upper.tokens[0])] = upper
         node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper
-        upper.children[int(node.tokens[0])] = node
+        upper.children[int(node.tokens[0])] = upper.recent = node
         for position in [p for p in node.checkpoints if p <= depth]:
             checkpoint = upper.checkpoints[position] = node.checkpoints.pop(position)
             checkpoint.node = upper
@@ -278,6 +282,7 @@ class Forest:
             else:
                 parent = node.parent
                 del parent.children[int(node.tokens[0])]
+                parent.recent = None if parent.recent is node else parent.recent
                 node.parent = None
                 self.tokens -= len(node.tokens)
                 self.offer(parent)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .tree import Checkpoint, Node
 
 
+FORK_CHILDREN = 3  # more make a hub, such as a shared system prompt, where one path says nothing about the others
 MIN_EDGE_TOKENS = 16  # shorter edges, such as the last tokens of a template, say nothing about what comes back
 
 
@@ -153,6 +154,10 @@ class Learned(Scored):
                 cell = cell_of(node.passes, level)
                 node.note = cell, self.now
                 self.tables.enter(cell)
+            if child is not None and node.recent is not child:
+                if len(node.children) <= FORK_CHILDREN:
+                    self._bypass(node.recent)
+                node.recent = child
             if node.checkpoints:
                 rate = self.tables.rate(cell_of(node.passes, level))
                 stored += [(node.checkpoints[position], rate) for position in sorted(node.checkpoints)]
@@ -161,13 +166,23 @@ class Learned(Scored):
             return
         junctions = {id(node): count for node, count in zip(path, apart, strict=False)}
         for index, (checkpoint, rate) in enumerate(stored):
-            checkpoint.share = 1.0
+            checkpoint.share = reach = forecast.reach(checkpoint.node.start, checkpoint.position)
             if index + 1 < len(stored):
                 after, next_rate = stored[index + 1]
                 alone = junctions[id(checkpoint.node)] == junctions[id(after.node)]
                 following = 1.0 if alone else next_rate / rate
-                checkpoint.share = forecast.share(checkpoint.position, after.position, following)
+                checkpoint.share = reach * forecast.share(checkpoint.position, after.position, following)
             self.weigh(checkpoint)
+
+    def _bypass(self, node: Node | None) -> None:
+        """Notes that prompts left the path of `node` for another, from there to its latest end."""
+        while node is not None:
+            if node.note is not None:
+                cell, since = node.note
+                node.note = self.tables.bypass(cell, since), since
+            for checkpoint in node.checkpoints.values():
+                self.cells[checkpoint.slot] |= 1
+            node = node.recent
 
     def terms(self, path: Sequence[Node], overlap: int, need: float, resumed: Checkpoint | None) -> Terms:
         """Rates of a path passed just now, and the value of what would have to go, by the byte."""

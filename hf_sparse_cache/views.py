@@ -26,6 +26,7 @@ class Shape:
         overlap: tokens it shared with earlier prompts.
         ends: ends of the tree's edges below the overlap, ascending: junctions and ends of earlier prompts.
         stops: how many prompts left the path or ended at each of them.
+        cuts: its cuts.
         kind: how it met the tree, the context of the mixture's weights (see `overlap.py`).
     """
 
@@ -33,6 +34,7 @@ class Shape:
     overlap: int
     ends: NDArray[np.int64]
     stops: NDArray[np.int64]
+    cuts: NDArray[np.int64]
     kind: int
 
 
@@ -125,6 +127,24 @@ class FromEnd(View):
         self._seen.add(shape.length - depth, credit, decay)
 
 
+class CutsFromEnd(View):
+    """Cuts between the overlap and the end: prompts that are shared in whole blocks."""
+
+    def __init__(self) -> None:
+        self._seen = Histogram(LOG_EDGES, 2.0)
+
+    def below(self, depths: Floats, shape: Shape) -> Floats:
+        """Even over the cuts inside each power of two of their number."""
+        missed = len(shape.cuts) - np.searchsorted(shape.cuts, depths, side="left")
+        whole = self._seen.upto(np.asarray([len(shape.cuts) + 1.0]))[0]
+        below: Floats = 1.0 - self._seen.upto(missed.astype(np.float64)) / whole
+        return np.where(depths > 0.0, below, 0.0)
+
+    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
+        """Counts the cuts."""
+        self._seen.add(len(shape.cuts) - int(np.searchsorted(shape.cuts, depth, side="right")), credit, decay)
+
+
 class Beyond(View):
     """Distance behind the prompt's own overlap: how much of what was new is shared again."""
 
@@ -163,4 +183,4 @@ class Junctions(View):
         return steps[np.searchsorted(shape.ends, depths, side="left")]
 
 
-VIEWS: tuple[type[View], ...] = (Uniform, Absolute, Ratio, FromEnd, Beyond, Again, Junctions)
+VIEWS: tuple[type[View], ...] = (Uniform, Absolute, Ratio, FromEnd, CutsFromEnd, Beyond, Again, Junctions)
