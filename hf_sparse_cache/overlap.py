@@ -19,6 +19,7 @@ FRESH, EXTENDS, BRANCHES, RETURNS = range(
     4
 )  # nothing shared; longer than an earlier prompt; new junction; known junction
 NEAR_END_TOKENS = 16
+TINY = 1e-9
 LEAN = 8.0  # observations with which a context leans on the shares of all contexts
 
 
@@ -34,33 +35,27 @@ class Forecast:
     cuts: Positions
     below: Floats
 
-    def mass(self, start: int, end: int | None = None) -> float:
-        """P(start <= next overlap < end) for two cuts; without `end`, to the end of the prompt."""
-        return self._at(end) - self._at(start)
+    def passing(self, positions: Positions) -> Floats:
+        """P(next overlap >= position), of shape `(P,)`; positions between two cuts count as the deeper one."""
+        reaching = np.append(1.0 - self.below, 0.0)
+        found: Floats = reaching[np.searchsorted(self.cuts, positions)]
+        return found
 
-    def share(self, start: int, end: int | None, following: float = 1.0) -> float:
-        """Of the prompts that pass `start`, those that do not come as far as `end` on this path.
+    def shares(self, positions: Positions, starts: Positions, following: Floats) -> Floats:
+        """Of the prompts that enter the edge of each position, those that leave between it and the next position.
 
         Args:
-            start: a cut.
-            end: a later cut, or None for one that no prompt reaches.
-            following: rate of passes at `end` over that at `start`: at a junction most prompts go elsewhere.
+            positions: cuts on one path, ascending, of shape `(P,)`.
+            starts: where the edge of each of them starts.
+            following: rate of passes at the next position over that here: at a junction most prompts go elsewhere.
+                0 for the last, behind which nothing is stored.
         """
-        if end is None:
-            return 1.0
-        passing = self.mass(start)
-        return 1.0 - min(following, 1.0) * (self.mass(end) / passing if passing > 1e-9 else 1.0)
-
-    def reach(self, start: int, position: int) -> float:
-        """Of the prompts that go on behind `start`, those that come as far as the cut `position`."""
-        behind = self.mass(start + 1)
-        return min(self.mass(position) / behind, 1.0) if behind > 1e-9 else 1.0
-
-    def _at(self, position: int | None) -> float:
-        if position is None:
-            return 1.0
-        index = int(np.searchsorted(self.cuts, position))
-        return float(self.below[index]) if index < len(self.cuts) else 1.0
+        reaching, entering = self.passing(positions), self.passing(starts + 1)
+        following = np.minimum(following, 1.0)
+        left = reaching - following * np.append(reaching[1:], 0.0)
+        # Where the forecast sees nobody enter, only the rates say who goes on.
+        found: Floats = np.where(entering > TINY, left / np.maximum(entering, TINY), 1.0 - following)
+        return np.maximum(found, 0.0)
 
 
 class OverlapModel:

@@ -59,13 +59,15 @@ class Prompt:
         """
         if self.forecast is None:
             return 1.0
-        after = next((other for other in planned if other > position), None)
-        leaves = position <= self.overlap and after is not None and after > self.overlap
+        after = [other for other in planned if other > position][:1]
+        leaves = position <= self.overlap and bool(after) and after[0] > self.overlap
         known = self.terms.known_rate
-        share = self.forecast.share(position, after, self._onward_rate / known if leaves and known else 1.0)
+        following = np.zeros(1 + len(after))
+        following[: len(after)] = self._onward_rate / known if leaves and known else 1.0
         above = self.path_ends[self.path_ends < min(position, self.overlap)]
         start = self.overlap if position > self.overlap else int(above[-1]) if len(above) else 0
-        return share * self.forecast.reach(start, position)
+        positions = np.asarray([position, *after])
+        return float(self.forecast.shares(positions, np.full_like(positions, start), following)[0])
 
     @property
     def _onward_rate(self) -> float:
@@ -78,8 +80,8 @@ class Prompt:
         if self.forecast is None or not self.resumed:
             return 0.0
         rate = self._onward_rate if position > self.overlap else self.terms.known_rate
-        share = self.forecast.share(self.resumed, position, rate / self.terms.resumed_rate)
-        return self.resumed_bytes * (1.0 - share)
+        here, there = self.forecast.passing(np.asarray([self.resumed, position])).tolist()
+        return self.resumed_bytes * min(rate / self.terms.resumed_rate, 1.0) * there / here if here else 0.0
 
     def snap(self, positions: Iterable[float]) -> list[int]:
         """The deepest open cut at or before each position, ascending and distinct; none where there is none."""

@@ -147,8 +147,10 @@ class Learned(Scored):
 
     def settled(self, path: Sequence[Node], forecast: Forecast | None, now: int) -> None:
         """Lets the prompt's edges wait for their next pass; asks the forecast who stops at its checkpoints."""
-        stored: list[tuple[Checkpoint, float]] = []
-        apart = [0]  # junctions above each edge at which other prompts leave the path
+        stored: list[Checkpoint] = []
+        rates: list[float] = []
+        apart: list[int] = []  # junctions above the edge of each, at which other prompts leave the path
+        junctions = 0
         for level, (node, child) in enumerate(zip(path, [*path[1:], None], strict=True), 1):
             if node.note is None and len(node.tokens) >= MIN_EDGE_TOKENS:
                 cell = cell_of(node.passes, level)
@@ -159,19 +161,20 @@ class Learned(Scored):
                     self._bypass(node.recent)
                 node.recent = child
             if node.checkpoints:
-                rate = self.tables.rate(cell_of(node.passes, level))
-                stored += [(node.checkpoints[position], rate) for position in sorted(node.checkpoints)]
-            apart.append(apart[-1] + _branches(node, child))
-        if forecast is None:
+                stored += [node.checkpoints[position] for position in sorted(node.checkpoints)]
+                rates += [self.tables.rate(cell_of(node.passes, level))] * len(node.checkpoints)
+                apart += [junctions] * len(node.checkpoints)
+            junctions += _branches(node, child)
+        if forecast is None or not stored:
             return
-        junctions = {id(node): count for node, count in zip(path, apart, strict=False)}
-        for index, (checkpoint, rate) in enumerate(stored):
-            checkpoint.share = reach = forecast.reach(checkpoint.node.start, checkpoint.position)
-            if index + 1 < len(stored):
-                after, next_rate = stored[index + 1]
-                alone = junctions[id(checkpoint.node)] == junctions[id(after.node)]
-                following = 1.0 if alone else next_rate / rate
-                checkpoint.share = reach * forecast.share(checkpoint.position, after.position, following)
+        following = np.ones(len(stored))
+        following[-1] = 0.0
+        following[:-1] = np.where(np.diff(apart) > 0, np.divide(rates[1:], rates[:-1]), 1.0)
+        positions = np.asarray([checkpoint.position for checkpoint in stored])
+        starts = np.asarray([checkpoint.node.start for checkpoint in stored])
+        shares = forecast.shares(positions, starts, following).tolist()
+        for checkpoint, share in zip(stored, shares, strict=True):
+            checkpoint.share = share
             self.weigh(checkpoint)
 
     def _bypass(self, node: Node | None) -> None:

@@ -43,10 +43,11 @@ def test_mixture_credits_the_view_that_foresaw() -> None:
     names = [type(view) for view in near_end.views]
     assert near_end.shares[FRESH].argmax() == names.index(FromEnd)
     spread = anywhere.forecast(np.arange(64, 4000, 64), shape(4000))
-    assert 0.18 < spread.mass(1984, 2944) < 0.3
+    first, last = spread.passing(np.asarray([1984, 2944]))
+    assert 0.18 < first - last < 0.3
     assert anywhere.shares[FRESH][names.index(Uniform)] > 0.1
     sharp = near_end.forecast(np.arange(64, 4000, 64), shape(4000))
-    assert sharp.mass(3904) > 0.8
+    assert sharp.passing(np.asarray([3904])) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -80,15 +81,18 @@ def test_prompts_shared_in_whole_blocks_are_foreseen_by_the_block() -> None:
     for length in (1000, 1030, 1085):
         cuts = np.arange(64, length - 1, 64)
         forecast = model.forecast(cuts, shape(length))
-        assert forecast.mass(int(cuts[-1])) > 0.7
+        assert forecast.passing(cuts[-1:]) > 0.7
         # The distance in tokens is even over a block, so that view alone puts much of it before the last cut.
         alone = model.views[[type(view) for view in model.views].index(FromEnd)].below(cuts[-1:] * 1.0, shape(length))
         assert 1.0 - alone[0] < 0.7 or length % 64 > 60
 
 
-def test_reach_is_what_is_left_of_those_that_enter_an_edge() -> None:
-    cuts = np.asarray([64, 128, 192, 256])
-    forecast = Forecast(cuts, np.asarray([0.5, 0.5, 0.75, 0.9]))
-    assert forecast.reach(64, 128) == 1.0
-    assert forecast.reach(64, 192) == pytest.approx(0.5)
-    assert forecast.reach(0, 256) == pytest.approx(0.2)
+def test_shares_are_of_those_that_enter_the_edge() -> None:
+    forecast = Forecast(np.asarray([64, 128, 192, 256]), np.asarray([0.5, 0.5, 0.75, 0.9]))
+    alone = np.zeros(1)
+    assert forecast.shares(np.asarray([128]), np.asarray([64]), alone) == pytest.approx(1.0)
+    assert forecast.shares(np.asarray([192]), np.asarray([64]), alone) == pytest.approx(0.5)
+    assert forecast.shares(np.asarray([256]), np.asarray([0]), alone) == pytest.approx(0.2)
+    both, starts = np.asarray([128, 256]), np.asarray([0, 0])
+    assert forecast.shares(both, starts, np.asarray([1.0, 0.0])) == pytest.approx([0.8, 0.2])
+    assert forecast.shares(both, starts, np.asarray([0.5, 0.0])) == pytest.approx([0.9, 0.2])
