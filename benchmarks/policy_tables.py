@@ -136,9 +136,11 @@ def summary(
 def timing(rows: dict[str, dict[str, float]]) -> list[str]:
     """Speed of the simulator and time to decide, for `learned`."""
     lines = []
+    seen = set()  # one arrival order
     for cell, row in rows.items():
         workload, _, budget, contender, _ = cell.split("|")
-        if contender == "learned" and budget in ("no limit", "256", "10 GB"):
+        if contender == "learned" and budget in ("no limit", "256", "10 GB") and (workload, budget) not in seen:
+            seen.add((workload, budget))
             speed = row["tokens"] / row["seconds"] / 1e6
             plan = 1e3 * row["plan_seconds"] / row["requests"]
             lines.append([workload, budget, f"{speed:.2f}", f"{plan:.2f}"])

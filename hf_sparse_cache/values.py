@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 FORK_CHILDREN = 3  # more make a hub, such as a shared system prompt, where one path says nothing about the others
+NEARLY_TIED = 0.7  # values this close are noise, and then the newcomer is the better guess, as in plain recency
 MIN_EDGE_TOKENS = 16  # shorter edges, such as the last tokens of a template, say nothing about what comes back
 
 
@@ -231,7 +232,7 @@ class Learned(Scored):
         if incoming is not None:
             lost *= max(0.0, need - incoming.refund) / max(need, 1)
             offer = self._rate(incoming) * self.gain(incoming) * incoming.held
-            if offer <= lost:
+            if offer <= NEARLY_TIED * lost:
                 return None
         return first
 
