@@ -17,11 +17,12 @@ from . import forks, generation, mamba1, notebook, states
 from .calls import as_ids, why_uncached
 from .config import SparseCacheConfig
 from .cost import prefill_cost
-from .explain import WEIGHTS_CHANGED, Explanation, explain, remedy
+from .explain import WEIGHTS_CHANGED, Costs, Explanation, explain, remedy, too_small
 from .families import family_of, unwrapped
 from .live import LiveCache
 from .payloads import LayerTensors
 from .persistence import Persistent
+from .placing import check_policy
 from .policies import Policy, make_policy
 from .serving import Serving
 from .stateless import Stateless
@@ -51,6 +52,7 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
     Raises:
         UnsupportedModelError: The model's state cannot be captured exactly.
         ValueError: An argument is out of range; the message names it.
+        TypeError: `policy` is neither a name nor a `Policy` object.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         config: SparseCacheConfig | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(policy, str):
+            check_policy(policy)
         model = unwrapped(model)
         self.family = family_of(model)
         name = policy if isinstance(policy, str) else type(policy).__name__
@@ -118,7 +122,9 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         return self._recorder.last
 
     def __repr__(self) -> str:
-        return f"SparsePrefixCache({type(self.model).__name__}, grid={self.grid}: {self.stats()})"
+        most = self.store.max_memory
+        limit = "without a limit" if most is None else f"of {format_bytes(most)}"
+        return f"SparsePrefixCache({type(self.model).__name__}, grid={self.grid}, {limit}: {self.stats()})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the tree of what is stored in the handle's space, and the last requests."""
@@ -134,7 +140,8 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         tokens = given[0].to("cpu", torch.int32).numpy()
         space, changed = self._space()
         decode = None if self.tokenizer is None else self.tokenizer.decode
-        found = explain(self.store, tokens, self._cuts(tokens, space), space, decode)
+        costs = Costs(self.size.state_bytes, self.size.kv_bytes_per_token, self._smaller_grid)
+        found = explain(self.store, tokens, self._cuts(tokens, space), space, costs, decode)
         unsupported = why_uncached(self.model, given, None, {})
         if unsupported:
             reason = f"call not supported: {unsupported}"
@@ -147,7 +154,8 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
     def mark(self, ids: torch.Tensor | str) -> None:
         """Announce a prefix that will come back: a checkpoint is kept at its last cut until `clear()`.
 
-        It is captured when the next prompt that begins with it passes, and is never evicted.
+        It is captured when the next prompt that begins with it passes, in place of others where memory is short, and
+        is never evicted from then on. A warning says so when the budget cannot hold it beside what other marks keep.
 
         Args:
             ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
@@ -160,11 +168,18 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         # Two more tokens, which are never special, so that the last cut may be the end of the prefix itself.
         cuts = self._cuts(np.append(tokens, np.full(2, -1, dtype=np.int32)), space, len(tokens))
         if not len(cuts):
+            grid = self._smaller_grid(len(tokens))
+            smaller = f" or make the handle with a smaller grid, such as grid={grid}" if grid else ""
             raise ValueError(
                 f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. "
-                "Mark a longer prefix or make the handle with a smaller grid."
+                f"Mark a longer prefix{smaller}."
             )
         self.store.mark(tokens, cuts, space)
+        position = int(cuts[-1])
+        need = self.size.state_bytes + position * self.size.kv_bytes_per_token
+        bound = self.store.bound(tokens, position, space)
+        if bound is not None and bound.kept + need > bound.limit:
+            logger.warning(f"Nothing can be kept for this mark. {too_small(bound, position, need)}.")
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -206,6 +221,14 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
                 "still exact, but every segment is padded to the chunk and costs as much."
             )
         return grid
+
+    def _smaller_grid(self, tokens: int) -> int:
+        """The grid halved until a prefix of so many tokens has a cut, in whole kernel chunks; 0 where none does."""
+        chunk, grid = self.family.chunk(self._config), self.grid
+        while grid > min(tokens, self.grid - 1):
+            grid //= 2
+        grid -= grid % chunk
+        return grid if grid >= 2 else 0
 
     def _check_budget(self) -> None:
         needed = self.size.state_bytes + self.grid * self.size.kv_bytes_per_token

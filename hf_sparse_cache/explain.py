@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .stats import format_bytes
 from .tree import Checkpoint, Match, Node
-from .units import namespace_of
+from .units import Bound, namespace_of
 
 
 if TYPE_CHECKING:
@@ -39,16 +40,17 @@ _FIGURES = re.compile(r"\d+")
 _REMEDIES = {  # by how a cause begins; the first that fits counts
     "nothing stored": "The first prompt of a kind is always computed; a later one that starts alike resumes. Only "
     "prompts under namespace {namespace!r} count, with the same weights and settings.",
-    "diverges": "That is before the first cut: put what changes behind what stays, or use a smaller grid.",
+    "diverges": "That is before the first cut: put what changes behind what stays.{grid}",
     "overlap of": "Call cache.mark() on the shared part: a checkpoint is then kept at its end.",
     "evicted": "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint.",
     "never captured: no room": "Raise max_memory, or the namespace's share in namespace_memory.",
-    "never captured: the prompt is shorter": "A smaller grid would cut it, if so few tokens are worth it.",
+    "never captured: the prompt is shorter": "So short a prompt is always computed.{grid}",
     "never captured": "Call cache.mark() on the shared part, or raise max_checkpoints, or choose another policy.",
     "weights changed": "States belong to weights: this prompt and those after it are stored anew.",
     "call not supported: the model is in training mode": "Call model.eval() first.",
     "call not supported": "Call generate() without what the reason names; such a call runs as if there were no cache.",
 }
+_MARK = "{:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,30 @@ class Explanation:
         return f"{start}{where}." + (f" {self.remedy}" if self.remedy else "")
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a handle knows of its model, for advice in figures.
+
+    Attributes:
+        state_bytes, kv_bytes_per_token: of a checkpoint.
+        smaller_grid: the largest grid that suits the model and cuts a prefix of so many tokens; 0 where none does.
+    """
+
+    state_bytes: int
+    kv_bytes_per_token: int
+    smaller_grid: Callable[[int], int]
+
+    def bytes_of(self, position: int, resumed: int = 0) -> int:
+        """Of a checkpoint with its keys and values, those up to `resumed` left out."""
+        return self.state_bytes + self.kv_bytes_per_token * (position - resumed)
+
+
 def explain(
     store: CheckpointStore,
     ids: Tokens,
     cuts: Positions,
     space: str,
+    costs: Costs,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Explanation:
     """What a prompt would reuse now, without running or changing anything.
@@ -94,6 +115,7 @@ def explain(
         ids: the prompt, int32 of shape `(N,)`.
         cuts: its cuts.
         space: where to look.
+        costs: what the model's checkpoints take.
         decode: turns token ids into text.
     """
     with store.lock:
@@ -106,18 +128,43 @@ def explain(
     deeper, known = store.reach(ids, space)
     if deeper > resumed:
         resumed, overlap, reason = deeper, max(overlap, known), "resumed"
-    lost = int(cuts[cuts <= usable][-1]) - resumed if len(cuts) and cuts[0] <= usable else 0
+    wanted = int(cuts[cuts <= usable][-1]) if len(cuts) and cuts[0] <= usable else 0
     context = ""
     if decode is not None and match.known and match.overlap < len(ids):
         around = ids[max(0, match.overlap - _CONTEXT_TOKENS) : match.overlap + _CONTEXT_TOKENS]
         context = decode(around.tolist())
-    if reason != "resumed":
-        advice = remedy(reason, namespace_of(space))
-    elif lost > 0:
-        advice = f"{lost:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
-    else:
-        advice = ""
+    advice = remedy(reason, namespace_of(space), costs.smaller_grid(usable))
+    if wanted > resumed:
+        marked = any(resumed < position <= wanted for position in store.marks.positions(ids, cuts, space))
+        gone = any(resumed < position <= wanted for node in match.path for position in (node.refused, node.lost))
+        bound = store.bound(ids, wanted, space)
+        advice = _about_room(bound, costs, resumed, wanted, marked, gone) or advice or _MARK.format(wanted - resumed)
     return Explanation(len(ids), overlap, resumed, reason, advice, context)
+
+
+def _about_room(bound: Bound | None, costs: Costs, resumed: int, wanted: int, marked: bool, gone: bool) -> str:
+    """The remedy for tokens up to `wanted` that lie behind the last checkpoint, where memory or a mark decides."""
+    need = costs.bytes_of(wanted)
+    if bound is not None and bound.kept + need > bound.limit:
+        return f"{too_small(bound, wanted, need)}."
+    if marked:
+        return "It is marked: the next prompt that begins with it brings its checkpoint back."
+    beside = 0 if bound is None else bound.used + costs.bytes_of(wanted, resumed)
+    if bound is None or not gone or beside <= bound.limit:
+        return ""
+    return (
+        f"There was no room for the checkpoint at {wanted:,}: {bound.name} of at least {beside:,} bytes holds it "
+        "beside what is stored; cache.mark() on these tokens keeps it in place of others."
+    )
+
+
+def too_small(bound: Bound, position: int, need: int) -> str:
+    """That one checkpoint does not fit a budget, and what would do; without a full stop."""
+    others = f", beside {format_bytes(bound.kept)} that other marks or its own request keep" if bound.kept else ""
+    return (
+        f"A checkpoint at {position:,} takes {format_bytes(need)}{others}, and {bound.name} is "
+        f"{format_bytes(bound.limit)}: give at least {bound.kept + need:,} bytes"
+    )
 
 
 def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positions) -> str:
@@ -147,10 +194,11 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
     return f"never captured: the policy placed no checkpoint on the first {usable} tokens"
 
 
-def remedy(reason: str, namespace: str = "") -> str:
-    """What helps against a cause; empty where nothing is lost."""
+def remedy(reason: str, namespace: str = "", grid: int | None = None) -> str:
+    """What helps against a cause; empty where nothing is lost. `grid` is a smaller one that helps, 0 if none does."""
     found = (text for start, text in _REMEDIES.items() if reason.startswith(start))
-    return next(found, "").format(namespace=namespace)
+    smaller = "" if grid == 0 else " A smaller grid cuts earlier" + (f": grid={grid}." if grid else ".")
+    return next(found, "").format(namespace=namespace, grid=smaller)
 
 
 def frequent(reasons: Sequence[str]) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from .eviction import LRU, Eviction
 from .marks import Marks
 from .segmentation import Tokens
 from .tree import Checkpoint, Forest, KVSegment, Match, Payload
-from .units import Account, Demotion, namespace_of
+from .units import Account, Bound, Demotion, namespace_of
 
 
 class Ledger:
@@ -155,6 +155,39 @@ class Ledger:
             if not any(checkpoint is kept for _, kept in self.marks.kept):
                 self.pin(checkpoint)
                 self.marks.kept.append((space, checkpoint))
+
+    def bound(self, ids: Tokens, position: int, space: str = "") -> Bound | None:
+        """The tightest budget for a checkpoint at `position` of `ids`; None without any."""
+        with self.lock:
+            account, path = self.account(namespace_of(space)), self.match(ids, space)
+            bounds = []
+            if self.max_memory is not None:
+                bounds.append(Bound("max_memory", self.max_memory, self.used_bytes, self._kept_beside(path, position)))
+            if account.limit is not None:
+                kept = self._kept_beside(path, position, account)
+                bounds.append(Bound("namespace_memory", account.limit, account.used_bytes, kept))
+            return min(bounds, key=lambda bound: bound.limit - bound.kept, default=None)
+
+    def _kept_beside(self, path: Match, position: int, owner: Account | None = None) -> int:
+        """Bytes that stay while a checkpoint at `position` of this path comes, less what it would share: what marks
+        keep, and the checkpoint that its request resumes from.
+        """
+        nodes = set(path.path)
+        segments: set[KVSegment] = set()
+        held = 0
+        staying = {id(checkpoint): checkpoint for _, checkpoint in self.marks.kept}
+        staying |= {id(checkpoint): checkpoint for checkpoint in path.checkpoints(position - 1)[-1:]}
+        for checkpoint in staying.values():
+            same = checkpoint.node in nodes and checkpoint.position == position
+            if same or (owner is not None and checkpoint.owner is not owner):
+                continue
+            held += checkpoint.nbytes
+            segment = checkpoint.kv
+            while segment is not None and segment not in segments:
+                segments.add(segment)
+                segment = segment.parent
+        shared = min(path.overlap, position)
+        return held + sum(segment.nbytes for segment in segments if segment.node not in nodes or segment.end > shared)
 
     def _release_marks(self, space: str | None = None) -> None:
         for checkpoint in self.marks.forget(space):

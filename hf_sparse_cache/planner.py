@@ -12,20 +12,19 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from .hub import Shareable
+from .unbuilt import why_missing
 
 
 try:
     from ._planner import Problem
 except ImportError as error:  # no silent Python fallback: it would be a thousand times slower
-    raise ImportError(
-        "hf_sparse_cache._planner is not compiled. Build it with `pip install -e .` in the checkout (this needs a C "
-        "compiler), or install a wheel of hf_sparse_cache for this Python version."
-    ) from error
+    raise ImportError(why_missing(Path(__file__).parents[1], error)) from None
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

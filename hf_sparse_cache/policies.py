@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from .overlap import OverlapModel, shape_of
+from .planner import plan_checkpoints  # here, so that what is not compiled is said before the first request
 from .prompt import Prompt as Prompt
 from .views import Floats
 
@@ -141,8 +142,6 @@ class HistogramDP(Policy):
 
     def place(self, prompt: Prompt) -> list[int]:
         """Plans the open cuts for the depths that this prompt can share."""
-        from .planner import plan_checkpoints
-
         cuts = prompt.open_cuts
         limit = self.default_limit if prompt.limit is None else prompt.limit
         if not len(cuts) or not limit:
@@ -185,8 +184,6 @@ class Learned(Policy):
 
     def place(self, prompt: Prompt) -> list[int]:
         """Minimises what the next prompt that comes this way recomputes, plus the memory at its price."""
-        from .planner import plan_checkpoints
-
         length = len(prompt.ids)
         prompt.shape = shape_of(
             length, prompt.overlap, prompt.path_ends, prompt.path_passes, prompt.cuts, prompt.latest

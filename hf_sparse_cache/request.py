@@ -28,6 +28,7 @@ from typing import Self
 import numpy as np
 
 from .explain import cause
+from .placing import placed
 from .policies import Policy, Prompt
 from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
 from .stats import RequestInfo
@@ -84,6 +85,10 @@ class Request:
                 self.checkpoint.last_used = store.clock
                 if self.checkpoint.kv is not None:
                     self._held.enter_context(store.holding(self.checkpoint.kv))
+            marked = store.marks.positions(ids, cuts, space)
+            for checkpoint in stored:  # a tier below may have brought it after it was announced
+                if checkpoint.position in marked:
+                    store.keep(checkpoint, space)
             store.passed(match, self.checkpoint, space)
             self.reason = cause(match, self.checkpoint, usable, cuts)
             state_bytes = store.checkpoint_bytes / max(store.checkpoint_count, 1)
@@ -113,12 +118,12 @@ class Request:
         self.match_seconds = matched - started
         try:
             with policy.lock:
-                wanted = policy.place(self._prompt)
+                wanted = placed(policy, self._prompt)
         except BaseException:
             self._release()
             raise
         fresh = _among(self._prompt.open_cuts, wanted, max_checkpoints)
-        self._marked = {p for p in store.marks.positions(ids, cuts, space) if p > self.resumed_tokens}
+        self._marked = {position for position in marked if position > self.resumed_tokens}
         self.planned: list[int] = sorted({*fresh, *self._marked})
         self.plan_seconds = time.perf_counter() - matched
 
@@ -172,12 +177,19 @@ class Request:
         refund = self._prompt.refund(position) if not self.captured else 0.0
         # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.
         stored = self._store.put(
-            self._ids, position, state, spans, new, self._space, share=share, refund=refund, hold=self._held
+            self._ids,
+            position,
+            state,
+            spans,
+            new,
+            self._space,
+            share=share,
+            refund=refund,
+            hold=self._held,
+            keep=position in self._marked,
         )
         if stored is None:
             return False
-        if position in self._marked:
-            self._store.keep(stored, self._space)
         self.captured.append(position)
         return True
 
@@ -198,7 +210,7 @@ class Request:
         self._ids, self._cuts = np.concatenate([self._ids, output.astype(np.int32, copy=False)]), cuts
         self._prompt = replace(self._prompt, ids=self._ids, cuts=cuts, shape=None, forecast=None)
         with self._policy.lock:
-            wanted = self._policy.place(self._prompt)
+            wanted = placed(self._policy, self._prompt)
         behind = cuts[np.searchsorted(cuts, self.prompt_tokens) :]
         self.planned = _among(behind, wanted, self._prompt.limit)
         return self.planned

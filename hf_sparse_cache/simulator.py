@@ -12,10 +12,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .eviction import Eviction
+from .placing import check_policy
 from .policies import Policy, make_policy
 from .request import open_request
 from .segmentation import cut_positions
-from .stats import RequestInfo
+from .stats import RequestInfo, counted
 from .store import CheckpointStore
 from .traces import load_trace
 from .views import Floats
@@ -71,10 +72,10 @@ class SimulationResult:
 
     def __str__(self) -> str:
         return (
-            f"{self.requests:,} requests · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · "
+            f"{counted(self.requests, 'request')} · {self.prompt_tokens:,} tokens · overlap {self.overlap_tokens:,} · "
             f"resumed {self.resumed_tokens:,} ({self.resume_rate:.1%} of the prompt, "
             f"{self.capture_rate:.1%} of the overlap) · "
-            f"{self.checkpoints:,} checkpoints, peak {self.peak_bytes:,} bytes"
+            f"{counted(self.checkpoints, 'checkpoint')}, peak {self.peak_bytes:,} bytes"
         )
 
 
@@ -126,6 +127,7 @@ def simulate(
 
     Raises:
         ValueError: if an argument is out of range or a name unknown.
+        TypeError: if `policy` is neither a name nor a `Policy` object, or places what are no positions.
     """
     if state_bytes < 1:
         raise ValueError(f"state_bytes must be at least 1, got {state_bytes}; it is the size of one checkpoint")
@@ -139,6 +141,8 @@ def simulate(
         raise ValueError(
             f"prefill_cost is for policies by name, but policy is a {type(policy).__name__} object; give it to that"
         )
+    if not isinstance(policy, str):
+        check_policy(policy)
     specials = tuple(cut_ids)
     place = make_policy(policy, specials, prefill_cost) if isinstance(policy, str) else policy
     store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)

@@ -66,9 +66,10 @@ class CacheStats:
     def __str__(self) -> str:
         skipped = 100 * self.resumed_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
         return (
-            f"{self.requests} requests · prompts {self.prompt_tokens:,} tokens · resumed {self.resumed_tokens:,} "
-            f"({skipped:.1f} %) · recomputed {self.computed_tokens:,} · {self.checkpoints} checkpoints, "
-            f"{format_bytes(self.checkpoint_bytes + self.kv_bytes)} · {self.evictions} evictions"
+            f"{counted(self.requests, 'request')} · prompts {self.prompt_tokens:,} tokens · resumed "
+            f"{self.resumed_tokens:,} ({skipped:.1f} %) · computed {self.computed_tokens:,} · "
+            f"{counted(self.checkpoints, 'checkpoint')}, {format_bytes(self.checkpoint_bytes + self.kv_bytes)} · "
+            f"{counted(self.evictions, 'eviction')}"
         )
 
 
@@ -120,6 +121,11 @@ class Recorder:
             )
             fruitless = self._totals.requests == PATIENCE and not self._totals.resumed_tokens
             return list(self._recent) if fruitless else []
+
+
+def counted(number: int, what: str) -> str:
+    """A number and what it counts, as people say it: 1 -> '1 checkpoint'."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def format_bytes(count: float) -> str:

@@ -9,19 +9,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import forks
 from .eviction import Eviction, make_eviction
 from .movement import Tiered
 from .segmentation import Positions, Tokens
 from .sizes import parse_bytes
+from .stats import counted
 from .tree import Checkpoint, KVSegment, Node, Payload
 from .units import Demotion, Span, chain_of, holder, namespace_of, shared_chain
-
-
-if TYPE_CHECKING:
-    pass
 
 
 class CheckpointStore(Tiered):
@@ -85,7 +81,7 @@ class CheckpointStore(Tiered):
 
     def __repr__(self) -> str:
         limit = "no limit" if self.max_memory is None else f"{self.max_memory:,}"
-        return f"CheckpointStore({self.checkpoint_count} checkpoints, {self.used_bytes:,} of {limit} bytes)"
+        return f"CheckpointStore({counted(self.checkpoint_count, 'checkpoint')}, {self.used_bytes:,} of {limit} bytes)"
 
     def checkpoints(self, space: str | None = None) -> list[tuple[str, Tokens, Checkpoint]]:
         """Every stored checkpoint with its space and the tokens of its path up to its position."""
@@ -138,6 +134,7 @@ class CheckpointStore(Tiered):
         refund: float = 0.0,
         hold: ExitStack | None = None,
         urgent: bool = False,
+        keep: bool = False,
     ) -> Checkpoint | None:
         """Stores a checkpoint after `position` tokens of `ids`, evicting others first when memory is short.
 
@@ -149,6 +146,7 @@ class CheckpointStore(Tiered):
             refund: bytes of checkpoints that it makes superfluous.
             hold: keeps the checkpoint's KV chain from being freed until this stack is closed.
             urgent: a request waits for it, so the eviction is not asked whether something else is worth more.
+            keep: it belongs to a mark: just as urgent, and never evicted from then on.
 
         Returns:
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
@@ -163,7 +161,11 @@ class CheckpointStore(Tiered):
                 try:
                     with self.lock:
                         self.missing_spans(ids[:position], spans, space, chain)
-                        checkpoint = self._insert(ids, position, state, spans, new or {}, space, urgent, share, refund)
+                        checkpoint = self._insert(
+                            ids, position, state, spans, new or {}, space, urgent or keep, share, refund
+                        )
+                        if keep and checkpoint is not None:  # under this lock, or another thread takes its room
+                            self.keep(checkpoint, space)
                         if hold is not None and checkpoint is not None:
                             hold.enter_context(self.holding(checkpoint.kv))
                         return checkpoint

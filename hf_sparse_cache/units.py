@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from .eviction import Eviction
 from .segmentation import Tokens
@@ -42,6 +42,22 @@ class Account:
     @property
     def used_bytes(self) -> int:
         return self.checkpoint_bytes + self.kv_bytes
+
+
+class Bound(NamedTuple):
+    """A budget that a checkpoint has to fit into.
+
+    Attributes:
+        name: the argument that sets it.
+        limit: its bytes.
+        used: those that are stored.
+        kept: those of them that stay while the checkpoint is stored, and that it does not share.
+    """
+
+    name: str
+    limit: int
+    used: int
+    kept: int
 
 
 class MovablePayload(Payload, Protocol):

@@ -1,13 +1,19 @@
 """`explain` names the cause and the remedy without changing anything; `mark` keeps what was announced."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_models import random_ids
+from tiny_models import build, random_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
+from hf_sparse_cache.eviction import FIFO
 from hf_sparse_cache.explain import WEIGHTS_CHANGED, remedy
+from hf_sparse_cache.policies import Block
+from hf_sparse_cache.tree import Checkpoint
 
 
 GRID = 32
@@ -36,9 +42,11 @@ def test_every_cause(jamba: PreTrainedModel) -> None:
             and "mark" in behind.remedy
         )
         early = cache.explain(torch.cat([DOCUMENT[:, :20], random_ids(80, seed=9)], dim=1))
-        assert early.reason == "diverges at token 20" and "smaller grid" in early.remedy
+        assert early.reason == "diverges at token 20" and early.remedy.endswith(
+            "A smaller grid cuts earlier: grid=16."
+        )
         short = cache.explain(DOCUMENT[:, :10])
-        assert short.reason.startswith("never captured: the prompt is shorter") and "smaller grid" in short.remedy
+        assert short.reason.startswith("never captured: the prompt is shorter") and "grid=8." in short.remedy
         for _, _, checkpoint in cache.store.checkpoints():
             cache.store.evict(checkpoint)
         lost = cache.explain(prompt(2))
@@ -176,5 +184,83 @@ def test_a_mark_keeps_what_is_stored_already(jamba: PreTrainedModel) -> None:
 
 
 def test_a_mark_that_could_not_be_kept_is_refused(jamba: PreTrainedModel) -> None:
-    with SparsePrefixCache(jamba, grid=GRID) as cache, pytest.raises(ValueError, match="first cut at 32"):
+    with SparsePrefixCache(jamba, grid=GRID) as cache, pytest.raises(ValueError, match="first cut at 32.*grid=16"):
         cache.mark(DOCUMENT[:, :31])
+
+
+def test_a_grid_that_suits_the_kernels_is_named_or_none() -> None:
+    zamba2 = build("Zamba2")
+    chunk = zamba2.config.chunk_size
+    with SparsePrefixCache(zamba2, grid=4 * chunk, policy="last") as cache:
+        assert cache._smaller_grid(3 * chunk) == 2 * chunk and cache._smaller_grid(chunk) == chunk
+        assert cache._smaller_grid(chunk - 1) == 0
+        serve(zamba2, cache, DOCUMENT)
+        said = cache.explain(torch.cat([DOCUMENT[:, : chunk - 1], random_ids(5 * chunk, seed=5)], dim=1))
+        assert said.reason.startswith("diverges") and "grid" not in said.remedy
+
+
+def budget(model: PreTrainedModel, position: int) -> int:
+    """Bytes of one checkpoint."""
+    with SparsePrefixCache(model, grid=GRID) as cache:
+        return cache.size.state_bytes + position * cache.size.kv_bytes_per_token
+
+
+def test_what_cannot_fit_is_told_in_bytes(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
+    """`mark` on it would change nothing, so it warns, and nothing advises it."""
+    first, last = budget(jamba, GRID), budget(jamba, 160)
+    state = first - GRID * (last - first) // (160 - GRID)
+    with SparsePrefixCache(jamba, grid=GRID, policy=Block(GRID), max_memory=last - 1) as cache:
+        for _ in range(2):
+            serve(jamba, cache, DOCUMENT[:, :150])
+            serve(jamba, cache, prompt(2))
+        said = cache.explain(prompt(3))
+        needed = last if not said.resumed_tokens else last + state
+        assert f"give at least {needed:,} bytes" in said.remedy and "mark()" not in said.remedy
+        cache.mark(DOCUMENT)
+        assert "Nothing can be kept for this mark" in caplog.text and f"{needed:,} bytes" in caplog.text
+        serve(jamba, cache, prompt(4))
+        assert cache.last_request.captured == () or max(cache.last_request.captured) < 160
+    with SparsePrefixCache(jamba, grid=GRID, policy=Block(GRID), max_memory=needed) as cache:
+        serve(jamba, cache, DOCUMENT[:, :150])
+        cache.mark(DOCUMENT)
+        serve(jamba, cache, prompt(2))
+        assert cache.explain(prompt(3)).resumed_tokens == 160
+
+
+def test_a_mark_takes_the_room_of_others(jamba: PreTrainedModel) -> None:
+    """The eviction would refuse the newcomer: a mark is not asked what it is worth."""
+
+    class Miser(FIFO):
+        def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
+            return None if incoming is not None else super().victim(None, need)
+
+    store = CheckpointStore(budget(jamba, 192), eviction=Miser())
+    with SparsePrefixCache(jamba, grid=GRID, policy="last", store=store) as cache:
+        other = random_ids(200, seed=7)
+        serve(jamba, cache, other)
+        serve(jamba, cache, prompt(2))
+        said = cache.explain(prompt(2))
+        assert said.reason.startswith("never captured: no room")
+        needed = int(re.search(r"at least ([\d,]+) bytes", said.remedy)[1].replace(",", ""))
+        assert needed == 2 * budget(jamba, 192) and "in place of others" in said.remedy
+        cache.mark(DOCUMENT)
+        assert cache.explain(prompt(3)).remedy.startswith("It is marked")
+        serve(jamba, cache, prompt(2))
+        assert cache.last_request.captured == (160,) and cache.explain(prompt(3)).resumed_tokens == 160
+        assert cache.explain(other).reason == "evicted"
+
+
+def test_a_mark_holds_what_a_lower_tier_brings_up(jamba: PreTrainedModel, tmp_path: Path) -> None:
+    store = CheckpointStore(budget(jamba, 192), disk_memory="1GiB", disk_dir=tmp_path)
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", max_checkpoints=1, store=store) as cache:
+        serve(jamba, cache, prompt(2))
+        for seed in (5, 6):
+            serve(jamba, cache, random_ids(200, seed=seed))
+        depth = cache.explain(prompt(2)).resumed_tokens
+        assert depth and depth not in [c.position for _, t, c in store.checkpoints() if t[0] == DOCUMENT[0, 0]]
+        cache.mark(prompt(2)[:, :depth])
+        serve(jamba, cache, prompt(2))
+        assert cache.last_request.resumed_tokens == depth
+        store.resize(1)
+        assert [c.position for _, _, c in store.checkpoints()] == [depth]
+    store.close()

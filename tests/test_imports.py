@@ -1,7 +1,11 @@
 """Importing the package and asking the command line for help bring no torch, and work where a platform has less."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +25,7 @@ except SystemExit as left:
 """
 
 
-def in_a_new_process(code: str, **options: str) -> str:
+def in_a_new_process(code: str, **options: Any) -> str:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
@@ -46,6 +50,23 @@ def test_every_public_name_is_where_it_is_said_to_be() -> None:
     names: dict[str, object] = {}
     exec("from hf_sparse_cache import *", names)
     assert set(hf_sparse_cache.__all__) == set(names) - {"__builtins__"}
+
+
+@pytest.mark.parametrize("use", ["hf_sparse_cache.SparsePrefixCache", "hf_sparse_cache.simulate"])
+def test_the_source_folder_is_named_at_once_where_nothing_is_compiled(tmp_path: Path, use: str) -> None:
+    """Python started in a clone imports the folder there, which hides what `pip install .` compiled."""
+    package = Path(hf_sparse_cache.__file__).parent
+    without = shutil.ignore_patterns("_planner.*.so", "_planner.*.pyd", "__pycache__")
+    shutil.copytree(package, tmp_path / "hf_sparse_cache", ignore=without)
+    code = (
+        f"import hf_sparse_cache\ntry:\n    {use}\nexcept ImportError as error:\n"
+        "    print(error, error.__suppress_context__, error.__cause__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert "install hf_sparse_cache anew" in in_a_new_process(code, env=environment, cwd=str(tmp_path))
+    (tmp_path / "_planner.pyx").touch()
+    (said,) = in_a_new_process(code, env=environment, cwd=str(tmp_path)).splitlines()
+    assert f"you are in the source folder {tmp_path}, which hides" in said and said.endswith(" True None")
 
 
 def test_a_misspelt_name_is_an_attribute_error() -> None:

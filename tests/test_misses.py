@@ -31,7 +31,7 @@ def test_it_warns_once_and_names_reason_and_remedy(jamba: PreTrainedModel, caplo
     (said,) = misses(caplog)
     assert said.startswith(
         "20 requests and nothing was resumed. Most frequent reason (19 of 20): diverges at token 20. "
-        "That is before the first cut: put what changes behind what stays, or use a smaller grid."
+        "That is before the first cut: put what changes behind what stays. A smaller grid cuts earlier."
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from hf_sparse_cache.policies import POLICIES, Learned, make_policy
+from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache.policies import POLICIES, Last, Learned, Policy, Prompt, make_policy
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.segmentation import cut_positions
 from hf_sparse_cache.simulator import Sized, simulate
@@ -84,6 +87,53 @@ def test_learned_spreads_where_text_is_edited_anywhere() -> None:
 def test_learned_keeps_up_with_a_shift_of_workload() -> None:
     trace = Trace([*documents(20, 4), *conversations(12, 8)])
     assert simulate(trace, max_checkpoints=2, state_bytes=1, warmup=0.7).recomputed_tokens <= 60.0
+
+
+class Answers(Policy):
+    """Places whatever it is told to."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def place(self, prompt: Prompt) -> list[int]:
+        return self.answer  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("answer", [None, 64, [64.0], [1.5, "x", None], "64", [[64]]])
+def test_what_is_no_position_is_refused(answer: object) -> None:
+    with pytest.raises(TypeError, match="Answers.place returned .*return a list of positions"):
+        simulate([range(200)], policy=Answers(answer), state_bytes=1)
+
+
+def test_any_whole_numbers_will_do() -> None:
+    assert simulate([range(200)], policy=Answers(np.asarray([64, 128])), state_bytes=1).checkpoints == 2
+
+
+class Placeless(Policy):
+    pass
+
+
+class Lockless(Last):
+    def __init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (Last, "policy is the class Last: give an object of it, policy=Last()"),
+        (None, "policy is None"),
+        (7, "policy is 7 (int)"),
+        (Placeless(), "Placeless, which has no place"),
+        (Lockless(), "super().__init__()"),
+    ],
+)
+def test_what_is_no_policy_is_refused_before_the_first_request(policy: object, said: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        simulate([range(200)], policy=policy, state_bytes=1)
+    with pytest.raises(TypeError, match=re.escape(said)):
+        SparsePrefixCache(None, policy=policy)
 
 
 def test_price_thins_out_checkpoints() -> None:
