@@ -69,6 +69,7 @@ def load(
 
     Raises:
         ValueError: when `name` can be none of the three, or there is no such dtype or device.
+        OSError: when it cannot be read, from the folder or from the Hub.
     """
     try:
         torch.empty(0, device=device)
@@ -84,8 +85,16 @@ def load(
         return model.to(device), build_tokenizer(texts)
     if "/" not in name and not Path(name).exists():
         raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(SIZES)}")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    try:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except OSError as error:  # several lines about connections, revisions and tokens
+        if Path(name).exists():
+            raise
+        raise OSError(
+            f"MODEL {name} is not in the local cache of Hugging Face and cannot be fetched from the Hub; check the "
+            f"name and the connection, or take a built-in model, which needs no download: {', '.join(SIZES)}"
+        ) from error
+    return model.to(device).eval(), tokenizer
 
 
 def parameter_count(name: str, vocab_size: int = 8192) -> int:

@@ -100,14 +100,21 @@ def config_values(config: Any) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What two descriptions disagree on, one phrase each, saved value first."""
+    """What two descriptions disagree on, one phrase each, saved value first; the class of the model leads."""
     found = []
-    for name in sorted({*saved, *current}):
+    for name in different(saved, current):
         before, now = saved.get(name, "absent"), current.get(name, "absent")
-        if before != now:
-            hashed = name in ("weights", "config", "modules")
-            found.append(f"other {_HASHED.get(name, name)}" if hashed else f"{name} {before} instead of {now}")
+        hashed = name in ("weights", "config", "modules")
+        found.append(f"other {_HASHED.get(name, name)}" if hashed else f"{name} {before} instead of {now}")
     return found
+
+
+def different(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The names of what two descriptions disagree on."""
+    names = [name for name in {*saved, *current} if saved.get(name, "absent") != current.get(name, "absent")]
+    if "grid" in names:
+        names = [name for name in names if name != "min distance"]  # which follows from it
+    return sorted(names, key=lambda name: (name != "model", name))
 
 
 def weights_digest(model: torch.nn.Module) -> str:

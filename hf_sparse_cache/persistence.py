@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 MANIFEST = "sparse_cache.json"
+# What a caller chooses for a handle, whatever the model; and the differences that are named.
+_SETTINGS, _LISTED = ("grid", "exactness", "namespace"), 3
 
 
 class SavedFolder(DiskTier):
@@ -61,7 +63,7 @@ class Persistent:
             "settings": {"max_memory": self.store.max_memory, "max_checkpoints": self.config.max_checkpoints},
         }
         if (folder / MANIFEST).exists():
-            _refuse_other(folder, _manifest(folder), manifest, "save there; choose another folder, or delete this one")
+            _refuse_other(folder, _manifest(folder), manifest, loading=False)
         files.private_folder(folder)
         files.write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
         target = SavedFolder(folder, None)
@@ -124,7 +126,7 @@ class Persistent:
                 "namespace": handle.config.namespace,
                 "config": fingerprint.config_values(model.config),
             }
-            _refuse_other(folder, manifest, current, "continue its states; make a new cache with this model instead")
+            _refuse_other(folder, manifest, current, loading=True)
             source = SavedFolder(folder, None, read_only=True)
             source.reader = LayerTensors.from_bytes
             space, _ = handle._space()
@@ -160,14 +162,30 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_other(folder: Path, saved: dict[str, Any], current: dict[str, Any], cannot: str) -> None:
+def _refuse_other(folder: Path, saved: dict[str, Any], current: dict[str, Any], *, loading: bool) -> None:
     found = fingerprint.differences(saved["fingerprint"], current["fingerprint"])
+    names = fingerprint.different(saved["fingerprint"], current["fingerprint"])
     if "other config" in found:
         keys = fingerprint.differences(saved.get("config", {}), current["config"])
-        found[found.index("other config")] = "other config (" + ", ".join(keys[:4]) + ")"
+        found[found.index("other config")] = "other config (" + "; ".join(_shortened(keys)) + ")"
     if saved["namespace"] != current["namespace"]:
         found.append(f"namespace {saved['namespace']!r} instead of {current['namespace']!r}")
-    if found:
-        raise ValueError(
-            f"The cache saved in {folder} belongs to another setting: {'; '.join(found)}. This model cannot {cannot}."
-        )
+        names.append("namespace")
+    if not found:
+        return
+    values = {**saved["fingerprint"], "namespace": saved["namespace"]}
+    if not loading:
+        remedy = "This handle cannot save there; choose another folder, or delete this one."
+    elif set(names) <= {*_SETTINGS, "cut ids"}:  # nothing is wrong with the model
+        advice = [f"leave out {name}=, or pass {name}={values[name]!r}" for name in names if name in _SETTINGS]
+        advice += ["pass the tokenizer that it was saved with"] if "cut ids" in names else []
+        remedy = f"The model fits, the settings do not: {'; '.join(advice)}."
+    else:
+        remedy = "This model cannot continue its states; make a new cache with this model instead."
+    listed = "; ".join(_shortened(found))
+    raise ValueError(f"The cache saved in {folder} belongs to another setting: {listed}. {remedy}")
+
+
+def _shortened(phrases: list[str]) -> list[str]:
+    left = len(phrases) - _LISTED
+    return [*phrases[:_LISTED], f"and {left} more"] if left > 0 else phrases

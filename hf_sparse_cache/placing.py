@@ -9,9 +9,7 @@ from .policies import Policy
 from .prompt import Prompt
 
 
-_RIGHT = (
-    "give a name such as 'learned', or an object of a class that inherits hf_sparse_cache.policies.Policy"
-)
+_RIGHT = "give a name such as 'learned', or an object of a class that inherits hf_sparse_cache.policies.Policy"
 
 
 def check_policy(policy: Any) -> None:
@@ -26,9 +24,7 @@ def check_policy(policy: Any) -> None:
     if not isinstance(policy, Policy):
         raise TypeError(f"policy is {policy!r} ({kind}): {_RIGHT}")
     if getattr(policy.place, "__func__", None) is Policy.place:
-        raise TypeError(
-            f"policy is a {kind}, which has no place: add place(self, prompt), which returns positions"
-        )
+        raise TypeError(f"policy is a {kind}, which has no place: add place(self, prompt), which returns positions")
     if not hasattr(policy, "lock"):
         raise TypeError(f"policy is a {kind}, whose __init__ leaves out super().__init__(): call it there")
 

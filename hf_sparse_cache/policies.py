@@ -264,7 +264,7 @@ def make_policy(
         ValueError: if the name is unknown.
     """
     if name not in POLICIES:
-        raise ValueError(f"policy={name!r} is unknown; choose one of {', '.join(POLICIES)}, or pass a Policy object")
+        raise ValueError(f"policy={name!r} is unknown; choose one of {', '.join(POLICIES)}")
     kind = POLICIES[name]
     if issubclass(kind, Boundary):
         return kind(cut_ids)

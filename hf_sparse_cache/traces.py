@@ -127,45 +127,49 @@ def load_trace(source: Any, *, tokenize: Tokenize | None = None, seed: int = 42)
             outputs=None if outputs is None else [_output(row) for row in outputs],
         )
     else:
-        trace = source if isinstance(source, Trace) else _of_rows(source)
+        trace = source if isinstance(source, Trace) else _of_rows(("trace", row) for row in source)
     if not len(trace):
-        raise ValueError("trace holds no prompt; give at least one")
+        name = f"trace {source}" if isinstance(source, str | os.PathLike) else "trace"
+        raise ValueError(f"{name} holds no prompt; give at least one")
     return trace
 
 
-def _of_rows(rows: Iterable[Any]) -> Trace:
-    """Rows are token arrays, or mappings of `input_ids` and, where it is known, `output_ids`."""
+def _of_rows(rows: Iterable[tuple[str, Any]]) -> Trace:
+    """Where each row stands, and the row: a token array, or a mapping of `input_ids` and, if known, `output_ids`."""
     prompts: list[Tokens] = []
     outputs: list[Tokens] = []
     known = False
-    for row in rows:
+    for where, row in rows:
         output = None
         if isinstance(row, Mapping):
             if "input_ids" not in row:
-                raise ValueError(f"trace has a row with keys {list(row)}; name the one with token ids 'input_ids'")
+                raise ValueError(f"{where} has a row with keys {list(row)}; name the one with token ids 'input_ids'")
             row, output = row["input_ids"], row.get("output_ids")
-        prompts.append(_tokens(row))
-        outputs.append(_output(output))
+        prompts.append(_tokens(row, where))
+        outputs.append(_output(output, where))
         known |= output is not None
     return Trace(prompts, outputs=outputs if known else None)
 
 
-def _output(row: Any) -> Tokens:
-    return _tokens(()) if row is None else _tokens(row)
+def _output(row: Any, where: str = "trace") -> Tokens:
+    return _tokens(()) if row is None else _tokens(row, where)
 
 
-def _tokens(row: Any) -> Tokens:
+def _tokens(row: Any, where: str = "trace") -> Tokens:
     if hasattr(row, "detach"):
         row = row.detach().cpu().numpy()
-    ids = np.asarray(row)
+    try:
+        ids = np.asarray(row)
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(f"{where} has a prompt of nested lists; give integer token ids of shape (N,)") from error
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"trace has a prompt of {ids.dtype} {ids.shape}; give integer token ids of shape (N,)")
+        raise ValueError(f"{where} has a prompt of {ids.dtype} {ids.shape}; give integer token ids of shape (N,)")
     return ids.astype(np.int32, copy=False)
 
 
 def _load_lines(path: Path) -> Trace:
-    return _of_rows(read_lines(path))
+    return _of_rows((f"{path}: line {number}", row) for number, row in _numbered_lines(path))
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -175,15 +179,17 @@ def read_lines(path: Path) -> list[Any]:
         OSError: it cannot be read.
         ValueError: a line is not JSON; names file and line.
     """
-    values = []
+    return [value for _, value in _numbered_lines(path)]
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 if text := line.decode("utf-8").strip():
-                    values.append(json.loads(text))
+                    yield number, json.loads(text)
             except ValueError as error:
                 raise ValueError(f"{path}: line {number} is not JSON in UTF-8 ({error}); mend it") from error
-    return values
 
 
 def _load_folder(folder: Path, tokenize: Tokenize | None, seed: int) -> Trace:

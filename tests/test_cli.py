@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 from commands import Run
 
-from hf_sparse_cache import SparsePrefixCache, cli, exactness
+from hf_sparse_cache import SparsePrefixCache, __version__, cli, exactness
 from hf_sparse_cache.builtin import load
 from hf_sparse_cache.cli import questions, sources, verifying
 from hf_sparse_cache.cli.screen import Screen
 from hf_sparse_cache.policies import Block
+from hf_sparse_cache.stats import CacheStats
 
 
 DEMO = ("demo", "--model", "jamba-3m", "--tokens", "600", "--grid", "64", "--uncached", "2")
@@ -133,6 +135,9 @@ def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> No
         assert held < sum(item[f"{kind}_bytes"] for item in found["checkpoints"]) < 1.3 * held
     code, out, _ = run("inspect", str(tmp_path / "saved"), "--tree", "--tokenizer", str(tmp_path / "tokenizer"))
     assert code == 0 and "|       128 " in out and "5 checkpoints" in out
+    assert "In " not in out
+    _, out, _ = run("inspect", str(tmp_path))
+    assert f"In {tmp_path / 'saved'}:" in out.splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,11 @@ def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> No
         (("simulate", "."), "meta.json"),
         (("simulate", __file__), "line 1 is not JSON"),
         (("inspect", __file__), "DIR"),
+        (("verify", "Nobody/no-such-model"), "MODEL Nobody/no-such-model is not in the local cache"),
+        (("plan", "--model", "Nobody/no-such-model"), "built-in model, which needs no download: mamba-3m"),
+        (("inspect", ".", "--tokenizer", "jamba-3m"), "--tokenizer jamba-3m"),
+        (("inspect", ".", "--tokenizer", "Nobody/no-such-model"), "--tokenizer Nobody/no-such-model"),
+        (("demo", "--quick", "--tokens", "100"), "fewer than two grid steps of 256"),
         (("bench", "--rival", "guess"), "--rival guess"),
         (("bench", "--repeats", "0"), "--repeats"),
     ],
@@ -169,6 +179,38 @@ def test_errors_are_one_line(run: Run, arguments: tuple[str, ...], named: str) -
     code, _, err = run(*arguments)
     assert code == 2 and named in err
     assert err.startswith("hf-sparse-cache: ") and len(err.strip().splitlines()) == 1
+
+
+def test_an_unknown_policy_is_answered_with_names(run: Run, trace: Path) -> None:
+    err = run("simulate", str(trace), "--policy", "guess")[2]
+    assert err.strip().endswith("junction, none")
+
+
+def test_a_trace_that_cannot_be_read_is_named_to_the_line(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    for content, said in (
+        ("", f"trace {path} holds no prompt"),
+        ('[1, 2]\n\n{"ids": [3]}', f"{path}: line 3 has a row with keys ['ids']"),
+        ('[1, 2]\n["a"]', f"{path}: line 2 has a prompt"),
+        ("[1, 2]\n[[1], [2, 3]]", f"{path}: line 2 has a prompt"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        assert said in run("simulate", str(path))[2]
+
+
+def test_sizes_that_nobody_named_are_said_to_be_assumed(run: Run, trace: Path) -> None:
+    for command in ("plan", "simulate"):
+        given = (command, str(trace), "--policy", "last", "--max-memory", "1GiB")
+        _, out, _ = run(*given)
+        assert "1.0 MiB of states" in out and "(assumed; give --model or --state-bytes)" in out and "1.0 GiB" in out
+        assert "cuts every 64 tokens" in out
+        assert "assumed" not in run(*given, "--state-bytes", "5000")[1]
+    assert "no limit" in run("simulate", str(trace), "--policy", "last")[1]
+
+
+def test_the_package_is_a_program() -> None:
+    command = [sys.executable, "-m", "hf_sparse_cache", "--version"]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip() == __version__
 
 
 def test_no_command_is_a_question_for_help(run: Run) -> None:
@@ -208,6 +250,16 @@ def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(run: Run, monke
     monkeypatch.setenv("NO_COLOR", "1")
     plain = run(*options)[1]
     assert "────" in plain and "|----" not in plain and "\x1b[3" not in plain
+
+
+def test_one_figure_is_not_a_range(capsys: pytest.CaptureFixture[str]) -> None:
+    report = exactness.ExactnessReport((exactness.ExactnessRow(600, 512, True, True, 0.0, True, "resumed"),), 1e-4)
+    rows = [
+        questions.Answered("d", "q", 600, 512, 512, 88, 1.0, seconds, 1, 1000, "resumed") for seconds in (3.31, 3.33)
+    ]
+    questions._show(questions.Result("m", 256, tuple(rows), report, CacheStats()), Screen())
+    out = capsys.readouterr().out
+    assert "came 3.3× sooner" in out and "EXACT: 1 prompt run" in out
 
 
 def test_time_to_first_token_is_one_generate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,11 @@ def test_the_frontier_knows_less_and_more_memory(run: Run, trace: Path) -> None:
         assert again.recomputed_tokens == pytest.approx(own[0]["recomputed_tokens"])
 
 
+def test_no_budget_is_below_one_checkpoint(run: Run, trace: Path) -> None:
+    rows = advice(run, trace, "--max-memory", "6000", "--policy", "last", "--kv-bytes-per-token", "2")["frontier"]
+    assert min(row["max_memory"] for row in rows) >= 1000 + 100 * 2
+
+
 def test_the_trace_is_loaded_once(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     keep = Path.open

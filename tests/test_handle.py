@@ -233,3 +233,13 @@ class TestErrors:
     def test_cache_implementation(self, jamba: PreTrainedModel) -> None:
         with handle(jamba) as cache, pytest.raises(ValueError, match="cache_implementation"):
             jamba.generate(question(2), past_key_values=cache, cache_implementation="static", max_new_tokens=1)
+
+
+def test_what_it_says_of_itself(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=32, policy="last") as cache:
+        cache.model.generate(tiny_models.random_ids(50, seed=1), past_key_values=cache, max_new_tokens=1)
+        said = repr(cache)
+        assert "of 2.0 GiB: 1 request " in said and "computed 50 · 1 checkpoint, " in said and "recomputed" not in said
+        assert said.endswith("0 evictions)") and str(cache.store).startswith("CheckpointStore(1 checkpoint, ")
+    with SparsePrefixCache(jamba, max_memory=None) as cache:
+        assert "without a limit" in repr(cache)

@@ -107,6 +107,25 @@ def test_another_environment_is_refused_by_name(jamba: PreTrainedModel, tmp_path
         SparsePrefixCache.from_pretrained(tmp_path / "a", jamba)
 
 
+def test_other_settings_alone_are_no_fault_of_the_model(jamba: PreTrainedModel, tmp_path: Path) -> None:
+    saved(jamba, tmp_path / "a", namespace="b")
+    with pytest.raises(
+        ValueError, match="The model fits, the settings do not: leave out grid=, or pass grid=32;"
+    ) as told:
+        SparsePrefixCache.from_pretrained(tmp_path / "a", jamba, grid=64, namespace="c")
+    assert "namespace='b'" in str(told.value) and "min distance" not in str(told.value)
+    with handle(jamba, grid=64, namespace="b") as cache, pytest.raises(ValueError, match="choose another folder"):
+        cache.save_pretrained(tmp_path / "a")
+
+
+def test_another_model_is_named_first_and_the_rest_is_short(jamba: PreTrainedModel, tmp_path: Path) -> None:
+    other = tiny_models.build("Mamba")
+    saved(jamba, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"another setting: model JambaForCausalLM instead of Mamba.* more") as told:
+        SparsePrefixCache.from_pretrained(tmp_path / "a", other)
+    assert len(str(told.value)) < 700 and "cannot continue its states" in str(told.value)
+
+
 def test_every_tensor_and_byte_of_the_weights_counts(jamba: PreTrainedModel) -> None:
     seen = {fingerprint.weights_digest(jamba)}
     for number, tensor in enumerate([*jamba.parameters(), *jamba.buffers()]):

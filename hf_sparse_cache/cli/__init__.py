@@ -56,7 +56,7 @@ Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default:
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 SizesModel = Annotated[str | None, typer.Option(help="Take the sizes from this model.", autocompletion=_model_names)]
-StateBytes = Annotated[int, typer.Option(help="Bytes of a checkpoint's states, without --model.", min=1)]
+StateBytes = Annotated[int | None, typer.Option(help="Bytes of a checkpoint's states, without --model.", min=1)]
 KVBytes = Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0)]
 MaxCheckpoints = Annotated[int | None, typer.Option(help="Most new checkpoints a prompt.", min=0)]
 Warmup = Annotated[float, typer.Option(help="Leading fraction that is served but not counted.")]
@@ -131,7 +131,9 @@ def verify(
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """Prove on this machine that reuse changes nothing: prompts run stock, cold and resumed. Exit code 1 if it does.
+    """Prove on this machine that reuse changes nothing: prompts run stock, cold and resumed.
+
+    Exit code 1 if a difference is found.
 
     Example: `hf-sparse-cache verify jamba-3m`
     """
@@ -156,7 +158,7 @@ def plan(
         typer.Argument(help="Workload folder or .jsonl of token ids; default: prompts that part anywhere."),
     ] = None,
     model: SizesModel = None,
-    state_bytes: StateBytes = 2**20,
+    state_bytes: StateBytes = None,
     kv_bytes_per_token: KVBytes = 0,
     max_memory: Memory = "2GiB",
     policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: all.")] = None,
@@ -203,7 +205,7 @@ def simulate(
     trace: Annotated[Path, typer.Argument(help="Workload folder, or .jsonl with one list of token ids a line.")],
     policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: learned, dp, block.")] = None,
     model: SizesModel = None,
-    state_bytes: StateBytes = 2**20,
+    state_bytes: StateBytes = None,
     kv_bytes_per_token: KVBytes = 0,
     max_memory: Annotated[str | None, typer.Option(help="Budget, such as 2GiB; default: no limit.")] = None,
     max_checkpoints: MaxCheckpoints = None,
@@ -237,22 +239,20 @@ def inspect(
 
     Example: `hf-sparse-cache inspect my_cache --tree`
     """
-    from transformers import AutoTokenizer
-
     from . import inspecting
 
     screen = Screen(json)
     _quiet()
-    decoder = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    decoder = None if tokenizer is None else inspecting.load_tokenizer(tokenizer)
     screen.emit(inspecting.run(folder, decoder, tree, screen))
 
 
-def _sizes(model: str | None, state_bytes: int, kv_bytes_per_token: int, grid: int | None) -> Any:
+def _sizes(model: str | None, state_bytes: int | None, kv_bytes_per_token: int, grid: int | None) -> Any:
     """Those of the model, where one is named."""
     from .planning import Sizes
 
     if model is None:
-        return Sizes(state_bytes, kv_bytes_per_token, grid or 64)
+        return Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, assumed=state_bytes is None)
     from .. import builtin
 
     return Sizes.of(builtin.load(model, [""])[0], grid)

@@ -30,7 +30,7 @@ def without_trace(sizes: Sizes, tokens: int, max_memory: str, png: Path | None, 
         raise ValueError(f"--png {png} draws what a trace would reuse; give a TRACE.")
     budget = cast(int, parse_bytes(max_memory))
     rows = placements(sizes, np.ones(tokens + 1), budget)
-    screen.say(f"{describe(sizes.measured)}\n")
+    screen.say(f"{describe(sizes)}\n")
     show_placements(rows, budget, f"prompts of {tokens:,} tokens that part anywhere", screen)
     return {**sizes.measured, "max_memory": budget, "plans": rows}
 
@@ -60,7 +60,7 @@ def on_trace(
     budget = cast(int, parse_bytes(max_memory))
     question = Question(path.name, trace, sizes, names, budget, max_checkpoints, tuple(cut_ids), warmup)
     found = advise(question, screen)
-    show_advice(found, screen)
+    show_advice(found, sizes, screen)
     show_placements(found["plans"], budget, f"the requests of {path.name}", screen)
     if png is not None:
         draw(found, png)
@@ -201,7 +201,9 @@ def _every_cut(question: Question, rows: list[RequestInfo]) -> dict[str, Any]:
 def _frontier(question: Question, known: dict[str, SimulationResult], steps: Steps) -> list[dict[str, Any]]:
     """Each policy under less memory than was used, under the budget, and under more where the budget was short."""
     used = min(question.max_memory, max(result.peak_bytes for result in known.values()))
-    budgets = {used // share for share in BELOW} - {0}
+    sizes = question.sizes
+    one = sizes.state_bytes + sizes.grid * sizes.kv_bytes_per_token  # with less, nothing could be kept
+    budgets = {used // share for share in BELOW if used // share >= one}
     if any(result.evictions for result in known.values()):
         budgets.add(ABOVE * question.max_memory)
     rows = [_point(name, question.max_memory, result) for name, result in known.items()]

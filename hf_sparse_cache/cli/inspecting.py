@@ -6,10 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..builtin_sizes import SIZES
 from ..outline import added_kv_bytes, outline
 from ..persistence import SavedFolder
 from ..segmentation import Tokens
-from ..stats import format_bytes
+from ..stats import counted, format_bytes
 from .screen import Screen
 
 
@@ -27,6 +28,7 @@ class Stored:
         state_bytes: of its states.
         kv_bytes: of the keys and values that it adds to those of the checkpoint before it.
         used: when it was last used or written, in seconds since the epoch.
+        folder: where its file lies.
     """
 
     space: str
@@ -35,6 +37,7 @@ class Stored:
     state_bytes: int
     kv_bytes: int
     used: float
+    folder: Path
 
 
 def read(folder: Path) -> list[Stored]:
@@ -58,10 +61,34 @@ def read(folder: Path) -> list[Stored]:
                     used = state.path.stat().st_mtime
                     kv_bytes = added_kv_bytes(checkpoint, before)
                     before = checkpoint.position
-                    stored.append(Stored(space, path[:before], depth, checkpoint.nbytes, kv_bytes, used))
+                    stored.append(
+                        Stored(space, path[:before], depth, checkpoint.nbytes, kv_bytes, used, state.path.parent)
+                    )
     if not stored:
         raise ValueError(f"DIR {folder} holds no checkpoint; give one written by save_pretrained, or a disk_dir.")
     return stored
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or of the Hub.
+
+    Raises:
+        ValueError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    if name in SIZES:
+        raise ValueError(
+            f"--tokenizer {name}: a built-in model learns its tokenizer from the texts of each run, so it cannot be "
+            "loaded again; give a folder written by tokenizer.save_pretrained, a Hub id, or leave it out."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:  # several lines about connections, revisions and configs
+        raise ValueError(
+            f"--tokenizer {name}: neither a folder with a tokenizer, nor in the local cache of Hugging Face, nor to "
+            "be fetched from the Hub; check the name and the connection, or leave it out to see token ids."
+        ) from error
 
 
 def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, Any]:
@@ -75,10 +102,14 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
     for space in dict.fromkeys(item.space for item in stored):
         own = [item for item in stored if item.space == space]
         about, namespace = _describe(space)
+        folders = sorted({item.folder for item in own})
+        if folders != [folder]:
+            screen.say(f"In {', '.join(map(str, folders))}:")
         states, kv = sum(item.state_bytes for item in own), sum(item.kv_bytes for item in own)
         screen.say(
             f"{about['model']} ({', '.join(about['dtype'])}, grid {about['grid']}, namespace {namespace!r}): "
-            f"{len(own)} checkpoints, {format_bytes(states)} of states, {format_bytes(kv)} of keys and values",
+            f"{counted(len(own), 'checkpoint')}, {format_bytes(states)} of states, {format_bytes(kv)} of keys and "
+            "values",
             style="bold",
         )
         rows = [
@@ -102,7 +133,7 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
             }
             for item in own
         ]
-        models.append({**about, "namespace": namespace, "checkpoints": checkpoints})
+        models.append({**about, "namespace": namespace, "folders": [*map(str, folders)], "checkpoints": checkpoints})
     return {"folder": str(folder), "models": models}
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from ..cache import SparsePrefixCache
 from ..planner import plan_checkpoints
 from ..simulator import simulate
-from ..stats import format_bytes
+from ..sizes import parse_bytes
+from ..stats import counted, format_bytes
 from ..traces import Trace
 from ..views import Floats
 from .screen import Screen
@@ -22,12 +23,14 @@ class Sizes:
 
     Attributes:
         prefill_cost: what policies weigh; None for the number of tokens.
+        assumed: whether nobody named them.
     """
 
     state_bytes: int
     kv_bytes_per_token: int
     grid: int
     prefill_cost: Callable[[Floats], Floats] | None = None
+    assumed: bool = False
 
     @classmethod
     def of(cls, model: Any, grid: int | None) -> "Sizes":
@@ -50,11 +53,12 @@ class Sizes:
         return {**self.measured, "prefill_cost": self.prefill_cost}
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(sizes: Sizes) -> str:
     """What is stored, in one line."""
+    assumed = " (assumed; give --model or --state-bytes)" if sizes.assumed else ""
     return (
-        f"A checkpoint: {format_bytes(found['state_bytes'])} of states, {format_bytes(found['kv_bytes_per_token'])} "
-        f"of keys and values for each token below it; cuts every {found['grid']} tokens."
+        f"A checkpoint: {format_bytes(sizes.state_bytes)} of states, {format_bytes(sizes.kv_bytes_per_token)} "
+        f"of keys and values for each token below it{assumed}; cuts every {sizes.grid} tokens."
     )
 
 
@@ -119,14 +123,14 @@ def show_placements(rows: list[dict[str, Any]], budget: int, prompts: str, scree
     )
 
 
-def show_advice(found: dict[str, Any], screen: Screen) -> None:
+def show_advice(found: dict[str, Any], sizes: Sizes, screen: Screen) -> None:
     """Write what the advisor found: policies, where prompts part, and the frontier."""
     trace, best = found["trace"], found["best"]
     shared = trace["overlap_tokens"] / max(1, trace["prompt_tokens"])
     screen.say(
-        f"{trace['name']}: {trace['requests']:,} requests of "
+        f"{trace['name']}: {counted(trace['requests'], 'request')} of "
         f"{trace['prompt_tokens'] / max(1, trace['requests']):,.0f} tokens on average, {shared:.1%} of them shared "
-        f"with earlier prompts.\n{describe(found)}\nBudget {format_bytes(found['max_memory'])}.\n"
+        f"with earlier prompts.\n{describe(sizes)}\nBudget {format_bytes(found['max_memory'])}.\n"
     )
     rows = [*found["policies"].items(), ("every cut, no limit", found["every_cut"])]
     screen.table(
@@ -147,8 +151,8 @@ def show_advice(found: dict[str, Any], screen: Screen) -> None:
     )
     screen.say(
         "Resumed of the prompt and of the overlap; recomputed: shared tokens that a request computes all the same; "
-        "regret: how many more than with a checkpoint at every cut, which is the most that these cuts allow (its "
-        f"bytes are about right).\nMost is resumed by {best}.\n"
+        "regret: how many more than with a checkpoint at every cut, which is the most that these cuts allow (the "
+        f"bytes of that row are an estimate).\nMost is resumed by {best}.\n"
     )
     histogram = found["histogram"]
     most = max(*histogram["requests"], 1)
@@ -220,9 +224,11 @@ def replay(
         for name in policies
     }
     first = next(iter(results.values()))
+    budget = parse_bytes(max_memory)
     screen.say(
-        f"{first.requests:,} requests of {first.prompt_tokens / max(1, first.requests):,.0f} tokens on average, "
-        f"of which {first.overlap_tokens / max(1, first.prompt_tokens):.1%} were seen before.\n"
+        f"{counted(first.requests, 'request')} of {first.prompt_tokens / max(1, first.requests):,.0f} tokens on "
+        f"average, of which {first.overlap_tokens / max(1, first.prompt_tokens):.1%} were seen before.\n"
+        f"{describe(sizes)}\nBudget: {format_bytes(budget) if budget is not None else 'no limit'}.\n"
     )
     screen.table(
         ("policy", "of the prompt resumed", "of the overlap resumed", "checkpoints made", "peak"),

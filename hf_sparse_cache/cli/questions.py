@@ -10,9 +10,9 @@ import torch
 
 from ..cache import SparsePrefixCache
 from ..exactness import ExactnessReport, check_exactness
-from ..stats import CacheStats, format_bytes
+from ..stats import CacheStats, counted, format_bytes
 from .screen import Screen, Steps
-from .sources import Task, describe
+from .sources import Task, check_length, describe
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def run(
     screen.say(f"{describe(name, model)}", style="bold")
     answered = []
     with SparsePrefixCache(model, tokenizer, **options) as cache, screen.progress(work, name) as steps:
+        check_length(max(prompt.shape[1] for prompt in prompts), cache.grid)
         _first_token(model, prompts[0][:, :16])  # what only the first call pays, such as starting threads
         for index, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
             answered.append(_ask(model, cache, task, prompt, index in timed, steps, f"question {index + 1}"))
@@ -183,16 +184,19 @@ def _show(result: Result, screen: Screen) -> None:
     screen.table(columns, rows)
     screen.say("In tokens; cached and uncached: time to first token; stored: checkpoints · bytes.")
     if result.ratios:
+        # Rounded first: one ratio, or several that look alike, are one figure.
+        ratios = dict.fromkeys(f"{ratio:.1f}×" for ratio in (min(result.ratios), max(result.ratios)))
         screen.say(
-            f"Side by side with stock generate(), the first token came {min(result.ratios):.1f}× to "
-            f"{max(result.ratios):.1f}× sooner once the document was known."
+            f"Side by side with stock generate(), the first token came {' to '.join(ratios)} sooner once the document "
+            "was known."
         )
     report = result.exactness
     sentence = (
         "EXACT" if report.passed else "NOT EXACT" if report.resumed_tokens else "NOT PROVED, nothing was resumed"
     )
     screen.say(
-        f"{sentence}: {len(report.rows)} prompts run stock, cold and warm; {report.resumed_tokens:,} tokens resumed; "
+        f"{sentence}: {counted(len(report.rows), 'prompt')} run stock, cold and warm; "
+        f"{report.resumed_tokens:,} tokens resumed; "
         f"warm equals cold bit for bit: {'yes' if report.bitwise else 'NO'}; "
         f"largest logit difference to stock: {report.max_abs_logit_diff:.1e}.",
         style="green" if report.passed else "bold red",

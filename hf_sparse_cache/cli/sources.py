@@ -134,6 +134,23 @@ def _tasks(folder: Path, groups: int) -> list[Task]:
     return tasks
 
 
+def check_length(tokens: int, grid: int) -> None:
+    """Refuse prompts of which nothing could be resumed.
+
+    Args:
+        tokens: of the longest prompt.
+        grid: tokens between cuts.
+
+    Raises:
+        ValueError: They are too short.
+    """
+    if tokens < 2 * grid:
+        raise ValueError(
+            f"the prompts have {tokens} tokens, fewer than two grid steps of {grid}: nothing could be resumed. Give a "
+            "longer --document, more --tokens or a smaller --grid."
+        )
+
+
 def shorten(document: str, tokenizer: Any, tokens: int) -> str:
     """The first paragraphs of a text, as many as fit into a number of tokens."""
     ids = tokenizer(document, add_special_tokens=False)["input_ids"]

@@ -8,7 +8,7 @@ from ..cache import SparsePrefixCache
 from ..exactness import ExactnessReport, ExactnessRow, check_exactness
 from ..machine import describe_machine
 from .screen import Screen
-from .sources import QUESTIONS, describe
+from .sources import QUESTIONS, check_length, describe
 
 
 def run(
@@ -41,11 +41,7 @@ def run(
     with SparsePrefixCache(model, tokenizer, **options) as cache:
         wanted = 3 * cache.grid + 32 if tokens is None else tokens
         common = tokenizer(text, add_special_tokens=False)["input_ids"][:wanted]
-        if len(common) < 2 * cache.grid:
-            raise ValueError(
-                f"the prompts have {len(common)} tokens, fewer than two grid steps of {cache.grid}: nothing could be "
-                "resumed. Give a longer --document, more --tokens or a smaller --grid."
-            )
+        check_length(len(common), cache.grid)
         endings = [tokenizer(question, add_special_tokens=False)["input_ids"] for question in QUESTIONS[:prompts]]
         ids = [torch.tensor(common + ending) for ending in endings]
         with screen.progress(len(ids), name) as steps:
