@@ -10,7 +10,8 @@ DEMO_ARGS ?=
 SHELL := /bin/bash
 
 BIN := $(CURDIR)/.venv/bin
-PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# setuptools warns of what an editable installation is by nature.
+PIP_INSTALL := PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
