@@ -155,7 +155,8 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         """Announce a prefix that will come back: a checkpoint is kept at its last cut until `clear()`.
 
         It is captured when the next prompt that begins with it passes, in place of others where memory is short, and
-        is never evicted from then on. A warning says so when the budget cannot hold it beside what other marks keep.
+        is never evicted from then on, unless the weights change. A warning says so when the budget cannot hold it
+        beside what other marks keep.
 
         Args:
             ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
