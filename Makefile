@@ -55,7 +55,7 @@ bench: .venv/dev  ## The benchmarks, one after the other: hours; WORKLOADS=folde
 	for name in planner store costs; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
 ifdef WORKLOADS
 	$(BIN)/python -m benchmarks.bench_policies $(WORKLOADS)
-	$(BIN)/python -m benchmarks.bench_deciding $(firstword $(wildcard $(WORKLOADS)/*/))
+	$(BIN)/python -m benchmarks.bench_deciding $(dir $(firstword $(wildcard $(WORKLOADS)/*/meta.json)))
 endif
 
 bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/results/
