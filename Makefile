@@ -52,8 +52,12 @@ support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: 
 api: .venv/dev  ## The API reference, docs/api.md, from the docstrings
 	$(BIN)/python docs/make_api.py
 
-bench: .venv/dev  ## The benchmarks, one after the other
-	for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+bench: .venv/dev  ## The benchmarks, one after the other: hours; WORKLOADS=folder adds those on recorded requests
+	for name in planner store costs; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
+ifdef WORKLOADS
+	$(BIN)/python -m benchmarks.bench_policies $(WORKLOADS)
+	$(BIN)/python -m benchmarks.bench_deciding $(dir $(firstword $(wildcard $(WORKLOADS)/*/meta.json)))
+endif
 
 bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/results/
 	$(BIN)/python -m benchmarks.readme_table
