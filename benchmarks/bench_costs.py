@@ -10,7 +10,7 @@ tiny-budget  a budget of little more than one checkpoint, under prompts that do 
 cold-start   making the handle and serving its first prompt
 one-token    one new token after a long known prefix: against stock, and against the limit (only what is left to
              compute, from a live cache that is ready)
-decode       a long decode: seconds a token with the cache and without
+decode       a long decode: seconds a token with the cache and without, step beside step
 big-store    the same prompts on an empty store and on one that remembers 10,000 others
 memory       what a process takes that keeps every checkpoint, less one that keeps none, over the bytes
              that the cache accounts for
@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
+from benchmarks import decode_steps
 from benchmarks.process_memory import memory
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
@@ -186,12 +187,12 @@ def one_token(arguments, model):
 
 
 def decode(arguments, model):
-    def per_token(served):
-        return statistics.median((r.total_seconds - r.first_token_seconds) / (r.new_tokens - 1) for r in served)
-
-    asked = prompts(2, min(256, arguments.tokens))
-    runs = repeated(arguments, lambda: [Contender(model), cached(arguments, model)], asked, arguments.new_tokens)
-    return {"seconds a token, cache / stock": (ratio(runs, "learned", "stock", per_token), "<= 1.01")}
+    own = cached(arguments, model)
+    try:
+        asked = prompts(2, min(256, arguments.tokens))
+        return decode_steps.decode(arguments, model, own.handle, [one.ids for one in asked])
+    finally:
+        own.close()
 
 
 def big_store(arguments, model):
@@ -268,8 +269,14 @@ def main():
     print(table(columns, [_cells(result) for result in results]))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        command = shlex.join(["python", "-m", "benchmarks.bench_costs", *sys.argv[1:]])
-        content = {"command": command, "machine": describe_machine(), "seed": 0, "results": results}
+        commands, kept = [shlex.join(["python", "-m", "benchmarks.bench_costs", *sys.argv[1:]])], []
+        if arguments.json.exists():  # what is measured anew takes the place of what the file holds
+            before = json.loads(arguments.json.read_text(encoding="utf-8"))
+            measured = {(result["model"], result["case"]) for result in results}
+            kept = [result for result in before["results"] if (result["model"], result["case"]) not in measured]
+            commands = [before["command"], *commands] if kept else commands
+        content = {"command": " && ".join(commands), "machine": describe_machine(), "seed": 0}
+        content["results"] = [*kept, *results]
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
