@@ -17,8 +17,8 @@ from .screen import Screen
 RIVALS = ("stock", "chunked", "deepcopy", "dense", "limit")
 OWN = "documentation"
 # What --quick changes, unless told otherwise.
-QUICK: dict[str, Any] = {"requests": 4, "per_group": 2, "max_prompt_tokens": 1500, "max_new_tokens": 2, "checked": 1}
-FULL: dict[str, Any] = {"requests": 8, "per_group": 4, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
+QUICK: dict[str, Any] = {"requests": 4, "per_group": 2, "max_prompt_tokens": 1024, "max_new_tokens": 2, "checked": 1}
+FULL: dict[str, Any] = {"requests": 5, "per_group": 5, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
 
 
 def bench(
