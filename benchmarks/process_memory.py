@@ -7,15 +7,14 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 from transformers.utils import logging
 
+from benchmarks.bench_planner import peak_bytes
 from hf_sparse_cache.bench.contenders import Cached, EveryCut
 from hf_sparse_cache.bench.workloads import Asked
 from hf_sparse_cache.builtin import build_model
-from hf_sparse_cache.machine import peak_process_bytes
 
 
 VOCABULARY = 8192
@@ -39,15 +38,6 @@ def _process(arguments, name, mode):
     command += ["--tokens", str(arguments.tokens), "--prompts", str(3 * arguments.prompts)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def peak_bytes():
-    """Most memory this process ever had. On Linux not from getrusage: a child begins there with its parent's peak."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return peak_process_bytes()
 
 
 def main():

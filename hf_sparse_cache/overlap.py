@@ -15,9 +15,8 @@ from .segmentation import Positions
 from .views import VIEWS, Floats, Shape
 
 
-FRESH, EXTENDS, BRANCHES, RETURNS = range(
-    4
-)  # nothing shared; longer than an earlier prompt; new junction; known junction
+# Nothing shared; longer than an earlier prompt; leaves at a new junction; at a known one.
+FRESH, EXTENDS, BRANCHES, RETURNS = range(4)
 NEAR_END_TOKENS = 16
 TINY = 1e-9
 LEAN = 8.0  # observations with which a context leans on the shares of all contexts
@@ -82,7 +81,7 @@ class OverlapModel:
         index = int(np.searchsorted(cuts, depth, side="right"))
         if not index:  # no checkpoint could have helped: nothing to learn for placing them
             return
-        low = float(cuts[index - 1]) if index else 0.0
+        low = float(cuts[index - 1])
         high = float(min(cuts[index], previous.length + 1)) if index < len(cuts) else previous.length + 1.0
         edges = self._below(np.asarray([low, high]), previous)
         likelihood = np.maximum(edges[:, 1] - edges[:, 0], 1e-6)
