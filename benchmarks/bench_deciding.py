@@ -28,14 +28,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-from hf_sparse_cache import CheckpointStore, SparsePrefixCache, prefill, serving
-from hf_sparse_cache.builtin import build_model
-from hf_sparse_cache.machine import describe_machine
-from hf_sparse_cache.policies import Policy, make_policy
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache
+from hf_sparse_cache.models import prefill, server
+from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.policies import Policy, make_policy
 from hf_sparse_cache.request import Request, open_request
-from hf_sparse_cache.segmentation import cut_positions
 from hf_sparse_cache.simulator import Sized
-from hf_sparse_cache.traces import Trace, load_trace
+from hf_sparse_cache.tools.builtin import build_model
+from hf_sparse_cache.tools.machine import describe_machine
+from hf_sparse_cache.tools.traces import Trace, load_trace
 
 
 FIRST, WORDS, APART = 3, 8000, 10_000  # ids of live prompts are none of the special ones; the others' lie above them
@@ -73,7 +74,7 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Every request of this process is timed meanwhile."""
         with (
-            mock.patch.object(serving, "cut_positions", self.timed("cuts", serving.cut_positions)),
+            mock.patch.object(server, "cut_positions", self.timed("cuts", server.cut_positions)),
             mock.patch.object(Request, "__init__", self.timed("match and plan", Request.__init__)),
             mock.patch.object(Request, "add", self.timed("add", Request.add)),
             mock.patch.object(Request, "close", self.timed("close", Request.close)),

@@ -26,7 +26,7 @@ import time
 
 import numpy as np
 
-from hf_sparse_cache.planner import plan_checkpoints
+from hf_sparse_cache.planning.planner import plan_checkpoints
 
 
 def as_written(weights, prefill_cost, max_checkpoints):

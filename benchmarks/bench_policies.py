@@ -21,10 +21,10 @@ import numpy as np
 from benchmarks.clairvoyant import ClairvoyantEviction, ClairvoyantPolicy, Future
 from benchmarks.policy_tables import write_tables
 from benchmarks.rivals import RIVALS
-from hf_sparse_cache.eviction import Eviction, make_eviction
-from hf_sparse_cache.policies import POLICIES, Policy, make_policy
+from hf_sparse_cache.planning.policies import POLICIES, Policy, make_policy
 from hf_sparse_cache.simulator import simulate
-from hf_sparse_cache.traces import Trace, load_trace
+from hf_sparse_cache.store.eviction import Eviction, make_eviction
+from hf_sparse_cache.tools.traces import Trace, load_trace
 
 
 HERE = Path(__file__).parent

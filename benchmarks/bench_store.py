@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, fingerprint
-from hf_sparse_cache.builtin import build_model
-from hf_sparse_cache.machine import describe_machine
-from hf_sparse_cache.policies import NoCheckpoints
+from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.policies import NoCheckpoints
 from hf_sparse_cache.request import open_request
-from hf_sparse_cache.segmentation import cut_positions
+from hf_sparse_cache.tools.builtin import build_model
+from hf_sparse_cache.tools.machine import describe_machine
 
 
 LONG, GRID, MODEL = 100_000, 256, "jamba-30m"

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hf_sparse_cache.policies import Policy, Prompt
-from hf_sparse_cache.segmentation import Tokens
-from hf_sparse_cache.tree import Checkpoint, Forest, Node
-from hf_sparse_cache.values import Scored
-from hf_sparse_cache.views import Floats
+from hf_sparse_cache.planning.cuts import Tokens
+from hf_sparse_cache.planning.policies import Policy, Prompt
+from hf_sparse_cache.planning.views import Floats
+from hf_sparse_cache.store.tree import Checkpoint, Forest, Node
+from hf_sparse_cache.store.value import Scored
 
 
 NEVER = 2**40

@@ -27,9 +27,9 @@ from transformers.utils import logging
 
 from hf_sparse_cache.bench.contenders import Cached, Contender, Limit
 from hf_sparse_cache.bench.workloads import Asked
-from hf_sparse_cache.machine import describe_machine
 from hf_sparse_cache.report import table
 from hf_sparse_cache.stats import format_bytes
+from hf_sparse_cache.tools.machine import describe_machine
 
 
 # Hidden size and layers of a Bamba: Mamba-2 layers, attention in one layer of four.

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from benchmarks.bench_planner import peak_bytes
 from hf_sparse_cache.bench.contenders import Cached, EveryCut
 from hf_sparse_cache.bench.workloads import Asked
-from hf_sparse_cache.builtin import build_model
+from hf_sparse_cache.tools.builtin import build_model
 
 
 VOCABULARY = 8192

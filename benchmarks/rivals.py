@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_cache.eviction import FIFO, LRU, Eviction
-from hf_sparse_cache.policies import HistogramDP, Policy, Prompt
-from hf_sparse_cache.values import Scored
-from hf_sparse_cache.views import Floats
+from hf_sparse_cache.planning.policies import HistogramDP, Policy, Prompt
+from hf_sparse_cache.planning.views import Floats
+from hf_sparse_cache.store.eviction import FIFO, LRU, Eviction
+from hf_sparse_cache.store.value import Scored
 
 
 class VLLMAlign(Policy):

@@ -18,10 +18,10 @@ import numpy as np
 import safetensors.numpy
 
 from hf_sparse_cache import CheckpointStore
-from hf_sparse_cache.policies import make_policy
+from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import open_request
-from hf_sparse_cache.segmentation import cut_positions
-from hf_sparse_cache.traces import load_trace
+from hf_sparse_cache.tools.traces import load_trace
 
 
 GRID, STATE_BYTES, KV_BYTES = 256, 64 * 1024, 16

@@ -21,25 +21,25 @@ PUBLIC = (
     ("The handle", "SparsePrefixCache", "cache", "stats last_request explain mark clear detach empty_twin"),
     ("The handle", "Persistent", "persistence", "save_pretrained from_pretrained"),
     ("The handle", "SparseCacheConfig", "config", ""),
-    ("The handle", "CheckpointStore", "store", "resize clear"),
-    ("The handle", "Tiered", "movement", "flush close"),
+    ("The handle", "CheckpointStore", "store.store", "resize clear"),
+    ("The handle", "Tiered", "store.movement", "flush close"),
     ("The handle", "UnsupportedModelError", "errors", ""),
     ("What it reports", "CacheStats", "stats", ""),
     ("What it reports", "RequestInfo", "stats", ""),
     ("What it reports", "Explanation", "explain", ""),
-    ("Planning", "plan_checkpoints", "planner", ""),
-    ("Planning", "CheckpointPlan", "planner", ""),
+    ("Planning", "plan_checkpoints", "planning.planner", ""),
+    ("Planning", "CheckpointPlan", "planning.planner", ""),
     ("Planning", "simulate", "simulator", ""),
     ("Planning", "SimulationResult", "simulator", "resume_rate capture_rate recomputed_tokens"),
     ("Planning", "Shareable", "hub", SHARED),
     ("Exactness", "check_exactness", "exactness", ""),
     ("Exactness", "ExactnessReport", "exactness", "passed bitwise max_abs_logit_diff tokens_equal resumed_tokens"),
     ("Exactness", "ExactnessRow", "exactness", ""),
-    ("Extending", "Policy", "policies", "place observe"),
-    ("Extending", "Prompt", "prompt", "open_cuts snap"),
-    ("Extending", "View", "views", "below learn"),
-    ("Extending", "Shape", "views", ""),
-    ("Extending", "Family", "families", ""),
+    ("Extending", "Policy", "planning.policies", "place observe"),
+    ("Extending", "Prompt", "planning.policy", "open_cuts snap"),
+    ("Extending", "View", "planning.views", "below learn"),
+    ("Extending", "Shape", "planning.views", ""),
+    ("Extending", "Family", "models.families", ""),
 )
 # Classes that people meet only as what others inherit from.
 TITLES = {
@@ -63,7 +63,7 @@ def page() -> str:
 
 
 def _entry(name: str, module: str, members: list[str]) -> str:
-    tree = ast.parse((ROOT / "hf_sparse_cache" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "hf_sparse_cache" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     node = _named(tree, name)
     public = name in _exported()
     where = "" if public or name in TITLES else f"hf_sparse_cache.{module}."

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness
-from hf_sparse_cache.builtin import load
+from hf_sparse_cache.tools.builtin import load
 
 
 MODEL_ID = sys.argv[1] if len(sys.argv) > 1 else "mamba-3m"  # built in, with random weights; or any Hub id or folder

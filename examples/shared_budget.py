@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.builtin import load
+from hf_sparse_cache.tools.builtin import load
 
 
 MODEL_IDS = sys.argv[1:] or ["mamba-3m", "jamba-3m"]  # built in, with random weights; or any Hub ids or folders

@@ -7,7 +7,7 @@ import torch
 from transformers import pipeline
 
 from hf_sparse_cache import SparsePrefixCache
-from hf_sparse_cache.builtin import load
+from hf_sparse_cache.tools.builtin import load
 
 
 MODEL_ID = sys.argv[1] if len(sys.argv) > 1 else "jamba-3m"  # built in, with random weights; or any Hub id or folder

@@ -13,22 +13,24 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import forks, generation, mamba1, notebook, states
-from .calls import as_ids, why_uncached
+from . import forks
 from .config import SparseCacheConfig
-from .cost import prefill_cost
 from .explain import WEIGHTS_CHANGED, Costs, Explanation, explain, remedy, too_small
-from .families import family_of, unwrapped
-from .live import LiveCache
-from .payloads import LayerTensors
+from .models import generation, mamba1, states
+from .models.cost import prefill_cost
+from .models.families import family_of, unwrapped
+from .models.handle import Stateless
+from .models.inputs import as_ids, why_uncached
+from .models.live import LiveCache
+from .models.server import Serving
+from .models.tensors import LayerTensors
+from .models.weights import identity
 from .persistence import Persistent
-from .placing import check_policy
-from .policies import Policy, make_policy
-from .serving import Serving
-from .stateless import Stateless
+from .planning.placing import check_policy
+from .planning.policies import Policy, make_policy
 from .stats import CacheStats, Recorder, RequestInfo, format_bytes
-from .store import CheckpointStore
-from .weights import identity
+from .store.store import CheckpointStore
+from .tools import notebook
 
 
 logger = logging.get_logger(__name__)

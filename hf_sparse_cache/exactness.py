@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import states
 from .cache import SparsePrefixCache
-from .calls import as_ids, input_device
-from .live import LiveCache
+from .models import states
+from .models.inputs import as_ids, input_device
+from .models.live import LiveCache
 from .report import table
 
 

@@ -23,14 +23,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
 from .stats import format_bytes
-from .tree import Checkpoint, Match, Node
-from .units import Bound, namespace_of
+from .store.tree import Checkpoint, Match, Node
+from .store.unit import Bound, namespace_of
 
 
 if TYPE_CHECKING:
-    from .store import CheckpointStore
+    from .store.store import CheckpointStore
 
 
 # Tokens decoded on either side of the place where a prompt leaves what is known.

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from transformers.utils import logging
 
-from . import files, fingerprint
-from .disk import DiskTier
-from .payloads import LayerTensors
-from .tiers import Tier
-from .units import unit_of
+from .models import fingerprint
+from .models.tensors import LayerTensors
+from .store import files
+from .store.disk import DiskTier
+from .store.tier import Tier
+from .store.unit import unit_of
 
 
 if TYPE_CHECKING:

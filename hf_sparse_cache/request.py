@@ -28,13 +28,13 @@ from typing import Self
 import numpy as np
 
 from .explain import cause
-from .placing import placed
-from .policies import Policy, Prompt
-from .segmentation import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .planning.placing import placed
+from .planning.policies import Policy, Prompt
 from .stats import RequestInfo
-from .store import CheckpointStore
-from .tree import Checkpoint, Payload
-from .units import Span
+from .store.store import CheckpointStore
+from .store.tree import Checkpoint, Payload
+from .store.unit import Span
 
 
 KVCapture = Callable[[int, int], Payload]

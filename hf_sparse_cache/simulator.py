@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .eviction import Eviction
-from .placing import check_policy
-from .policies import Policy, make_policy
+from .planning.cuts import cut_positions
+from .planning.placing import check_policy
+from .planning.policies import Policy, make_policy
+from .planning.views import Floats
 from .request import open_request
-from .segmentation import cut_positions
 from .stats import RequestInfo, counted
-from .store import CheckpointStore
-from .traces import load_trace
-from .views import Floats
+from .store.eviction import Eviction
+from .store.store import CheckpointStore
+from .tools.traces import load_trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import pytest
 from reference_store import Blob
 from test_store import begin
 
-from hf_sparse_cache.disk import DiskTier
-from hf_sparse_cache.store import CheckpointStore
+from hf_sparse_cache.store.disk import DiskTier
+from hf_sparse_cache.store.store import CheckpointStore
 
 
 KV = 5  # bytes of keys and values a token

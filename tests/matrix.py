@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
-from hf_sparse_cache.families import REFUSED, family_of
+from hf_sparse_cache.models.families import REFUSED, family_of
 
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.payloads import LayerTensors
+from hf_sparse_cache.models.tensors import LayerTensors
 
 
 GRID = 32

@@ -22,7 +22,7 @@ from matrix import run_cell as run
 from matrix_calls import CALLS
 from tqdm import tqdm
 
-from hf_sparse_cache.families import REFUSED
+from hf_sparse_cache.models.families import REFUSED
 
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "support.md"

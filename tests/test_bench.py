@@ -17,7 +17,7 @@ pandas = pytest.importorskip("pandas")
 from hf_sparse_cache import cli  # noqa: E402
 from hf_sparse_cache.bench import metrics, workloads  # noqa: E402
 from hf_sparse_cache.bench.results import Folder, Settings  # noqa: E402
-from hf_sparse_cache.builtin import build_tokenizer  # noqa: E402
+from hf_sparse_cache.tools.builtin import build_tokenizer  # noqa: E402
 
 
 STORY = "Once upon a time there was a state, and it summed up all that had been read before. "
@@ -134,7 +134,7 @@ def _runner(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def test_recipes_that_are_wrong_upstream_are_left_out() -> None:
     from hf_sparse_cache.bench.contenders import Chunked, Contender, DeepCopy
     from hf_sparse_cache.bench.upstream import why_wrong
-    from hf_sparse_cache.builtin import build_model
+    from hf_sparse_cache.tools.builtin import build_model
 
     jamba = build_model("jamba-3m")
     assert "wrong by" in why_wrong(jamba, lambda: Chunked(jamba, 64), 64)

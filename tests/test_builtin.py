@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import random_ids, state_sensitivity
 
-from hf_sparse_cache.builtin import SIZES, build_model, build_tokenizer, describe_model, parameter_count
+from hf_sparse_cache.tools.builtin import SIZES, build_model, build_tokenizer, describe_model, parameter_count
 
 
 SMALL = [name for name in SIZES if parameter_count(name) < 40e6]

@@ -14,11 +14,11 @@ import torch
 from commands import Run
 
 from hf_sparse_cache import SparsePrefixCache, __version__, cli, exactness
-from hf_sparse_cache.builtin import load
 from hf_sparse_cache.cli import questions, sources, verifying
 from hf_sparse_cache.cli.screen import Screen
-from hf_sparse_cache.policies import Block
+from hf_sparse_cache.planning.policies import Block
 from hf_sparse_cache.stats import CacheStats
+from hf_sparse_cache.tools.builtin import load
 
 
 DEMO = ("demo", "--model", "jamba-3m", "--tokens", "600", "--grid", "64", "--uncached", "2")

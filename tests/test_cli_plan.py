@@ -11,8 +11,8 @@ from commands import Run
 
 from hf_sparse_cache import simulate
 from hf_sparse_cache.cli import advising, planning
-from hf_sparse_cache.policies import POLICIES, Policy
-from hf_sparse_cache.traces import load_trace
+from hf_sparse_cache.planning.policies import POLICIES, Policy
+from hf_sparse_cache.tools.traces import load_trace
 
 
 OPTIONS = ("--state-bytes", "1000", "--grid", "100")
@@ -110,7 +110,7 @@ def test_sizes_come_from_the_model_and_the_request_count_from_the_caller(run: Ru
 
 
 def test_a_model_is_planned_for_with_its_own_prefill_cost() -> None:
-    from hf_sparse_cache.builtin import build_model
+    from hf_sparse_cache.tools.builtin import build_model
 
     sizes = planning.Sizes.of(build_model("jamba-3m"), 100)
     cost = sizes.options["prefill_cost"](np.asarray([0.0, 1000.0, 2000.0]))

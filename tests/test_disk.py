@@ -15,8 +15,8 @@ import pytest
 from disks import KV, UNIT, disk_of, files_of, serve
 from reference_store import Blob
 
-from hf_sparse_cache import files
-from hf_sparse_cache.store import CheckpointStore
+from hf_sparse_cache.store import files
+from hf_sparse_cache.store.store import CheckpointStore
 
 
 def test_what_leaves_memory_is_found_on_disk_and_after_a_restart(opened: Any) -> None:

@@ -9,9 +9,9 @@ import pytest
 import transformers
 
 from hf_sparse_cache import cli
-from hf_sparse_cache.builtin import build_tokenizer, load
 from hf_sparse_cache.cli.sources import own_document, shorten
-from hf_sparse_cache.families import FAMILIES, REFUSED
+from hf_sparse_cache.models.families import FAMILIES, REFUSED
+from hf_sparse_cache.tools.builtin import build_tokenizer, load
 
 
 ROOT = Path(__file__).parents[1]

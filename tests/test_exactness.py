@@ -8,8 +8,8 @@ from tiny_models import build, random_ids
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness, mamba1
-from hf_sparse_cache.states import LayerTensors, capture_state
-from hf_sparse_cache.tree import Checkpoint, KVSegment
+from hf_sparse_cache.models.states import LayerTensors, capture_state
+from hf_sparse_cache.store.tree import Checkpoint, KVSegment
 
 
 GRID = 32

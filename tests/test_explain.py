@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.eviction import FIFO
 from hf_sparse_cache.explain import WEIGHTS_CHANGED, remedy
-from hf_sparse_cache.policies import Block
-from hf_sparse_cache.tree import Checkpoint
+from hf_sparse_cache.planning.policies import Block
+from hf_sparse_cache.store.eviction import FIFO
+from hf_sparse_cache.store.tree import Checkpoint
 
 
 GRID = 32

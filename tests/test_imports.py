@@ -1,5 +1,6 @@
 """Importing the package and asking the command line for help bring no torch, and work where a platform has less."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -74,3 +75,10 @@ def test_the_source_folder_is_named_at_once_where_nothing_is_compiled(tmp_path: 
 def test_a_misspelt_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="SparsePrefixCash"):
         _ = hf_sparse_cache.SparsePrefixCash
+
+
+def test_a_module_that_moved_is_found_under_its_old_name() -> None:
+    for old, new in hf_sparse_cache._MOVED.items():
+        module = importlib.import_module(f"hf_sparse_cache.{old}")
+        assert module is importlib.import_module(f"hf_sparse_cache.{new}")
+        assert module.__name__ == module.__spec__.name == f"hf_sparse_cache.{new}"

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from hf_sparse_cache.machine import describe_machine
+from hf_sparse_cache.tools.machine import describe_machine
 
 
 def test_names_versions_and_processor():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.mamba import modeling_mamba
 
-from hf_sparse_cache import mamba1
+from hf_sparse_cache.models import mamba1
 
 
 STOCK = modeling_mamba.mamba_selective_scan

@@ -11,7 +11,7 @@ from tiny_families import DELTA, FAMILIES, PLAIN
 from tiny_models import random_ids
 
 from hf_sparse_cache import SparsePrefixCache
-from hf_sparse_cache.random_weights import draw_weights
+from hf_sparse_cache.tools.random_weights import draw_weights
 
 
 IMAGE = 120

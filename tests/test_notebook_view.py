@@ -11,8 +11,8 @@ from tiny_models import random_ids
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.builtin import build_tokenizer
 from hf_sparse_cache.stats import format_bytes
+from hf_sparse_cache.tools.builtin import build_tokenizer
 
 
 GRID = 32

@@ -5,7 +5,7 @@ import torch
 from tiny_models import build, random_ids
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness
-from hf_sparse_cache.segmentation import with_free_cuts
+from hf_sparse_cache.planning.cuts import with_free_cuts
 
 
 DOCUMENT = random_ids(171, seed=1)  # not on any grid

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_cache.overlap import BRANCHES, EXTENDS, FRESH, RETURNS, Forecast, OverlapModel, shape_of
-from hf_sparse_cache.views import VIEWS, FromEnd, Shape, Uniform, View
+from hf_sparse_cache.planning.overlap import BRANCHES, EXTENDS, FRESH, RETURNS, Forecast, OverlapModel, shape_of
+from hf_sparse_cache.planning.views import VIEWS, FromEnd, Shape, Uniform, View
 
 
 def shape(length: int, overlap: int = 0, ends: tuple[int, ...] = ()) -> Shape:

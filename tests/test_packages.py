@@ -118,7 +118,7 @@ sys.path += {borrowed!r}
 sys.modules["Cython"] = None
 import hf_sparse_cache
 from hf_sparse_cache import _planner
-from hf_sparse_cache.planner import plan_checkpoints
+from hf_sparse_cache.planning.planner import plan_checkpoints
 assert hf_sparse_cache.__file__.startswith(sys.prefix), hf_sparse_cache.__file__
 assert _planner.__file__.startswith(sys.prefix), _planner.__file__
 assert plan_checkpoints([0, 0, 1, 9], 1).positions == (3,)

@@ -207,7 +207,7 @@ def test_no_namespace_sees_another(requests: list[tuple[str, list[int]]], restar
     from reference_store import Blob, common
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_sparse_cache.files.os.fsync", lambda descriptor: None)
+        patch.setattr("hf_sparse_cache.store.files.os.fsync", lambda descriptor: None)
         seen: list[tuple[str, list[int]]] = []
         store = CheckpointStore(20, "lru", disk_memory="1GiB", disk_dir=folder)
         for namespace, ids in requests:

@@ -16,8 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_sparse_cache import _planner, planner
-from hf_sparse_cache.planner import CheckpointPlan, plan_checkpoints
+from hf_sparse_cache import _planner
+from hf_sparse_cache.planning import planner
+from hf_sparse_cache.planning.planner import CheckpointPlan, plan_checkpoints
 
 
 # Problems compared with an oracle: 10,500, each with the solver the planner picks and with the costs-only solver.
@@ -228,7 +229,7 @@ def test_the_compiled_module_defends_its_arrays():
 
 
 def test_a_missing_extension_names_the_fix():
-    code = "import sys; sys.modules['hf_sparse_cache._planner'] = None; import hf_sparse_cache.planner"
+    code = "import sys; sys.modules['hf_sparse_cache._planner'] = None; import hf_sparse_cache.planning.planner"
     run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "ImportError" in run.stderr
     assert "pip install -e ." in run.stderr

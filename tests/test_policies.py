@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from hf_sparse_cache import SparsePrefixCache
-from hf_sparse_cache.policies import POLICIES, Last, Learned, Policy, Prompt, make_policy
+from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.policies import POLICIES, Last, Learned, Policy, Prompt, make_policy
 from hf_sparse_cache.request import open_request
-from hf_sparse_cache.segmentation import cut_positions
 from hf_sparse_cache.simulator import Sized, simulate
-from hf_sparse_cache.store import CheckpointStore
-from hf_sparse_cache.traces import Trace
+from hf_sparse_cache.store.store import CheckpointStore
+from hf_sparse_cache.tools.traces import Trace
 
 
 GENERATOR = np.random.default_rng(0)

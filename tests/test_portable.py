@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_imports import in_a_new_process
 
-from hf_sparse_cache import machine
+from hf_sparse_cache.tools import machine
 
 
 # What Windows does not have is taken away; what it has instead is played.
@@ -37,7 +37,7 @@ import hf_sparse_cache
 for module in pkgutil.walk_packages(hf_sparse_cache.__path__, "hf_sparse_cache."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from hf_sparse_cache.machine import describe_machine, peak_process_bytes
+from hf_sparse_cache.tools.machine import describe_machine, peak_process_bytes
 described = describe_machine()
 assert described["cores"] >= 1 and described["memory_bytes"] is None
 memory = types.SimpleNamespace(rss=5, peak_wset=7)
@@ -68,7 +68,7 @@ from pathlib import Path
 flags = []
 os.O_BINARY, opened = 1 << 15, os.open
 os.open = lambda path, how, mode=0o777: flags.append(how) or opened(path, how & ~(1 << 15), mode)
-from hf_sparse_cache import files
+from hf_sparse_cache.store import files
 files.write(Path({str(tmp_path)!r}) / "state", b"\\n" * 9)
 assert any(how & os.O_WRONLY for how in flags)
 assert all(how & os.O_BINARY for how in flags if how & os.O_WRONLY), flags

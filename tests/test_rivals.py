@@ -17,13 +17,13 @@ from benchmarks.rivals import (
     VLLMAlign,
     VLLMAll,
 )
-from hf_sparse_cache.eviction import FIFO
-from hf_sparse_cache.policies import Policy
+from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.policies import Policy
 from hf_sparse_cache.request import Request, open_request
-from hf_sparse_cache.segmentation import cut_positions
 from hf_sparse_cache.simulator import Sized, simulate
-from hf_sparse_cache.store import CheckpointStore
-from hf_sparse_cache.traces import Trace
+from hf_sparse_cache.store.eviction import FIFO
+from hf_sparse_cache.store.store import CheckpointStore
+from hf_sparse_cache.tools.traces import Trace
 
 
 def serve(store: CheckpointStore, policy: Policy, ids: np.ndarray) -> Request:

@@ -7,8 +7,8 @@ import torch
 from matrix import Bench, supported_families
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness
-from hf_sparse_cache.states import LayerTensors, capture_kv, capture_state
-from hf_sparse_cache.tree import Checkpoint, KVSegment
+from hf_sparse_cache.models.states import LayerTensors, capture_kv, capture_state
+from hf_sparse_cache.store.tree import Checkpoint, KVSegment
 
 
 def checkpoints(cache: SparsePrefixCache) -> list[Checkpoint]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_cache.segmentation import cut_positions
+from hf_sparse_cache.planning.cuts import cut_positions
 
 
 IDS = st.lists(st.integers(0, 5), max_size=60).map(lambda ids: np.asarray(ids, dtype=np.int32))

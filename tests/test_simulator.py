@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_sparse_cache.policies import make_policy
+from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import open_request
-from hf_sparse_cache.segmentation import cut_positions
 from hf_sparse_cache.simulator import Sized, simulate
-from hf_sparse_cache.store import CheckpointStore
-from hf_sparse_cache.traces import interleave, load_trace
+from hf_sparse_cache.store.store import CheckpointStore
+from hf_sparse_cache.tools.traces import interleave, load_trace
 
 
 def prompts(count: int = 60) -> list[np.ndarray]:

@@ -13,10 +13,10 @@ from tiny_families import FIRST_WORD, LAST_WORD
 from tiny_models import available_families, build
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, simulate
-from hf_sparse_cache.ledger import Ledger
-from hf_sparse_cache.policies import Learned
+from hf_sparse_cache.planning.policies import Learned
 from hf_sparse_cache.stats import RequestInfo
-from hf_sparse_cache.tree import Checkpoint
+from hf_sparse_cache.store.ledger import Ledger
+from hf_sparse_cache.store.tree import Checkpoint
 
 
 GRID = 16

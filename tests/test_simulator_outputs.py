@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from hf_sparse_cache import simulate
-from hf_sparse_cache.policies import POLICIES, Last
+from hf_sparse_cache.planning.policies import POLICIES, Last
 from hf_sparse_cache.stats import RequestInfo
-from hf_sparse_cache.traces import load_trace
+from hf_sparse_cache.tools.traces import load_trace
 
 
 Row = dict[str, list[int]]

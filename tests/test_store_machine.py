@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from reference_store import LIVE, Blob, NaiveStore, Prefix
 from test_store import GRID, begin
 
-from hf_sparse_cache.eviction import FIFO, LRU
 from hf_sparse_cache.request import Request
-from hf_sparse_cache.store import CheckpointStore
+from hf_sparse_cache.store.eviction import FIFO, LRU
+from hf_sparse_cache.store.store import CheckpointStore
 
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
@@ -36,7 +36,7 @@ class StoreMachine(RuleBasedStateMachine):
         kv=st.sampled_from([0, 0, 1, 3]),
     )
     def start(self, budget: int, host: int | None, disk: bool, lru: bool, kv: int) -> None:
-        self.sync = mock.patch("hf_sparse_cache.files.os.fsync")
+        self.sync = mock.patch("hf_sparse_cache.store.files.os.fsync")
         self.sync.start()
         self.folder = Path(tempfile.mkdtemp()) if disk else None
         self.budget, self.host, self.lru, self.kv = budget, host, lru, kv

@@ -8,7 +8,7 @@ from matrix_calls import CALLS
 from support_table import DOCUMENT, SIGNS, cells
 from tiny_families import FAMILIES
 
-from hf_sparse_cache.families import REFUSED
+from hf_sparse_cache.models.families import REFUSED
 
 
 @pytest.fixture(scope="module")

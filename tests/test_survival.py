@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sparse_cache.simulator import simulate
-from hf_sparse_cache.store import CheckpointStore
-from hf_sparse_cache.survival import AGE_EDGES, PERIOD, WINDOW, SurvivalTables, cell_of
-from hf_sparse_cache.values import Learned
+from hf_sparse_cache.store.store import CheckpointStore
+from hf_sparse_cache.store.survival import AGE_EDGES, PERIOD, WINDOW, SurvivalTables, cell_of
+from hf_sparse_cache.store.value import Learned
 
 
 def feed(tables: SurvivalTables, hazard: float, most: int, ticks: int = 6000) -> None:

@@ -16,7 +16,7 @@ from persisting import all_tensors, cold_logits, handle, logits, question, small
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, fingerprint, states
-from hf_sparse_cache.payloads import LayerTensors
+from hf_sparse_cache.models.tensors import LayerTensors
 
 
 def test_eight_threads_and_constant_eviction(family: str, tmp_path: Path, stores: list[CheckpointStore]) -> None:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_cache.overlap import shape_of
-from hf_sparse_cache.views import VIEWS, View
+from hf_sparse_cache.planning.overlap import shape_of
+from hf_sparse_cache.planning.views import VIEWS, View
 
 
 @pytest.mark.parametrize("kind", VIEWS, ids=lambda kind: kind.__name__)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness, states, waiting
-from hf_sparse_cache.live import LiveCache
+from hf_sparse_cache.models.live import LiveCache
 
 
 LENGTHS = (3, 4, 5)

@@ -9,7 +9,7 @@ import torch
 from matrix import Bench
 from tiny_models import build
 
-from hf_sparse_cache.weights import identity
+from hf_sparse_cache.models.weights import identity
 
 
 def optimizer_step(model: Any) -> None:

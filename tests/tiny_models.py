@@ -13,7 +13,7 @@ from tiny_families import FAMILIES, FIRST_WORD, LAST_WORD
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_sparse_cache.random_weights import cast_weights, draw_weights
+from hf_sparse_cache.tools.random_weights import cast_weights, draw_weights
 
 
 def available_families() -> list[str]:

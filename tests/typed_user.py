@@ -15,7 +15,7 @@ from hf_sparse_cache import (
     plan_checkpoints,
     simulate,
 )
-from hf_sparse_cache.policies import Policy, Prompt
+from hf_sparse_cache.planning.policies import Policy, Prompt
 
 
 class LastCut(Policy):

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .. import prefill, states
 from ..cache import SparsePrefixCache
-from ..live import LiveCache
-from ..policies import Policy, Prompt
-from ..segmentation import MIN_SUFFIX_TOKENS
-from ..store import CheckpointStore
-from ..tree import Checkpoint
-from ..waiting import settle
+from ..models import prefill, states
+from ..models.lazy_kv import settle
+from ..models.live import LiveCache
+from ..planning.cuts import MIN_SUFFIX_TOKENS
+from ..planning.policies import Policy, Prompt
+from ..store.store import CheckpointStore
+from ..store.tree import Checkpoint
 from .serving import Served, serve
 from .workloads import Asked
 

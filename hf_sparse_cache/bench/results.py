@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..machine import describe_machine
+from ..tools.machine import describe_machine
 
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from .. import builtin
 from ..cache import SparsePrefixCache
-from ..machine import peak_process_bytes
+from ..tools import builtin
+from ..tools.machine import peak_process_bytes
 from .contenders import Cached, Chunked, Contender, DeepCopy, EveryCut, Limit
 from .results import Settings
 from .serving import Served, serve

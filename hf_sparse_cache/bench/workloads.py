@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..segmentation import Tokens
-from ..traces import folder_prompts, interleave
+from ..planning.cuts import Tokens
+from ..tools.traces import folder_prompts, interleave
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}

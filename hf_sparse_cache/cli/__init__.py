@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..builtin_sizes import SIZES
+from ..tools.builtin_sizes import SIZES
 from .benching import bench
 from .screen import Screen, fail
 
@@ -91,8 +91,8 @@ def demo(
 
     Example: `hf-sparse-cache demo --model mamba-21m`
     """
-    from .. import builtin
-    from ..machine import describe_machine
+    from ..tools import builtin
+    from ..tools.machine import describe_machine
     from . import questions as work
     from . import sources
 
@@ -137,8 +137,8 @@ def verify(
 
     Example: `hf-sparse-cache verify jamba-3m`
     """
-    from .. import builtin
-    from ..machine import describe_machine
+    from ..tools import builtin
+    from ..tools.machine import describe_machine
     from . import sources, verifying
 
     screen = Screen(json)
@@ -217,7 +217,7 @@ def simulate(
 
     Example: `hf-sparse-cache simulate trace.jsonl --max-memory 2GiB --policy learned --policy block`
     """
-    from ..traces import load_trace
+    from ..tools.traces import load_trace
     from . import planning
 
     screen = Screen(json)
@@ -253,7 +253,7 @@ def _sizes(model: str | None, state_bytes: int | None, kv_bytes_per_token: int, 
 
     if model is None:
         return Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, assumed=state_bytes is None)
-    from .. import builtin
+    from ..tools import builtin
 
     return Sizes.of(builtin.load(model, [""])[0], grid)
 

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..builtin_sizes import SIZES
-from ..policies import POLICIES
-from ..segmentation import MIN_SUFFIX_TOKENS, cut_positions
+from ..planning.cuts import MIN_SUFFIX_TOKENS, cut_positions
+from ..planning.policies import POLICIES
 from ..simulator import SimulationResult, simulate
 from ..sizes import parse_bytes
 from ..stats import RequestInfo
-from ..traces import Trace, load_trace
+from ..tools.builtin_sizes import SIZES
+from ..tools.traces import Trace, load_trace
 from .drawing import check_installed, draw
 from .planning import Sizes, describe, placements, show_advice, show_placements
 from .screen import Screen, Steps

@@ -6,11 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..builtin_sizes import SIZES
-from ..outline import added_kv_bytes, outline
 from ..persistence import SavedFolder
-from ..segmentation import Tokens
+from ..planning.cuts import Tokens
 from ..stats import counted, format_bytes
+from ..tools.builtin_sizes import SIZES
+from ..tools.outline import added_kv_bytes, outline
 from .screen import Screen
 
 

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import SparsePrefixCache
-from ..planner import plan_checkpoints
+from ..planning.planner import plan_checkpoints
+from ..planning.views import Floats
 from ..simulator import simulate
 from ..sizes import parse_bytes
 from ..stats import counted, format_bytes
-from ..traces import Trace
-from ..views import Floats
+from ..tools.traces import Trace
 from .screen import Screen
 
 

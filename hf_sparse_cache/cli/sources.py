@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import builtin
-from ..traces import read_lines
+from ..tools import builtin
+from ..tools.traces import read_lines
 
 
 # The project's own documents in the order in which the demo reads them; the questions are about the first ones.

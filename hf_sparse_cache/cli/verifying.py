@@ -6,7 +6,7 @@ import torch
 
 from ..cache import SparsePrefixCache
 from ..exactness import ExactnessReport, ExactnessRow, check_exactness
-from ..machine import describe_machine
+from ..tools.machine import describe_machine
 from .screen import Screen
 from .sources import QUESTIONS, check_length, describe
 

@@ -1,0 +1,119 @@
+"""The model families whose states can be captured and resumed exactly, and what each needs.
+
+A new family is one row here, once `states` has a rule for its cache layer classes, and one row in the tests.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a prefill in segments must know about one family of models.
+
+    Attributes:
+        name: the family's name in documentation.
+        cache_name: the keyword under which `forward` takes the cache.
+        kernel_chunk: tokens to which the kernels pad a segment, or the config attribute that holds that number. Grid
+            steps are multiples of it.
+        default_grid: tokens between cuts that cost next to nothing on this family (rounded up to the kernel chunk).
+    """
+
+    name: str
+    cache_name: str = "past_key_values"
+    kernel_chunk: int | str = 1
+    default_grid: int = 256
+
+    def chunk(self, config: Any) -> int:
+        return self.kernel_chunk if isinstance(self.kernel_chunk, int) else int(getattr(config, self.kernel_chunk))
+
+    def grid(self, config: Any) -> int:
+        chunk = self.chunk(config)
+        return -(-self.default_grid // chunk) * chunk
+
+
+def _mamba1(name: str) -> Family:
+    return Family(name, cache_name="cache_params")
+
+
+def _mamba2(name: str) -> Family:
+    return Family(name, kernel_chunk="mamba_chunk_size")
+
+
+def _delta_rule(name: str) -> Family:
+    # The chunk of the gated delta rule is a constant of the kernels; short segments cost it more than the others.
+    return Family(name, kernel_chunk=64, default_grid=512)
+
+
+# Keyed by `model_type` of the text config.
+FAMILIES: dict[str, Family] = {
+    "mamba": _mamba1("Mamba"),
+    "falcon_mamba": _mamba1("FalconMamba"),
+    "mamba2": Family("Mamba2", cache_name="cache_params", kernel_chunk="chunk_size"),
+    "jamba": Family("Jamba"),
+    "zamba": Family("Zamba"),
+    "zamba2": Family("Zamba2", kernel_chunk="chunk_size"),
+    "bamba": _mamba2("Bamba"),
+    "granitemoehybrid": _mamba2("GraniteMoeHybrid"),
+    "nemotron_h": Family("NemotronH", kernel_chunk="chunk_size"),
+    "falcon_h1": _mamba2("FalconH1"),
+    "qwen3_next": _delta_rule("Qwen3-Next"),
+    "qwen3_5_text": _delta_rule("Qwen3.5"),
+    "qwen3_5_moe_text": _delta_rule("Qwen3.5-MoE"),
+    "olmo_hybrid": _delta_rule("OlmoHybrid"),
+    "kimi_linear": _delta_rule("KimiLinear"),
+    "bailing_hybrid": _delta_rule("BailingHybrid"),
+    "qwen4_exp_text": _delta_rule("Qwen4Exp"),
+    "glm5_next_text": _delta_rule("GLM5Next"),
+    "lfm2": Family("LFM2"),
+    "lfm2_moe": Family("LFM2-MoE"),
+    "lfm3": Family("LFM3"),
+    "zaya": Family("Zaya"),
+    "inkling_text": Family("Inkling"),
+    "inkling2_text": Family("Inkling2"),
+    "llama": Family("Llama"),
+    "qwen3": Family("Qwen3"),
+    "gemma3_text": Family("Gemma3"),
+}
+
+# Known families that cannot be served, and what upstream would have to change.
+REFUSED: dict[str, str] = {
+    "minimax": "it accepts only a cache class of its own, and is itself wrong when layer 0 is linear; it would have "
+    "to keep its states in a DynamicCache",
+    "xlstm": "its forward ignores past_key_values and keeps state in an object of its own; it would have to keep it "
+    "in a DynamicCache",
+    "rwkv": "its forward ignores past_key_values and keeps state in a list of its own; it would have to keep it in a "
+    "DynamicCache",
+    "recurrent_gemma": "it keeps its state on its modules, shared by all calls; it would have to keep it in the cache",
+}
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside the wrappers of PEFT and `torch.compile`, whose `generate()` they both call."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model.
+
+    Raises:
+        UnsupportedModelError: Names the class and lists what is supported.
+    """
+    kind = type(model).__name__
+    names = ", ".join(sorted(known.name for known in FAMILIES.values()))
+    if not hasattr(model, "config") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"model is a {kind}, not a transformers model with generate(); supported are the causal language models "
+            f"of {names}."
+        )
+    model_type = model.config.get_text_config(decoder=True).model_type
+    why = REFUSED.get(model_type, "no exact resume is known for it")
+    if model_type in FAMILIES and not getattr(model.config, "is_encoder_decoder", False) and model.can_generate():
+        return FAMILIES[model_type]
+    raise UnsupportedModelError(
+        f"{kind} (model_type {model_type!r}) is not supported: {why}. Supported are the causal language models of "
+        f"{names}. Use this model without SparsePrefixCache."
+    )

@@ -1,0 +1,70 @@
+"""The live cache: what one request's `generate()` works on, from prefill to the last token.
+
+A `DynamicCache` of the model's own layer classes, which therefore decodes just as an uncached run does. It adds what
+transformers leaves open for models without full attention, and it tells the Mamba-1 scan from which state to start.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from . import mamba1
+
+
+if TYPE_CHECKING:
+    from ..cache import SparsePrefixCache
+
+
+class LiveCache(DynamicCache):
+    """The cache of one request.
+
+    Attributes:
+        handle: the handle to ask for a prefix, until the prefill has been done; None afterwards.
+        length: tokens consumed by the prefill.
+        full_attention_layers: how many layers keep keys and values of every token.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.handle: SparsePrefixCache | None = None
+        self.length = 0
+        self._recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+        self.full_attention_layers = sum(
+            isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+            for layer in self.layers
+        )
+        self._scan_forgets = mamba1.needs_hook(config.get_text_config(decoder=True).model_type)
+
+    @property
+    def is_compileable(self) -> bool:
+        # Layers of fixed size alone would send generate() down its auto-compile path, with 4-D masks.
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if self._recurrent_only:
+            return self.length
+        return int(super().get_seq_length(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self._recurrent_only:
+            return self.length + query_length, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The one call that every multi-token pass makes just before its scan; decoding does not come here.
+        if self._scan_forgets:
+            layer: Any = self.layers[layer_idx]
+            mamba1.announce(layer.recurrent_states[0] if layer.has_previous_state[0] else None)
+        states: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        return states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if self._scan_forgets:
+            mamba1.announce(None)
+        states: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        return states

@@ -1,0 +1,128 @@
+"""The prefill of one request: restore the deepest checkpoint, run the remaining segments, capture on the way.
+
+A cold and a resumed run execute the same segments on the same state, which is why their results agree bit for bit: the
+cuts are a pure, causal function of the prompt's tokens (see `segmentation`). Every distinct row of a batch runs alone,
+without its padding, and the rows are stacked afterwards.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from transformers.utils import logging
+
+from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions
+from ..request import Request
+from . import states
+from .live import LiveCache
+from .tensors import LayerTensors
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one row's prefill that an uncached run does not spend."""
+
+    capture_seconds: float = 0.0
+    restore_seconds: float = 0.0
+
+
+def prefill_row(
+    model: Any,
+    cache_name: str,
+    live: LiveCache,
+    ids: torch.Tensor,
+    cuts: Positions,
+    request: Request,
+    kwargs: dict[str, Any],
+    position_dims: tuple[int, ...] = (),
+) -> tuple[Any, Timing]:
+    """Bring a fresh live cache to the end of one prompt.
+
+    Args:
+        model: the model, whose own `prepare_inputs_for_generation` and forward run every segment.
+        cache_name: the keyword under which the model takes its cache.
+        live: a fresh cache, filled in place.
+        ids: the prompt `(length,)`, without padding.
+        cuts: where the prompt is cut into segments.
+        request: the prompt's open request: what to restore and what to capture.
+        kwargs: further keywords for the model, the same for every segment.
+        position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
+
+    Returns:
+        The model's output for the last segment, and what resuming and capturing cost.
+    """
+    row = ids[None]
+    clock = time.perf_counter()
+    if request.checkpoint is not None:
+        state, spans = cast(LayerTensors, request.checkpoint.state), cast(list[LayerTensors], request.kv_payloads())
+        states.restore(live, state, spans)
+    restore_seconds = time.perf_counter() - clock
+    capture_seconds = 0.0
+    planned = set(request.planned)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    start = live.length = request.resumed_tokens
+    forward = _uncompiled(model)
+    output = None
+    ahead = cuts[(cuts >= start + MIN_SUFFIX_TOKENS) & (cuts < len(ids))].tolist()
+    for end in (*ahead, len(ids)):
+        inputs = model.prepare_inputs_for_generation(
+            row[:, :end],
+            next_sequence_length=end - start,
+            is_first_iteration=True,
+            attention_mask=None,
+            **{cache_name: live},
+            **kwargs,
+            **({"position_ids": _positions(start, end, row, position_dims)} if takes_positions else {}),
+        )
+        output = forward(**inputs, return_dict=True)
+        start = live.length = end
+        if end in planned:
+            clock = time.perf_counter()
+            try:
+                kv = partial(states.capture_kv, live) if live.full_attention_layers else None
+                request.add(end, states.capture_state(live), kv)
+            except torch.OutOfMemoryError as error:
+                logger.warning_once(f"No memory to capture a checkpoint; the request goes on without it: {error}")
+            capture_seconds += time.perf_counter() - clock
+    return output, Timing(capture_seconds, restore_seconds)
+
+
+def join_rows(
+    cache_name: str, live: LiveCache, rows: list[LiveCache], outputs: list[Any], order: list[int], width: int
+) -> Any:
+    """One output and one live cache for a whole batch from those of its distinct rows.
+
+    Args:
+        live: a fresh cache, filled in place.
+        rows, outputs: live cache and output of each distinct row.
+        order: for each row of the batch, which distinct row it is.
+        width: columns of the left-padded batch.
+    """
+    states.stack(live, [rows[index] for index in order], width)
+    live.length = width
+    logits = torch.cat([outputs[index].logits[:, -1:] for index in order])
+    return type(outputs[0])(logits=logits, **{cache_name: live})
+
+
+def _uncompiled(model: Any) -> Callable[..., Any]:
+    """The model's call without `torch.compile`, which stays in use for decoding.
+
+    A compiled prefill would be compiled anew for segments of new lengths, and kernels of another specialisation round
+    differently, so that the result of a segment would depend on which lengths came before it.
+    """
+    original: Callable[..., Any] | None = getattr(model.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+    if original is not None:
+        return original
+    call: Callable[..., Any] = model if getattr(model, "_compiled_call_impl", None) is None else model._call_impl
+    return call
+
+
+def _positions(start: int, end: int, row: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    return torch.arange(start, end, device=row.device).expand(*dims, 1, end - start)

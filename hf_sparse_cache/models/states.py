@@ -1,0 +1,279 @@
+"""Capture and restore the state of a model at one position: one rule per cache layer class of transformers.
+
+A position's state has two kinds of parts. Parts of fixed size (conv, recurrent, sliding window) are what a checkpoint
+holds. Keys and values of full attention grow with the prompt and are cut into spans, so that checkpoints share them.
+Everything captured is cloned, because decoding writes into the tensors it reads; everything restored is copied into a
+fresh live cache, keys and values by their layer's first update (see `waiting`). A layer class that is not in `_RULES`
+is refused, never guessed.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache
+
+from ..errors import UnsupportedModelError
+from .inputs import input_device
+from .lazy_kv import wait
+from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
+from .tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of state in a layer: what is fixed in size, what grows, and how a batch is made of rows."""
+
+    fixed: Callable[[Any], Tensors]
+    span: Callable[[Any, int, int], Tensors]
+    restore: Callable[[Any, Tensors, Sequence[Tensors]], None]
+    stack: Callable[[Any, Sequence[Any], int], None]
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense copy that shares nothing, so that its bytes are exactly what it holds."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _left_padded(tensors: Sequence[torch.Tensor], dim: int, length: int, batch_dim: int = 0) -> torch.Tensor:
+    """Rows of different lengths as one batch, zeros on the left of `dim` up to `length`, as left-padding puts them."""
+    rows = []
+    for tensor in tensors:
+        missing = length - tensor.shape[dim]
+        shape = list(tensor.shape)
+        shape[dim] = missing
+        rows.append(torch.cat([tensor.new_zeros(shape), tensor], dim=dim) if missing else tensor)
+    return torch.cat(rows, dim=batch_dim)
+
+
+# -- conv and recurrent states: LinearAttentionLayer ------------------------------------------------------------------
+
+
+def _recurrent_fixed(layer: Any) -> Tensors:
+    found: Tensors = {}
+    for i in range(layer.number_of_states):
+        if layer.conv_states[i] is not None:
+            found[f"conv.{i}"] = _own(layer.conv_states[i])
+        if layer.recurrent_states[i] is not None:
+            found[f"recurrent.{i}"] = _own(layer.recurrent_states[i])
+    return found
+
+
+def _recurrent_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
+    for name, value in fixed.items():
+        kind, _, index = name.partition(".")
+        if kind == "conv":
+            layer.lazy_initialization(conv_states=value, state_idx=int(index))
+            layer.conv_states[int(index)].copy_(value)
+        elif kind == "recurrent":
+            layer.lazy_initialization(recurrent_states=value, state_idx=int(index))
+            layer.recurrent_states[int(index)].copy_(value)
+        else:
+            continue
+        # Without the flag the model ignores the state it has just been given.
+        layer.has_previous_state[int(index)] = True
+
+
+def _recurrent_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
+    fixed: Tensors = {}
+    for i in range(layer.number_of_states):
+        for kind, states in (("conv", "conv_states"), ("recurrent", "recurrent_states")):
+            tensors = [getattr(row, states)[i] for row in rows]
+            if tensors[0] is not None:
+                fixed[f"{kind}.{i}"] = torch.cat(tensors)
+    _recurrent_restore(layer, fixed, ())
+
+
+# -- keys and values of full attention: DynamicLayer ------------------------------------------------------------------
+
+
+def _full_span(layer: Any, start: int, end: int) -> Tensors:
+    if not layer.is_initialized:
+        return {}
+    return {"keys": _own(layer.keys[..., start:end, :]), "values": _own(layer.values[..., start:end, :])}
+
+
+def _set_keys_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+
+
+def _full_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
+    if spans and "keys" in spans[0]:
+        wait(layer, [span["keys"] for span in spans], [span["values"] for span in spans])
+
+
+def _full_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
+    if rows[0].is_initialized:
+        _set_keys_values(
+            layer,
+            _left_padded([row.keys for row in rows], -2, width),
+            _left_padded([row.values for row in rows], -2, width),
+        )
+
+
+# -- the window of sliding attention: DynamicSlidingWindowLayer -------------------------------------------------------
+
+
+def _window_fixed(layer: Any) -> Tensors:
+    if not layer.is_initialized:
+        return {}
+    return {"keys": _own(layer.keys), "values": _own(layer.values), "seen": layer.cumulative_length}
+
+
+def _window_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
+    if "keys" in fixed:
+        _set_keys_values(layer, _own(fixed["keys"]), _own(fixed["values"]))
+        layer.cumulative_length = fixed["seen"]
+
+
+def _window_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
+    if rows[0].is_initialized:
+        held = min(width, layer.sliding_window - 1)
+        _set_keys_values(
+            layer,
+            _left_padded([row.keys for row in rows], -2, held),
+            _left_padded([row.values for row in rows], -2, held),
+        )
+        layer.cumulative_length = width
+
+
+# -- the indexer of sparse attention: DynamicIndexedLayer -------------------------------------------------------------
+
+
+def _indexer_span(layer: Any, start: int, end: int) -> Tensors:
+    found: Tensors = {}
+    if layer.is_indexer_initialized:
+        found["indexer_keys"] = _own(layer.indexer_keys[:, start:end])
+    if getattr(layer, "indexer_position_ids", None) is not None:
+        found["indexer_position_ids"] = _own(layer.indexer_position_ids[..., start:end])
+    return found
+
+
+def _indexer_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
+    if spans and "indexer_keys" in spans[0]:
+        keys = torch.cat([span["indexer_keys"] for span in spans], dim=1)
+        layer.lazy_initialization_indexer(keys)
+        layer.indexer_keys = keys
+    if spans and "indexer_position_ids" in spans[0]:
+        layer.indexer_position_ids = torch.cat([span["indexer_position_ids"] for span in spans], dim=-1)
+
+
+def _indexer_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
+    if rows[0].is_indexer_initialized:
+        keys = _left_padded([row.indexer_keys for row in rows], 1, width)
+        layer.lazy_initialization_indexer(keys)
+        layer.indexer_keys = keys
+    if getattr(rows[0], "indexer_position_ids", None) is not None:
+        layer.indexer_position_ids = _left_padded([row.indexer_position_ids for row in rows], -1, width, 1)
+
+
+def _no_fixed(layer: Any) -> Tensors:
+    return {}
+
+
+def _no_span(layer: Any, start: int, end: int) -> Tensors:
+    return {}
+
+
+_RECURRENT = Part(_recurrent_fixed, _no_span, _recurrent_restore, _recurrent_stack)
+_FULL = Part(_no_fixed, _full_span, _full_restore, _full_stack)
+_WINDOW = Part(_window_fixed, _no_span, _window_restore, _window_stack)
+_INDEXER = Part(_no_fixed, _indexer_span, _indexer_restore, _indexer_stack)
+
+_RULES: dict[str, tuple[Part, ...]] = {
+    "LinearAttentionLayer": (_RECURRENT,),
+    "DynamicLayer": (_FULL,),
+    "DynamicSlidingWindowLayer": (_WINDOW,),
+    "DynamicIndexedLayer": (_FULL, _INDEXER),
+    "LinearAttentionAndFullAttentionLayer": (_RECURRENT, _FULL),
+    "LinearAttentionAndSlidingWindowAttentionLayer": (_RECURRENT, _WINDOW),
+    "DummyLayer": (),
+}
+
+
+def _parts(layer: Any) -> tuple[Part, ...]:
+    return _RULES[type(layer).__name__]
+
+
+def check_layers(cache: Cache, model_name: str) -> None:
+    """Refuse a cache with a layer class for which no rule is known.
+
+    Raises:
+        UnsupportedModelError: Names the model, the layer class and the classes that have a rule.
+    """
+    for layer in cache.layers:
+        name = type(layer).__name__
+        if name not in _RULES or type(layer) is not getattr(cache_utils, name, None):
+            raise UnsupportedModelError(
+                f"{model_name} keeps its state in cache layers of class {name}, for which no capture rule is known; "
+                f"known are {', '.join(sorted(_RULES))}."
+            )
+
+
+def capture_state(cache: Cache) -> LayerTensors:
+    """Clone the fixed-size state of every layer of a batch-1 cache at its current position."""
+    return LayerTensors(tuple(_merged(part.fixed(layer) for part in _parts(layer)) for layer in cache.layers))
+
+
+def capture_kv(cache: Cache, start: int, end: int) -> LayerTensors:
+    """Clone the keys and values of the full-attention layers of a batch-1 cache for positions start..end-1."""
+    return LayerTensors(
+        tuple(_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers)
+    )
+
+
+def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors]) -> None:
+    """Fill a fresh cache from a checkpoint's state and the KV spans from position 0 up to it, in order."""
+    for index, layer in enumerate(cache.layers):
+        for part in _parts(layer):
+            part.restore(layer, state.layers[index], [span.layers[index] for span in spans])
+
+
+def stack(cache: Cache, rows: Sequence[Cache], width: int) -> None:
+    """Fill a fresh cache with one batch made of batch-1 caches, laid out as a left-padded batch.
+
+    Args:
+        cache: the fresh cache.
+        rows: one cache per row of the batch; the same cache may stand for several rows.
+        width: columns of the padded batch, at least the tokens of the longest row.
+    """
+    for index, layer in enumerate(cache.layers):
+        for part in _parts(layer):
+            part.stack(layer, [row.layers[index] for row in rows], width)
+
+
+def _merged(found: Iterable[Tensors]) -> Tensors:
+    return {name: value for tensors in found for name, value in tensors.items()}
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Bytes that a model's states take.
+
+    Attributes:
+        state_bytes: the fixed-size state of one checkpoint.
+        kv_bytes_per_token: keys and values of the full-attention layers.
+    """
+
+    state_bytes: int
+    kv_bytes_per_token: int
+
+
+@torch.no_grad()
+def measure(model: Any, cache: Cache, cache_name: str) -> StateSize:
+    """Run two tokens through the model and measure what a checkpoint would hold.
+
+    Sliding windows are counted as full, since they are once a prompt is long enough.
+    """
+    ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
+    model(input_ids=ids, use_cache=True, **{cache_name: cache})
+    state = 0
+    for layer, held in zip(cache.layers, capture_state(cache).layers, strict=True):
+        for name, value in held.items():
+            if torch.is_tensor(value):
+                windows = (getattr(layer, "sliding_window", 1) - 1) / 2 if name in ("keys", "values") else 1
+                state += int(value.nbytes * windows)
+    return StateSize(state, capture_kv(cache, 0, 2).nbytes // 2)

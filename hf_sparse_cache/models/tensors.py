@@ -1,0 +1,140 @@
+"""What the store holds of a model: tensors of every layer, how they move between tiers and become a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from ..planning.cuts import Tokens
+from ..store.files import DamagedFileError
+
+
+Tensors = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """Tensors of every layer, in layer order, and the bytes they hold.
+
+    Attributes:
+        layers: one dict a layer; values that are not tensors are small integers.
+        devices: where each layer's tensors were captured, while they are somewhere else; empty when they are there.
+        copied: events of copies that may still be under way, one a device.
+    """
+
+    layers: tuple[Tensors, ...]
+    devices: tuple[str, ...] = ()
+    copied: tuple[Any, ...] = field(default=(), compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for layer in self.layers for value in layer.values() if torch.is_tensor(value))
+
+    def moved_to(self, tier: str) -> LayerTensors:
+        """A copy in "host" memory, or back on the "device" of its capture; itself where it lives there already.
+
+        Copies from and to an accelerator run on a stream of their own, from and to pinned memory.
+        """
+        if tier == "host":
+            homes = tuple(_device_of(layer) for layer in self.layers)
+            if self.devices or not any(home.startswith("cuda") for home in homes):
+                return self
+            layers, events = _copied(self, ["cpu"] * len(homes))
+            return LayerTensors(layers, homes, events)
+        if not self.devices:
+            return self
+        layers, events = _copied(self, list(self.devices))
+        for event in events:
+            torch.cuda.current_stream(event.device).wait_event(event)
+        return LayerTensors(layers)
+
+    def to_bytes(self, record: str, tokens: Tokens) -> bytes:
+        """One safetensors file: the tensors, the prompt's `tokens`, and `record` as its metadata."""
+        for event in self.copied:
+            event.synchronize()
+        found: dict[str, torch.Tensor] = {"tokens": torch.from_numpy(tokens.copy())}
+        plain: dict[str, Any] = {}
+        for index, layer in enumerate(self.layers):
+            for name, value in layer.items():
+                (found if torch.is_tensor(value) else plain)[f"{index}.{name}"] = value
+        devices = self.devices or tuple(_device_of(layer) for layer in self.layers)
+        payload = json.dumps({"layers": len(self.layers), "devices": devices, "plain": plain})
+        tensors = {name: tensor.cpu() for name, tensor in found.items()}
+        data: bytes = safetensors.torch.save(tensors, metadata={"unit": record, "payload": payload})
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> LayerTensors:
+        """Reads `to_bytes` back, onto the devices of the capture.
+
+        Raises:
+            DamagedFileError: the bytes are not such a file.
+        """
+        try:
+            tensors = safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            payload = json.loads(header["__metadata__"]["payload"])
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise DamagedFileError(f"it holds no states: {error}") from error
+        del tensors["tokens"]
+        layers: tuple[Tensors, ...] = tuple({} for _ in range(payload["layers"]))
+        for key, value in [*payload["plain"].items(), *tensors.items()]:
+            index, _, name = key.partition(".")
+            layers[int(index)][name] = value
+        away = any(torch.device(device).type != "cpu" for device in payload["devices"])
+        return cls(layers, tuple(payload["devices"])).moved_to("device") if away else cls(layers)
+
+
+def _device_of(layer: Tensors) -> str:
+    return next((str(value.device) for value in layer.values() if torch.is_tensor(value)), "cpu")
+
+
+def _copied(source: LayerTensors, targets: list[str]) -> tuple[tuple[Tensors, ...], tuple[Any, ...]]:
+    """Copies layer by layer; where one side is an accelerator, on a side stream with an event at its end."""
+    layers: list[Tensors] = []
+    streams: dict[torch.device, Any] = {}
+    for layer, target in zip(source.layers, targets, strict=True):
+        copies: Tensors = {}
+        for name, value in layer.items():
+            copies[name] = _copy(value, torch.device(target), streams, source) if torch.is_tensor(value) else value
+        layers.append(copies)
+    return tuple(layers), tuple(stream.record_event() for stream in streams.values())
+
+
+def _copy(
+    value: torch.Tensor, target: torch.device, streams: dict[torch.device, Any], source: LayerTensors
+) -> torch.Tensor:
+    device = value.device if value.is_cuda else target
+    if device.type != "cuda":
+        return value.to(target, copy=True)
+    if device not in streams:
+        stream = streams[device] = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        for event in source.copied:
+            stream.wait_event(event)
+    stream = streams[device]
+    with torch.cuda.stream(stream):
+        if target.type == "cpu":
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            copy.copy_(value, non_blocking=True)
+            value.record_stream(stream)  # the source may be freed as soon as we return
+        else:
+            copy = value.to(target, non_blocking=True)
+            copy.record_stream(torch.cuda.current_stream(device))
+    return copy
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _side_stream(device: torch.device) -> Any:
+    """One stream a device for copies, so that they overlap with compute."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]

@@ -1,0 +1,129 @@
+"""p(d | this prefix): where the next prompt that follows this one will leave it, learned online.
+
+A mixture of views. Each observed overlap depth is credited to the views in proportion to how well they foresaw it (one
+step of online EM), so the mixture's shares follow the kinds of divergence a workload has, and each view learns only
+from what it explains. The shares depend on how the prompt itself met the tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cuts import Positions
+from .views import VIEWS, Floats, Shape
+
+
+# Nothing shared; longer than an earlier prompt; leaves at a new junction; at a known one.
+FRESH, EXTENDS, BRANCHES, RETURNS = range(4)
+NEAR_END_TOKENS = 16
+TINY = 1e-9
+LEAN = 8.0  # observations with which a context leans on the shares of all contexts
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The mixture on one prompt's cuts.
+
+    Attributes:
+        cuts: positions of shape `(C,)`.
+        below: P(next overlap < cut) of shape `(C,)`.
+    """
+
+    cuts: Positions
+    below: Floats
+
+    def passing(self, positions: Positions) -> Floats:
+        """P(next overlap >= position), of shape `(P,)`; positions between two cuts count as the deeper one."""
+        reaching = np.append(1.0 - self.below, 0.0)
+        found: Floats = reaching[np.searchsorted(self.cuts, positions)]
+        return found
+
+    def shares(self, positions: Positions, starts: Positions, following: Floats) -> Floats:
+        """Of the prompts that enter the edge of each position, those that leave between it and the next position.
+
+        Args:
+            positions: cuts on one path, ascending, of shape `(P,)`.
+            starts: where the edge of each of them starts.
+            following: rate of passes at the next position over that here: at a junction most prompts go elsewhere.
+                0 for the last, behind which nothing is stored.
+        """
+        reaching, entering = self.passing(positions), self.passing(starts + 1)
+        following = np.minimum(following, 1.0)
+        left = reaching - following * np.append(reaching[1:], 0.0)
+        # Where the forecast sees nobody enter, only the rates say who goes on.
+        found: Floats = np.where(entering > TINY, left / np.maximum(entering, TINY), 1.0 - following)
+        return np.maximum(found, 0.0)
+
+
+class OverlapModel:
+    """The mixture, its shares by context, and its views.
+
+    Args:
+        decay: what a view keeps of its counts at each depth it fully explains.
+        rate: slowest speed at which the shares follow; they start faster.
+    """
+
+    def __init__(self, decay: float = 0.998, rate: float = 0.01) -> None:
+        self.decay, self.rate = decay, rate
+        self.views = [view() for view in VIEWS]
+        self.shares = np.full((5, len(self.views)), 1.0 / len(self.views))  # one row a context, the last for all
+        self._seen = np.zeros(5)
+
+    def forecast(self, cuts: Positions, shape: Shape) -> Forecast:
+        """Predicts the next overlap with a prompt of this shape."""
+        return Forecast(cuts, self._shares_of(shape.kind) @ self._below(cuts.astype(np.float64), shape))
+
+    def learn(self, depth: int, cuts: Positions, previous: Shape) -> None:
+        """Learns that a prompt left an earlier one, of shape `previous`, at `depth`; `cuts` are the later prompt's."""
+        depth = min(depth, previous.length)
+        index = int(np.searchsorted(cuts, depth, side="right"))
+        if not index:  # no checkpoint could have helped: nothing to learn for placing them
+            return
+        low = float(cuts[index - 1])
+        high = float(min(cuts[index], previous.length + 1)) if index < len(cuts) else previous.length + 1.0
+        edges = self._below(np.asarray([low, high]), previous)
+        likelihood = np.maximum(edges[:, 1] - edges[:, 0], 1e-6)
+        credit = self._shares_of(previous.kind) * likelihood
+        credit /= credit.sum()
+        for row in (previous.kind, -1):
+            self._seen[row] += 1
+            self.shares[row] += max(1.0 / (self._seen[row] + 4.0), self.rate) * (credit - self.shares[row])
+        for view, amount in zip(self.views, credit.tolist(), strict=True):
+            if amount > 1e-3:
+                view.learn(depth, previous, amount, self.decay)
+
+    def _shares_of(self, kind: int) -> Floats:
+        """Shares of a context, leaning on those of all while it was seen little."""
+        seen = self._seen[kind]
+        shares: Floats = (seen * self.shares[kind] + LEAN * self.shares[-1]) / (seen + LEAN)
+        return shares
+
+    def _below(self, depths: Floats, shape: Shape) -> Floats:
+        return np.stack([view.below(depths, shape) for view in self.views])
+
+
+def shape_of(
+    length: int, overlap: int, ends: Positions, passes: Positions, cuts: Positions, previous: Shape | None
+) -> Shape:
+    """Describes a prompt for the views.
+
+    Args:
+        length: tokens of the prompt.
+        overlap: tokens it shares with earlier prompts.
+        ends: ends of the edges on its path; the last may lie behind the overlap.
+        passes: earlier prompts along the whole of each edge.
+        cuts: its cuts.
+        previous: shape of the latest prompt along the last of these edges.
+    """
+    known = ends <= overlap
+    ends = ends[known]
+    stops = passes[known] - np.append(passes[1:], 0)[known]
+    if not len(cuts) or overlap < cuts[0]:
+        kind = FRESH
+    elif previous is not None and overlap >= previous.length - NEAR_END_TOKENS:
+        kind = EXTENDS
+    else:
+        kind = RETURNS if len(ends) and ends[-1] == overlap else BRANCHES
+    return Shape(length, overlap, ends, np.maximum(stops, 0), cuts, kind)

@@ -1,0 +1,107 @@
+"""What a policy may look at: one prompt, how it met the tree, and where the memory stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cuts import Positions, Tokens
+from .overlap import EXTENDS, Forecast
+from .views import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Where the memory stands, for the policy that places new checkpoints.
+
+    Attributes:
+        known_rate: expected prompts a request that come back along the part of the path that was shared.
+        new_rate: the same for the part that is new.
+        price: what a byte earns at the margin, in saved tokens a request; 0 while there is room.
+        resumed_rate: the same at the resumed checkpoint; `known_rate` if no other prompts leave in between.
+    """
+
+    known_rate: float = 1.0
+    new_rate: float = 1.0
+    price: float = 0.0
+    resumed_rate: float = 1.0
+
+
+@dataclass
+class Prompt:
+    """What a policy may look at.
+
+    Attributes:
+        ids: tokens of shape `(N,)`.
+        cuts: where checkpoints may sit, ascending.
+        overlap: tokens shared with earlier prompts.
+        resumed: position the prefill resumes at; only cuts behind it can be captured.
+        path_ends: ends of the tree's edges on the shared path (the last one may lie behind `overlap`).
+        path_passes: number of earlier prompts along the whole of each such edge.
+        limit: most new checkpoints, or None.
+        latest: shape of the latest prompt along the last of these edges, if the policy left one.
+        terms: what new checkpoints would earn and cost.
+        state_bytes, kv_bytes_per_token: sizes, averaged over what is stored; 0 before anything is.
+        resumed_bytes: size of the state the prefill resumes from.
+        shape, forecast: what the policy makes of the prompt, for the eviction and for later prompts.
+    """
+
+    ids: Tokens
+    cuts: Positions
+    overlap: int
+    resumed: int
+    path_ends: NDArray[np.int64]
+    path_passes: NDArray[np.int64]
+    limit: int | None = None
+    latest: Shape | None = None
+    terms: Terms = field(default_factory=Terms)
+    state_bytes: float = 0.0
+    kv_bytes_per_token: float = 0.0
+    resumed_bytes: int = 0
+    shape: Shape | None = None
+    forecast: Forecast | None = None
+
+    @property
+    def open_cuts(self) -> Positions:
+        """The cuts that this prefill passes: those behind the resumed position."""
+        return self.cuts[np.searchsorted(self.cuts, self.resumed, side="right") :]
+
+    def share(self, position: int, planned: list[int]) -> float:
+        """Of the prompts that will enter the edge of `position`, those expected to leave between it and the next
+        planned checkpoint.
+        """
+        if self.forecast is None:
+            return 1.0
+        after = [other for other in planned if other > position][:1]
+        leaves = position <= self.overlap and bool(after) and after[0] > self.overlap
+        known = self.terms.known_rate
+        following = np.zeros(1 + len(after))
+        following[: len(after)] = self._onward_rate / known if leaves and known else 1.0
+        above = self.path_ends[self.path_ends < min(position, self.overlap)]
+        start = self.overlap if position > self.overlap else int(above[-1]) if len(above) else 0
+        positions = np.asarray([position, *after])
+        return float(self.forecast.shares(positions, np.full_like(positions, start), following)[0])
+
+    @property
+    def _onward_rate(self) -> float:
+        """Passes a request behind the overlap: as many as before it where nothing else runs on from there."""
+        extends = self.shape is not None and self.shape.kind == EXTENDS
+        return self.terms.known_rate if extends else self.terms.new_rate
+
+    def refund(self, position: int) -> float:
+        """Bytes of the resumed state that a checkpoint at `position` makes superfluous."""
+        if self.forecast is None or not self.resumed:
+            return 0.0
+        rate = self._onward_rate if position > self.overlap else self.terms.known_rate
+        here, there = self.forecast.passing(np.asarray([self.resumed, position])).tolist()
+        return self.resumed_bytes * min(rate / self.terms.resumed_rate, 1.0) * there / here if here else 0.0
+
+    def snap(self, positions: Iterable[float]) -> list[int]:
+        """The deepest open cut at or before each position, ascending and distinct; none where there is none."""
+        cuts = self.open_cuts
+        index = np.unique(np.searchsorted(cuts, np.fromiter(positions, dtype=np.float64), side="right")) - 1
+        found: list[int] = cuts[index[index >= 0]].tolist()
+        return found

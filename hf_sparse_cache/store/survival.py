@@ -1,0 +1,136 @@
+"""Survival tables: how soon a path is passed again, by how often it was, how deep it lies, and how long ago.
+
+Every edge of the store's tree is an individual, with or without a checkpoint on it, so the tables also learn from what
+was never stored or is lost; their size is fixed. From the hazards follows the index of a cell: the best rate of hits
+over any future horizon, max over T of P(hit within T) / E[time until hit or T], the Gittins form for a hit that is
+worth one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..planning.views import Floats
+
+
+PASS_EDGES = np.asarray([1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 29, 38, 50, 80, 150])
+LEVEL_EDGES = np.asarray([1, 2, 3, 5, 9])
+AGE_EDGES: Floats = np.unique(np.round(np.concatenate([[0], np.geomspace(4, 2**14, 22)])))
+WINDOW = 2**14
+PERIOD = 64
+
+_PASS_CELL = np.searchsorted(PASS_EDGES, np.arange(PASS_EDGES[-1] + 1), side="right") - 1
+_LEVEL_CELL = np.searchsorted(LEVEL_EDGES, np.arange(LEVEL_EDGES[-1] + 1), side="right") - 1
+_LATER_AGES = AGE_EDGES[1:].astype(np.int64)
+_WIDTHS = np.diff(np.append(AGE_EDGES, 2.0 * AGE_EDGES[-1]))
+_AGE_BIN = np.searchsorted(AGE_EDGES, np.arange(WINDOW + 1), side="right") - 1
+
+
+def cell_of(passes: int, level: int) -> int:
+    """The row of an edge that was passed `passes` times and has `level - 1` edges above it; the row behind it is for
+    such an edge once prompts were seen to leave its path for another.
+    """
+    passes, level = min(max(passes, 1), int(PASS_EDGES[-1])), min(max(level, 1), int(LEVEL_EDGES[-1]))
+    return 2 * (int(_PASS_CELL[passes]) * len(LEVEL_EDGES) + int(_LEVEL_CELL[level]))
+
+
+class SurvivalTables:
+    """Hazards by cell and age, and their index.
+
+    Args:
+        decay: what the tables keep of their counts each `PERIOD` requests.
+        strength: pseudo-events with which a cell leans on the coarser table above it.
+    """
+
+    def __init__(self, decay: float = 0.985, strength: float = 1.5) -> None:
+        cells = 2 * len(PASS_EDGES) * len(LEVEL_EDGES)
+        self.decay, self.strength = decay, strength
+        # Edges that wait, by the tick of their last pass, and by the bin of their age now.
+        self._alive = np.zeros((WINDOW, cells), dtype=np.int16)
+        self._waiting = np.zeros((len(AGE_EDGES), cells))
+        self._events = np.zeros((cells, len(AGE_EDGES)))
+        self._exposure = np.zeros((len(AGE_EDGES), cells))
+        self._clock = 0
+        self._updated = 0
+        self.index = np.zeros((cells, len(AGE_EDGES)))
+        self._solve()
+
+    def enter(self, cell: int) -> None:
+        """An edge was passed now and belongs to `cell` from now on."""
+        self._count(cell, self._clock, 1)
+
+    def leave(self, cell: int, since: int) -> None:
+        """The edge that entered `cell` at tick `since` is no longer waiting."""
+        self._count(cell, since, -1)
+
+    def bypass(self, cell: int, since: int) -> int:
+        """Moves an edge to the row of those that prompts left for another path, and returns that row."""
+        if not cell % 2:
+            self._count(cell, since, -1)
+            self._count(cell + 1, since, 1)
+        return cell | 1
+
+    def _count(self, cell: int, since: int, number: int) -> None:
+        if self._clock - since < WINDOW:
+            self._alive[since % WINDOW, cell] += number
+            self._waiting[_AGE_BIN[self._clock - since], cell] += number
+
+    def hit(self, cell: int, since: int, split: bool = False) -> None:
+        """An edge of `cell`, last passed at tick `since`, was passed again now; `split`: its rest goes on waiting."""
+        age = min(self._clock - since, WINDOW)
+        last = _AGE_BIN[age]
+        self._events[cell, last] += 1.0
+        if split:  # the part that was passed waited as well, and is counted nowhere else
+            self._exposure[:last, cell] += _WIDTHS[:last]
+            self._exposure[last, cell] += age - AGE_EDGES[last]
+
+    def advance(self, now: int) -> None:
+        """Moves the clock to `now`, one tick a request."""
+        while self._clock < now:
+            self._clock += 1
+            older = self._alive[(self._clock - _LATER_AGES) % WINDOW]  # those that come of each later age now
+            self._waiting[:-1] -= older
+            self._waiting[1:-1] += older[:-1]  # the last fall out of the window
+            self._alive[self._clock % WINDOW] = 0
+            self._exposure += self._waiting
+        ticks = now - self._updated
+        if ticks >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
+            keep = self.decay ** (ticks / PERIOD)
+            self._events *= keep
+            self._exposure *= keep
+            self._updated = now
+            self._solve()
+
+    def _solve(self) -> None:
+        """Hazards, each cell leaning on its pass count, that on the one before, the first on a hazard that falls with
+        age; then the index.
+        """
+        shape = (len(PASS_EDGES), 2 * len(LEVEL_EDGES), len(AGE_EDGES))
+        events, exposure = self._events.reshape(shape), self._exposure.T.reshape(shape)
+        lean = self.strength
+        hazards = np.empty(shape)
+        before = 0.5 / (AGE_EDGES + 5.0)
+        for passes in range(len(PASS_EDGES)):  # each leans on the count before it: a root that all share tells nothing
+            seen, waited = events[passes], exposure[passes]
+            before = before * (seen.sum() + lean) / ((waited * before).sum() + lean)
+            before = (seen.sum(axis=0) + lean) / (waited.sum(axis=0) + lean / before)
+            scale = (seen.sum(axis=1, keepdims=True) + lean) / ((waited * before).sum(axis=1, keepdims=True) + lean)
+            hazards[passes] = (seen + 2 * lean) / (waited + 2 * lean / (before * scale))
+        hazard = np.clip(hazards.reshape(self.index.shape), 1e-7, 1.0)
+        missed = np.exp(-hazard * _WIDTHS)
+        time = (1.0 - missed) / hazard
+        for first in range(len(AGE_EDGES)):
+            through = np.cumprod(missed[:, first:], axis=1)
+            entering = np.concatenate([np.ones((len(through), 1)), through[:, :-1]], axis=1)
+            rate = (1.0 - through) / np.cumsum(entering * time[:, first:], axis=1)
+            self.index[:, first] = rate.max(axis=1)
+
+    def rate(self, cell: int, age: int = 0) -> float:
+        """The index of one individual, in hits a request."""
+        return float(self.index[cell, _AGE_BIN[min(age, WINDOW)]])
+
+    def rates(self, cells: NDArray[np.int64], ages: NDArray[np.int64]) -> Floats:
+        """The index of many individuals, of shape `(n,)`."""
+        found: Floats = self.index[cells, _AGE_BIN[np.minimum(ages, WINDOW)]]
+        return found

@@ -1,0 +1,257 @@
+"""Eviction by value: what a checkpoint is expected to save for each byte that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..planning.policy import Terms
+from ..planning.views import Floats
+from .eviction import Eviction
+from .survival import SurvivalTables, cell_of
+
+
+if TYPE_CHECKING:
+    from ..planning.overlap import Forecast
+    from .tree import Checkpoint, Node
+
+
+FORK_CHILDREN = 3  # more make a hub, such as a shared system prompt, where one path says nothing about the others
+NEARLY_TIED = 0.7  # values this close are noise, and then the newcomer is the better guess, as in plain recency
+MIN_EDGE_TOKENS = 16  # shorter edges, such as the last tokens of a template, say nothing about what comes back
+
+
+class Scored(Eviction):
+    """Keeps a few numbers for each checkpoint in arrays, so that all can be ranked in one step.
+
+    Attributes:
+        items: the checkpoint of each slot, None in a free one.
+        ticks: number of the request that passed it last.
+        gains: tokens it saves a pass, times its share, over `held`; infinite in a free slot.
+        held: bytes that go with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[Checkpoint] = []
+        self.ticks: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.cells: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.gains: Floats = np.zeros(0)
+        self.held: Floats = np.zeros(0)
+        self.now = 0
+        self._free: list[int] = []
+
+    def values(self) -> Floats:
+        """What a byte of each slot earns; the verb to override."""
+        raise NotImplementedError
+
+    def touched(self, slot: int, resumed: bool) -> bool:
+        """Whether a pass over this checkpoint counts as a use of it."""
+        return True
+
+    def passed(self, path: Sequence[Node], overlap: int, resumed: Checkpoint | None, now: int) -> None:
+        """Marks every checkpoint that the prompt shares as passed now."""
+        self.now = now
+        for level, node in enumerate(path, 1):
+            for position, checkpoint in node.checkpoints.items():
+                if position <= overlap and self.touched(checkpoint.slot, checkpoint is resumed):
+                    self.ticks[checkpoint.slot] = now
+                    self.cells[checkpoint.slot] = cell_of(node.passes + 1, level)
+
+    def stored(self, checkpoint: Checkpoint) -> None:
+        """Takes a slot; the neighbours now save and hold less."""
+        if not self._free:
+            self._grow()
+        slot = checkpoint.slot = self._free.pop()
+        self.items[slot] = checkpoint
+        self.ticks[slot] = self.now
+        self.cells[slot] = _cell(checkpoint)
+        self.weigh(checkpoint)
+        self._weigh_neighbours(checkpoint)
+
+    def dropped(self, checkpoint: Checkpoint) -> None:
+        """Gives the slot back; the neighbours now save or hold more."""
+        self.gains[checkpoint.slot] = np.inf
+        self.held[checkpoint.slot] = 0.0
+        self._free.append(checkpoint.slot)
+        self._weigh_neighbours(checkpoint)
+
+    def weigh(self, checkpoint: Checkpoint) -> None:
+        """Counts a checkpoint's bytes and gain anew."""
+        checkpoint.held = checkpoint.held_bytes()
+        self.held[checkpoint.slot] = checkpoint.held
+        self.gains[checkpoint.slot] = self.gain(checkpoint)
+
+    def gain(self, checkpoint: Checkpoint) -> float:
+        """Tokens saved a pass for each byte."""
+        above = checkpoint.above()
+        saved = checkpoint.position - (above.position if above else 0)
+        # Without a state of fixed size, a checkpoint under deeper ones holds nothing alone.
+        return saved * max(checkpoint.share, 1e-6) / max(checkpoint.held, 1)
+
+    def ranked(self) -> tuple[NDArray[np.int64], Floats]:
+        """Slots in use, least value first, and the values by slot."""
+        values = self.values()
+        return np.argsort(values, kind="stable")[: len(self.items) - len(self._free)], values
+
+    def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
+        """The checkpoint of least value."""
+        order, _ = self.ranked()
+        return next((self.items[slot] for slot in order.tolist() if not self.items[slot].pins), None)
+
+    def _weigh_neighbours(self, checkpoint: Checkpoint) -> None:
+        above = checkpoint.above()
+        for other in [*([above] if above else []), *checkpoint.below()]:
+            self.weigh(other)
+
+    def _grow(self) -> None:
+        old = len(self.items)
+        added = max(64, old)
+        self._free += range(old + added - 1, old - 1, -1)
+        self.items += [None] * added  # type: ignore[list-item]
+        self.ticks = np.append(self.ticks, np.zeros(added, dtype=np.int64))
+        self.cells = np.append(self.cells, np.zeros(added, dtype=np.int64))
+        self.gains = np.append(self.gains, np.full(added, np.inf))
+        self.held = np.append(self.held, np.zeros(added))
+
+
+class Learned(Scored):
+    """Least expected saving per byte first.
+
+    A checkpoint's value is the tokens it saves over the checkpoint before it, times the share of passing prompts that
+    leave before the next one, times the best rate of passes over any future horizon, over the bytes that go with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = SurvivalTables()
+
+    def values(self) -> Floats:
+        """Expected tokens saved a request for each byte."""
+        return self.tables.rates(self.cells, self.now - self.ticks) * self.gains
+
+    def passed(self, path: Sequence[Node], overlap: int, resumed: Checkpoint | None, now: int) -> None:
+        """Counts the passes in the tables as well."""
+        super().passed(path, overlap, resumed, now)
+        self.tables.advance(now)
+        for node in path:
+            if node.note is not None:
+                cell, since = node.note
+                whole = node.end - overlap < MIN_EDGE_TOKENS
+                self.tables.hit(cell, since, split=not whole)
+                if whole:
+                    self.tables.leave(cell, since)
+                    node.note = None
+
+    def settled(self, path: Sequence[Node], forecast: Forecast | None, now: int) -> None:
+        """Lets the prompt's edges wait for their next pass; asks the forecast who stops at its checkpoints."""
+        stored: list[Checkpoint] = []
+        rates: list[float] = []
+        apart: list[int] = []  # junctions above the edge of each, at which other prompts leave the path
+        junctions = 0
+        for level, (node, child) in enumerate(zip(path, [*path[1:], None], strict=True), 1):
+            if node.note is None and len(node.tokens) >= MIN_EDGE_TOKENS:
+                cell = cell_of(node.passes, level)
+                node.note = cell, self.now
+                self.tables.enter(cell)
+            if child is not None and node.recent is not child:
+                if len(node.children) <= FORK_CHILDREN:
+                    self._bypass(node.recent)
+                node.recent = child
+            if node.checkpoints:
+                stored += [node.checkpoints[position] for position in sorted(node.checkpoints)]
+                rates += [self.tables.rate(cell_of(node.passes, level))] * len(node.checkpoints)
+                apart += [junctions] * len(node.checkpoints)
+            junctions += _branches(node, child)
+        if forecast is None or not stored:
+            return
+        following = np.ones(len(stored))
+        following[-1] = 0.0
+        following[:-1] = np.where(np.diff(apart) > 0, np.divide(rates[1:], rates[:-1]), 1.0)
+        positions = np.asarray([checkpoint.position for checkpoint in stored])
+        starts = np.asarray([checkpoint.node.start for checkpoint in stored])
+        shares = forecast.shares(positions, starts, following).tolist()
+        for checkpoint, share in zip(stored, shares, strict=True):
+            checkpoint.share = share
+            self.weigh(checkpoint)
+
+    def _bypass(self, node: Node | None) -> None:
+        """Notes that prompts left the path of `node` for another, from there to its latest end."""
+        while node is not None:
+            if node.note is not None:
+                cell, since = node.note
+                node.note = self.tables.bypass(cell, since), since
+            for checkpoint in node.checkpoints.values():
+                self.cells[checkpoint.slot] |= 1
+            node = node.recent
+
+    def terms(self, path: Sequence[Node], overlap: int, need: float, resumed: Checkpoint | None) -> Terms:
+        """Rates of a path passed just now, and the value of what would have to go, by the byte."""
+        level = len(path)
+        known = self.tables.rate(cell_of(path[-1].passes + 1, level)) if path else 0.0
+        price = 0.0
+        if need > 0.0 and self.items:
+            order, values = self.ranked()
+            freed = np.cumsum(self.held[order])
+            last = min(int(np.searchsorted(freed, need)), len(order) - 1)
+            if last >= 0:
+                price = float((values[order] * self.held[order])[: last + 1].sum() / freed[last])
+        resumed_rate = known
+        if resumed is not None and resumed.node is not path[-1]:
+            between = path[path.index(resumed.node) :]
+            if any(_branches(node, child) for node, child in pairwise(between)):
+                resumed_rate = self._rate(resumed)
+        return Terms(known, self.tables.rate(cell_of(1, level + 1)), price, resumed_rate)
+
+    def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
+        """The checkpoint of least value a byte, or None if all that must go is worth more than the newcomer."""
+        first: Checkpoint | None = None
+        while first is None:
+            order, values = self.ranked()
+            freed = lost = 0.0
+            for slot in order.tolist():
+                checkpoint = self.items[slot]
+                if checkpoint.pins:
+                    continue
+                before = self.gains[slot]
+                self.weigh(checkpoint)
+                if self.gains[slot] > 1.001 * before:  # its neighbours went since it was last looked at: rank again
+                    first = None
+                    break
+                first = first or checkpoint
+                freed += self.held[slot]
+                lost += self.held[slot] * values[slot]
+                if freed >= need:
+                    break
+            else:
+                if first is None or (incoming is not None and freed < need):
+                    return None
+        if incoming is not None:
+            lost *= max(0.0, need - incoming.refund) / max(need, 1)
+            offer = self._rate(incoming) * self.gain(incoming) * incoming.held
+            if offer <= NEARLY_TIED * lost:
+                return None
+        return first
+
+    def _rate(self, checkpoint: Checkpoint) -> float:
+        return self.tables.rate(_cell(checkpoint))
+
+
+def _branches(node: Node, child: Node | None) -> bool:
+    """Whether other prompts run on from the end of this edge, apart from those along `child`."""
+    return any(
+        other is not child and (other.children or len(other.tokens) >= MIN_EDGE_TOKENS)
+        for other in node.children.values()
+    )
+
+
+def _cell(checkpoint: Checkpoint) -> int:
+    """The row of the survival tables for a checkpoint on a path that is passed just now."""
+    level, node = 1, checkpoint.node.parent
+    while node is not None and node.parent is not None:
+        level, node = level + 1, node.parent
+    return cell_of(checkpoint.node.passes + 1, level)
