@@ -38,9 +38,9 @@ from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
 from hf_sparse_cache.bench.workloads import Asked
 from hf_sparse_cache.planning.cuts import cut_positions
-from hf_sparse_cache.report import table
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized
+from hf_sparse_cache.stats import table
 from hf_sparse_cache.tools.builtin import SIZES, build_model
 from hf_sparse_cache.tools.machine import describe_machine
 

@@ -27,8 +27,7 @@ from transformers.utils import logging
 
 from hf_sparse_cache.bench.contenders import Cached, Contender, Limit
 from hf_sparse_cache.bench.workloads import Asked
-from hf_sparse_cache.report import table
-from hf_sparse_cache.stats import format_bytes
+from hf_sparse_cache.stats import format_bytes, table
 from hf_sparse_cache.tools.machine import describe_machine
 
 

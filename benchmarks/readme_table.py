@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from hf_sparse_cache.bench.metrics import seconds
-from hf_sparse_cache.report import table
-from hf_sparse_cache.stats import format_bytes
+from hf_sparse_cache.stats import format_bytes, table
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,7 +35,7 @@ PUBLIC = (
     ("Exactness", "check_exactness", "exactness", ""),
     ("Exactness", "ExactnessReport", "exactness", "passed bitwise max_abs_logit_diff tokens_equal resumed_tokens"),
     ("Exactness", "ExactnessRow", "exactness", ""),
-    ("Extending", "Policy", "planning.policies", "place observe"),
+    ("Extending", "Policy", "planning.policy", "place observe"),
     ("Extending", "Prompt", "planning.policy", "open_cuts snap"),
     ("Extending", "View", "planning.views", "below learn"),
     ("Extending", "Shape", "planning.views", ""),

@@ -26,8 +26,8 @@ from .models.server import Serving
 from .models.tensors import LayerTensors
 from .models.weights import identity
 from .persistence import Persistent
-from .planning.placing import check_policy
 from .planning.policies import Policy, make_policy
+from .planning.policy import check_policy
 from .stats import CacheStats, Recorder, RequestInfo, format_bytes
 from .store.store import CheckpointStore
 from .tools import notebook

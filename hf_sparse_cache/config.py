@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from .hub import Shareable
-from .report import table
-from .sizes import parse_bytes
+from .stats import parse_bytes, table
 
 
 CONFIG_NAME = "sparse_cache_config.json"

@@ -15,7 +15,7 @@ from .cache import SparsePrefixCache
 from .models import states
 from .models.inputs import as_ids, input_device
 from .models.live import LiveCache
-from .report import table
+from .stats import table
 
 
 # Warm against stock, for the dtypes where segments of a prefill are only rounding away from one shot. In 16 bits one

@@ -29,8 +29,8 @@ import numpy as np
 
 from .explain import cause
 from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
-from .planning.placing import placed
 from .planning.policies import Policy, Prompt
+from .planning.policy import placed
 from .stats import RequestInfo
 from .store.store import CheckpointStore
 from .store.tree import Checkpoint, Payload

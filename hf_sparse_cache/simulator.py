@@ -12,8 +12,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .planning.cuts import cut_positions
-from .planning.placing import check_policy
 from .planning.policies import Policy, make_policy
+from .planning.policy import check_policy
 from .planning.views import Floats
 from .request import open_request
 from .stats import RequestInfo, counted

@@ -12,7 +12,7 @@ from reference_store import Blob
 from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.planning.policies import NoCheckpoints, make_policy
 from hf_sparse_cache.request import Request, open_request
-from hf_sparse_cache.sizes import parse_bytes
+from hf_sparse_cache.stats import parse_bytes
 from hf_sparse_cache.store.store import CheckpointStore
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from ..planning.cuts import MIN_SUFFIX_TOKENS, cut_positions
 from ..planning.policies import POLICIES
 from ..simulator import SimulationResult, simulate
-from ..sizes import parse_bytes
-from ..stats import RequestInfo
+from ..stats import RequestInfo, parse_bytes
 from ..tools.builtin_sizes import SIZES
 from ..tools.traces import Trace, load_trace
 from .drawing import check_installed, draw

@@ -11,8 +11,7 @@ from ..cache import SparsePrefixCache
 from ..planning.planner import plan_checkpoints
 from ..planning.views import Floats
 from ..simulator import simulate
-from ..sizes import parse_bytes
-from ..stats import counted, format_bytes
+from ..stats import counted, format_bytes, parse_bytes
 from ..tools.traces import Trace
 from .screen import Screen
 

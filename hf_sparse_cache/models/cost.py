@@ -4,10 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-
-Floats = NDArray[np.float64]
+from ..planning.views import Floats
 
 
 def prefill_cost(model: Any, full_attention_layers: int) -> Callable[[Floats], Floats]:

@@ -18,13 +18,30 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from ..hub import Shareable
-from .unbuilt import why_missing
+
+
+def _why_missing(root: Path, error: ImportError) -> str:
+    """What to say when `_planner` cannot be imported.
+
+    Args:
+        root: the folder that the package lies in.
+        error: what the import said.
+    """
+    if (root / "_planner.pyx").exists():
+        return (
+            f"hf_sparse_cache._planner is not compiled: you are in the source folder {root}, which hides the "
+            "installed package; leave it, or run `pip install -e .` there (this needs a C compiler)."
+        )
+    return (
+        f"hf_sparse_cache._planner cannot be loaded ({error}): install hf_sparse_cache anew for this version of "
+        "Python, from a wheel or with a C compiler."
+    )
 
 
 try:
     from .._planner import Problem
 except ImportError as error:  # no silent Python fallback: it would be a thousand times slower
-    raise ImportError(why_missing(Path(__file__).parents[2], error)) from None
+    raise ImportError(_why_missing(Path(__file__).parents[2], error)) from None
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

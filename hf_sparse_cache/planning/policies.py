@@ -7,29 +7,15 @@ is not a cut or lies at or before the resumed position.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from .overlap import OverlapModel, shape_of
 from .planner import plan_checkpoints  # here, so that what is not compiled is said before the first request
+from .policy import Policy as Policy
 from .policy import Prompt as Prompt
 from .views import Floats
-
-
-class Policy:
-    """Base of all policies: `place` is the verb; `observe` sees the prompt again when its request closed well."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-
-    def place(self, prompt: Prompt) -> list[int]:
-        """Returns the positions to capture."""
-        raise NotImplementedError
-
-    def observe(self, prompt: Prompt) -> None:
-        """Learns from a prompt; most policies do not."""
 
 
 class NoCheckpoints(Policy):

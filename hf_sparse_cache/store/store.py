@@ -12,8 +12,7 @@ from pathlib import Path
 
 from .. import forks
 from ..planning.cuts import Positions, Tokens
-from ..sizes import parse_bytes
-from ..stats import counted
+from ..stats import counted, parse_bytes
 from .eviction import Eviction, make_eviction
 from .movement import Tiered
 from .tree import Checkpoint, KVSegment, Node, Payload

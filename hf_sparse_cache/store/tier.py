@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
-from ..sizes import parse_bytes
+from ..stats import parse_bytes
 from .store import CheckpointStore
 from .tree import Checkpoint
 from .unit import Span, Unit, unit_of
