@@ -18,8 +18,12 @@ Written by `make api` from the docstrings; edit those. Names without a module ar
 SHARED = "save_pretrained from_pretrained push_to_hub"
 # Heading, name, module, and the members to show: each from the class itself or the module behind the colon.
 PUBLIC = (
-    ("The handle", "SparsePrefixCache", "cache", "stats last_request explain mark clear detach empty_twin"),
-    ("The handle", "Persistent", "persistence", "save_pretrained from_pretrained"),
+    (
+        "The handle",
+        "SparsePrefixCache",
+        "cache",
+        "stats last_request explain mark clear detach empty_twin save_pretrained from_pretrained",
+    ),
     ("The handle", "SparseCacheConfig", "config", ""),
     ("The handle", "CheckpointStore", "store.store", "resize clear"),
     ("The handle", "Tiered", "store.movement", "flush close"),
@@ -43,7 +47,6 @@ PUBLIC = (
 )
 # Classes that people meet only as what others inherit from.
 TITLES = {
-    "Persistent": "SparsePrefixCache: saving and loading",
     "Tiered": "CheckpointStore: its tiers",
     "Shareable": "SparseCacheConfig and CheckpointPlan: saving, loading and sharing",
 }

@@ -7,13 +7,14 @@ handle points to, so one handle serves any number of prompts, batches and thread
 import threading
 import weakref
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import forks
+from . import forks, persistence
 from .config import SparseCacheConfig
 from .explain import WEIGHTS_CHANGED, Costs, Explanation, explain, remedy, too_small
 from .models import generation, mamba1, states
@@ -25,7 +26,6 @@ from .models.live import LiveCache
 from .models.server import Serving
 from .models.tensors import LayerTensors
 from .models.weights import identity
-from .persistence import Persistent
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
 from .stats import CacheStats, Recorder, RequestInfo, format_bytes
@@ -36,7 +36,7 @@ from .tools import notebook
 logger = logging.get_logger(__name__)
 
 
-class SparsePrefixCache(Serving, Persistent, Stateless):
+class SparsePrefixCache(Serving, Stateless):
     """Exact prefix reuse for one model: `model.generate(**inputs, past_key_values=SparsePrefixCache(model))`.
 
     Checkpoints of the model's state are kept at a few cuts of every prompt seen, chosen by dynamic programming over
@@ -183,6 +183,44 @@ class SparsePrefixCache(Serving, Persistent, Stateless):
         bound = self.store.bound(tokens, position, space)
         if bound is not None and bound.kept + need > bound.limit:
             logger.warning(f"Nothing can be kept for this mark. {too_small(bound, position, need)}.")
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path) -> int:
+        """Write every checkpoint of this handle's weights and namespace, from all tiers, to a folder.
+
+        A save replaces what an earlier one left there. One that is interrupted leaves a smaller cache, not a broken
+        one. The files reveal the prompts; they are readable by their owner alone and are never pushed to the Hub.
+
+        Args:
+            save_directory: made when it is not there.
+
+        Returns:
+            The number of checkpoints saved.
+
+        Raises:
+            ValueError: the folder holds a cache of another model or namespace, or the weights are offloaded.
+            OSError: a file cannot be written.
+        """
+        return persistence.save(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path, model: Any, tokenizer: Any = None, **options: Any) -> Self:
+        """Make a handle with the checkpoints that `save_pretrained` wrote.
+
+        A file that is damaged or gone is left out, with one warning, and so is what builds on it.
+
+        Args:
+            save_directory: the folder.
+            model: the model the states were made with: same weights, configuration, dtype, implementations, devices.
+            tokenizer: as it was when the cache was saved.
+            options: as for the class; grid, exactness, namespace and sizes default to the saved ones.
+
+        Raises:
+            ValueError: the states cannot be continued exactly by this model in this environment; names what differs.
+            OSError: there is no such folder, or it cannot be read.
+        """
+        return persistence.load(cls, save_directory, model, tokenizer, options)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ own (see `files`). The states reveal the prompts they were made from: files are 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .cache import SparsePrefixCache
 
 logger = logging.get_logger(__name__)
+Handle = TypeVar("Handle", bound="SparsePrefixCache")
 MANIFEST = "sparse_cache.json"
 # What a caller chooses for a handle, whatever the model; and the differences that are named.
 _SETTINGS, _LISTED = ("grid", "exactness", "namespace"), 3
@@ -36,108 +38,84 @@ class SavedFolder(DiskTier):
         return self.folder
 
 
-class Persistent:
-    """What a handle can do with folders."""
+def save(handle: SparsePrefixCache, save_directory: str | Path) -> int:
+    """Writes what a handle may read to a folder; see `SparsePrefixCache.save_pretrained`."""
+    folder = Path(save_directory)
+    description = fingerprint.describe(handle)
+    manifest = {
+        "fingerprint": description,
+        "namespace": handle.config.namespace,
+        "config": fingerprint.config_values(handle.model.config),
+        "settings": {"max_memory": handle.store.max_memory, "max_checkpoints": handle.config.max_checkpoints},
+    }
+    if (folder / MANIFEST).exists():
+        _refuse_other(folder, _manifest(folder), manifest, loading=False)
+    files.private_folder(folder)
+    files.write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
+    target = SavedFolder(folder, None)
+    stale = {id(checkpoint): checkpoint for checkpoint in target.load(folder)}
+    space = fingerprint.durable_space(description, handle.config.namespace)
+    saved = 0
+    own, _ = handle._space()
+    for tier in reversed(handle.store.tiers):  # the slowest first: what is used most is written last
+        for _, tokens, checkpoint in sorted(tier.checkpoints(own), key=lambda item: item[2].last_used):
+            with tier.lock:
+                if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
+                    continue  # evicted meanwhile
+                tier.pin(checkpoint)
+                unit = unit_of(checkpoint)
+            try:
+                found = tier.fetch(checkpoint, unit, list(unit.kv)) if isinstance(tier, Tier) else unit
+                if found is not None:
+                    found.space = space
+                    saved += target.write(found)
+            finally:
+                tier.unpin(checkpoint)
+            kept = target.match(tokens, space).checkpoints(len(tokens))
+            stale = {key: item for key, item in stale.items() if not any(item is other for other in kept[-1:])}
+    for checkpoint in stale.values():
+        target.evict(checkpoint)
+    target.sweep()
+    return len(target)
 
-    def save_pretrained(self: SparsePrefixCache, save_directory: str | Path) -> int:  # type: ignore[misc]
-        """Write every checkpoint of this handle's weights and namespace, from all tiers, to a folder.
 
-        A save replaces what an earlier one left there. One that is interrupted leaves a smaller cache, not a broken
-        one. The files reveal the prompts; they are readable by their owner alone and are never pushed to the Hub.
+def load(
+    make: Callable[..., Handle], save_directory: str | Path, model: Any, tokenizer: Any, options: dict[str, Any]
+) -> Handle:
+    """Makes a handle with what `save` wrote; see `SparsePrefixCache.from_pretrained`.
 
-        Args:
-            save_directory: made when it is not there.
-
-        Returns:
-            The number of checkpoints saved.
-
-        Raises:
-            ValueError: the folder holds a cache of another model or namespace, or the weights are offloaded.
-            OSError: a file cannot be written.
-        """
-        folder = Path(save_directory)
-        description = fingerprint.describe(self)
-        manifest = {
-            "fingerprint": description,
-            "namespace": self.config.namespace,
-            "config": fingerprint.config_values(self.model.config),
-            "settings": {"max_memory": self.store.max_memory, "max_checkpoints": self.config.max_checkpoints},
+    Args:
+        make: the class of the handle.
+    """
+    folder = Path(save_directory)
+    manifest = _manifest(folder)
+    saved = manifest["fingerprint"]
+    defaults = {
+        "grid": saved.get("grid"),
+        "exactness": saved.get("exactness", "bitwise"),
+        "namespace": manifest["namespace"],
+        "max_checkpoints": manifest["settings"]["max_checkpoints"],
+    }
+    if options.get("store") is None:
+        defaults["max_memory"] = manifest["settings"]["max_memory"]
+    handle = make(model, tokenizer, **{**defaults, **options})
+    try:
+        current = {
+            "fingerprint": fingerprint.describe(handle),
+            "namespace": handle.config.namespace,
+            "config": fingerprint.config_values(model.config),
         }
-        if (folder / MANIFEST).exists():
-            _refuse_other(folder, _manifest(folder), manifest, loading=False)
-        files.private_folder(folder)
-        files.write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
-        target = SavedFolder(folder, None)
-        stale = {id(checkpoint): checkpoint for checkpoint in target.load(folder)}
-        space = fingerprint.durable_space(description, self.config.namespace)
-        saved = 0
-        own, _ = self._space()
-        for tier in reversed(self.store.tiers):  # the slowest first: what is used most is written last
-            for _, tokens, checkpoint in sorted(tier.checkpoints(own), key=lambda item: item[2].last_used):
-                with tier.lock:
-                    if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
-                        continue  # evicted meanwhile
-                    tier.pin(checkpoint)
-                    unit = unit_of(checkpoint)
-                try:
-                    found = tier.fetch(checkpoint, unit, list(unit.kv)) if isinstance(tier, Tier) else unit
-                    if found is not None:
-                        found.space = space
-                        saved += target.write(found)
-                finally:
-                    tier.unpin(checkpoint)
-                kept = target.match(tokens, space).checkpoints(len(tokens))
-                stale = {key: item for key, item in stale.items() if not any(item is other for other in kept[-1:])}
-        for checkpoint in stale.values():
-            target.evict(checkpoint)
-        target.sweep()
-        return len(target)
-
-    @classmethod
-    def from_pretrained(cls, save_directory: str | Path, model: Any, tokenizer: Any = None, **options: Any) -> Self:
-        """Make a handle with the checkpoints that `save_pretrained` wrote.
-
-        A file that is damaged or gone is left out, with one warning, and so is what builds on it.
-
-        Args:
-            save_directory: the folder.
-            model: the model the states were made with: same weights, configuration, dtype, implementations, devices.
-            tokenizer: as it was when the cache was saved.
-            options: as for the class; grid, exactness, namespace and sizes default to the saved ones.
-
-        Raises:
-            ValueError: the states cannot be continued exactly by this model in this environment; names what differs.
-            OSError: there is no such folder, or it cannot be read.
-        """
-        folder = Path(save_directory)
-        manifest = _manifest(folder)
-        saved = manifest["fingerprint"]
-        defaults = {
-            "grid": saved.get("grid"),
-            "exactness": saved.get("exactness", "bitwise"),
-            "namespace": manifest["namespace"],
-            "max_checkpoints": manifest["settings"]["max_checkpoints"],
-        }
-        if options.get("store") is None:
-            defaults["max_memory"] = manifest["settings"]["max_memory"]
-        handle: Any = cls(model, tokenizer, **{**defaults, **options})  # type: ignore[call-arg]
-        try:
-            current = {
-                "fingerprint": fingerprint.describe(handle),
-                "namespace": handle.config.namespace,
-                "config": fingerprint.config_values(model.config),
-            }
-            _refuse_other(folder, manifest, current, loading=True)
-            source = SavedFolder(folder, None, read_only=True)
-            source.reader = LayerTensors.from_bytes
-            space, _ = handle._space()
-            found = source.load(folder)
-            loaded = sum(_load(source, item, handle.store, space) for item in found)
-        except BaseException:
-            handle.detach()
-            raise
-        logger.info(f"Loaded {loaded} of {len(found)} checkpoints from {folder}.")
-        return handle  # type: ignore[no-any-return]
+        _refuse_other(folder, manifest, current, loading=True)
+        source = SavedFolder(folder, None, read_only=True)
+        source.reader = LayerTensors.from_bytes
+        space, _ = handle._space()
+        found = source.load(folder)
+        loaded = sum(_load(source, item, handle.store, space) for item in found)
+    except BaseException:
+        handle.detach()
+        raise
+    logger.info(f"Loaded {loaded} of {len(found)} checkpoints from {folder}.")
+    return handle
 
 
 def _load(source: SavedFolder, checkpoint: Any, store: Any, space: str) -> bool:
