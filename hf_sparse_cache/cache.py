@@ -101,9 +101,9 @@ class SparsePrefixCache(Serving, Stateless):
         for tier in self.store.tiers:
             tier.reader = LayerTensors.from_bytes
         generation.attach(model)
-        if mamba1.needs_hook(self._config.model_type):
-            mamba1.install(self._config.model_type)
-        self._finalizer = weakref.finalize(self, _release, model, self._config.model_type)
+        scan = mamba1.Scan(model)
+        scan.hold()
+        self._finalizer = weakref.finalize(self, _release, model, scan)
         forks.starts_clean(self)
 
     # -- what a user reads --------------------------------------------------------------------------------------------
@@ -280,7 +280,6 @@ class SparsePrefixCache(Serving, Stateless):
             )
 
 
-def _release(model: Any, model_type: str) -> None:
+def _release(model: Any, scan: mamba1.Scan) -> None:
     generation.detach(model)
-    if mamba1.needs_hook(model_type):
-        mamba1.uninstall(model_type)
+    scan.release()

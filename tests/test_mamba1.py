@@ -1,10 +1,20 @@
 """The Mamba-1 scan resumed from a state equals the scan that never stopped."""
 
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from tiny_models import build, random_ids
 from transformers.models.mamba import modeling_mamba
 
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache, UnsupportedModelError, check_exactness
 from hf_sparse_cache.models import mamba1
+from hf_sparse_cache.planning.policies import Balanced
+from hf_sparse_cache.planning.policy import Prompt
 
 
 STOCK = modeling_mamba.mamba_selective_scan
@@ -70,10 +80,93 @@ def test_one_scan_a_head() -> None:
 
 
 def test_the_modeling_file_is_given_back() -> None:
-    mamba1.install("mamba")
-    mamba1.install("mamba")
-    assert modeling_mamba.mamba_selective_scan is not STOCK
-    mamba1.uninstall("mamba")
-    assert modeling_mamba.mamba_selective_scan is not STOCK
-    mamba1.uninstall("mamba")
+    scan = mamba1.Scan(build("Mamba"))
+    scan.hold()
+    with mamba1.held(build("Mamba")):
+        scan.release()
+        assert modeling_mamba.mamba_selective_scan is not STOCK
     assert modeling_mamba.mamba_selective_scan is STOCK
+
+
+def test_a_state_that_no_scan_takes_is_an_error() -> None:
+    mamba1.announce(torch.zeros(1, 2, 3))
+    with pytest.raises(UnsupportedModelError, match="its scan did not take it"):
+        mamba1.settled()
+    mamba1.settled()  # said once, and forgotten
+
+
+@pytest.fixture
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """transformers' file for Mamba under another module name, edited, as remote code or a fork has it."""
+    copy = tmp_path / "fork.py"
+    copy.write_text(EDITS[request.param](Path(modeling_mamba.__file__).read_text()))
+    spec = importlib.util.spec_from_file_location("transformers.models.mamba.fork", copy)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+EDITS: dict[str, Callable[[str], str]] = {
+    "as it is": lambda text: text,
+    "another name": lambda text: text.replace("mamba_selective_scan", "my_scan"),
+    "called through an alias": lambda text: (
+        text.replace("scan_result = mamba_selective_scan(", "scan_result = alias(")
+        + "\n\nalias = mamba_selective_scan\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("fork", EDITS, indirect=True)
+def test_a_copy_of_the_modeling_file(fork: Any) -> None:
+    original = build("Mamba")
+    model = fork.MambaForCausalLM(original.config).eval()
+    model.load_state_dict(original.state_dict())
+    with SparsePrefixCache(original, grid=16, policy="balanced") as other:  # both files are bound, each for its model
+        with SparsePrefixCache(model, grid=16, policy="balanced") as cache:
+            report = check_exactness(model, [random_ids(60, seed=1)], cache=cache, max_new_tokens=2)
+        assert report.passed, str(report)
+        assert check_exactness(original, [random_ids(60, seed=1)], cache=other, max_new_tokens=2).passed
+    assert modeling_mamba.mamba_selective_scan is STOCK
+    assert not mamba1._bound
+
+
+LEAVING: dict[str, Callable[[SparsePrefixCache], None]] = {
+    "detached": lambda cache: cache.detach(),
+    "left": lambda cache: cache.__exit__(),
+    "collected": lambda cache: cache._finalizer() and None,  # on whichever thread collects
+}
+
+
+@pytest.mark.parametrize("family", ["Jamba", "Mamba", "Zamba"])
+@pytest.mark.parametrize("how", LEAVING)
+def test_a_handle_that_goes_while_a_prompt_is_computed(family: str, how: str) -> None:
+    model, ids, store = build(family), random_ids(120, seed=1), CheckpointStore("1GiB")
+
+    def run(cache: SparsePrefixCache) -> torch.Tensor:
+        options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+        return torch.stack(model.generate(ids, past_key_values=cache, **options).logits)
+
+    class Leaving(Balanced):
+        """Lets go of the handle between the match and the first forward of the request that `armed` is set for."""
+
+        armed = False
+
+        def place(self, prompt: Prompt) -> Any:
+            if self.armed:
+                self.armed = False
+                LEAVING[how](handles[0])
+            return super().place(prompt)
+
+    policy = Leaving()
+    handles = [SparsePrefixCache(model, grid=16, policy=policy, store=store)]
+    cold = run(handles[0])
+    policy.armed = True
+    warm = run(handles[0])
+    assert handles[0].last_request.resumed_tokens > 0 and not policy.armed
+    assert torch.equal(warm, cold)
+    assert all(name not in model.__dict__ for name in ("_prefill", "_prepare_cache_for_generation"))
+    assert not mamba1._bound
+    with SparsePrefixCache(model, grid=16, store=store, policy="balanced") as later:
+        assert torch.equal(run(later), cold) and later.last_request.resumed_tokens > 0

@@ -147,14 +147,11 @@ def _prefill(
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
     handle, live.handle = live.handle, None
     why_not = why_uncached(model, input_ids, generation_config, model_kwargs)
-    try:
-        if why_not:
-            handle.note_unsupported(input_ids, why_not)
-            return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    if why_not:
+        handle.note_unsupported(input_ids, why_not)
+        return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    with mamba1.held(model):
         return handle.serve(live, input_ids, model_kwargs)
-    finally:
-        # Interrupted between announcing a state and the scan, this thread's next scan, even a stock one, would use it.
-        mamba1.announce(None)
 
 
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {

@@ -65,6 +65,6 @@ class LiveCache(DynamicCache):
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         if self._scan_forgets:
-            mamba1.announce(None)
+            mamba1.settled()
         states: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return states

@@ -1,64 +1,151 @@
 """Multi-token resume of the Mamba-1 selective scan (Mamba, FalconMamba, Jamba, Zamba).
 
 transformers' `mamba_selective_scan` starts every call with more than one token from a zero state, so a prefill that
-continues from a checkpoint silently forgets it. The scan is a module global of each modeling file; while at least one
-handle is attached to a model of that family, the global is rebound to a function that starts from the state the live
-cache announces (`announce`) and that is the stock scan, untouched, whenever nothing was announced.
+continues from a checkpoint silently forgets it. The layers find the scan among the globals of their modeling file,
+which may be a copy of transformers' own under any name; while somebody holds it for a model (`held`: each attached
+handle, each open prefill), those globals are rebound to a function that starts from the state the live cache announces
+(`announce`) and that is the stock scan, untouched, whenever nothing was announced. A state that no scan takes is an
+error (`settled`), never a wrong answer.
 
 Symbols follow Gu and Dao, "Mamba" (arXiv 2312.00752), Section 2: x (B, D, L) input, dt the step, A (D, N), B and C
 (B, N, L) in the kernel's layout, h (B, D, N) the state, z the gate.
 """
 
-import importlib
+import inspect
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..errors import UnsupportedModelError
 from ..forks import ForkSafeLock
 
 
-_MODULES = {
-    "mamba": "transformers.models.mamba.modeling_mamba",
-    "falcon_mamba": "transformers.models.falcon_mamba.modeling_falcon_mamba",
-    "jamba": "transformers.models.jamba.modeling_jamba",
-    "zamba": "transformers.models.zamba.modeling_zamba",
-}
+_FORGETFUL = frozenset({"mamba", "falcon_mamba", "jamba", "zamba"})
 _SCAN = "mamba_selective_scan"
+# What a scan takes, under whatever name a modeling file calls it.
+_SCAN_PARAMETERS = frozenset({"A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "return_last_state"})
 # Bounds the [block, B, D, N] temporaries; small blocks also stay in the processor's cache.
 _BLOCK_TOKENS = 64
+# What follows (x, dt, A, B, C), in the order of every known scan, for callers that leave the names out.
+_FURTHER = ("D", "z", "delta_bias", "delta_softplus", "return_last_state")
 
 # A compiled graph would remember the state of the call that it was traced with.
 _outside_graphs: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 _pending = threading.local()
 _lock = ForkSafeLock()
-_users: dict[str, int] = {}
-_stock: dict[str, Callable[..., Any]] = {}
+# Where a scan is bound now: (id of a modeling file's globals, name in it).
+_bound: dict[tuple[int, str], "_Place"] = {}
+_places_of_class: weakref.WeakKeyDictionary[type, list[tuple[dict[str, Any], str]]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Place:
+    """A global that holds a scan, rebound while it has users."""
+
+    namespace: dict[str, Any]
+    name: str
+    stock: Callable[..., Any]
+    users: int = 0
 
 
 def needs_hook(model_type: str) -> bool:
     """Whether models of `model_type` run the Mamba-1 scan, which forgets its state on multi-token calls."""
-    return model_type in _MODULES
+    return model_type in _FORGETFUL
 
 
-def install(model_type: str) -> None:
-    """Rebind the scan of one modeling file. Counted: each call needs one `uninstall`."""
-    with _lock:
-        if _users.get(model_type, 0) == 0:
-            module = importlib.import_module(_MODULES[model_type])
-            _stock[model_type] = getattr(module, _SCAN)
-            setattr(module, _SCAN, _resuming(_stock[model_type]))
-        _users[model_type] = _users.get(model_type, 0) + 1
+class Scan:
+    """The scan of one model's layers, in all modeling files that they come from, bound while it is held.
+
+    Counted for each of those files, so that models and handles that share one never take the scan from each other.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+        if needs_hook(model.config.get_text_config(decoder=True).model_type):  # type: ignore[operator, union-attr]
+            for kind in {type(module) for module in model.modules()}:
+                found.update({(id(namespace), name): (namespace, name) for namespace, name in _scans_of(kind)})
+        self._found = found
+
+    def hold(self) -> None:
+        """Bind the scan. Counted: each call needs one `release`."""
+        with _lock:
+            for key, (namespace, name) in self._found.items():
+                place = _bound.get(key)
+                if place is None:
+                    place = _bound[key] = _Place(namespace, name, namespace[name])
+                    namespace[name] = _resuming(place.stock)
+                place.users += 1
+
+    def release(self) -> None:
+        """Give each modeling file its own scan back once its last user has gone."""
+        with _lock:
+            for key in self._found:
+                place = _bound[key]
+                place.users -= 1
+                if place.users == 0:
+                    del _bound[key]
+                    if inspect.unwrap(place.namespace[place.name]) is inspect.unwrap(place.stock):
+                        place.namespace[place.name] = place.stock  # unless somebody has put another scan there
 
 
-def uninstall(model_type: str) -> None:
-    """Give the modeling file its own scan back once the last user has gone."""
-    with _lock:
-        _users[model_type] -= 1
-        if _users[model_type] == 0:
-            setattr(importlib.import_module(_MODULES[model_type]), _SCAN, _stock.pop(model_type))
+@contextmanager
+def held(model: torch.nn.Module) -> Iterator[None]:
+    """Keep the scan bound for as long as a prefill runs, whatever becomes of the handle meanwhile."""
+    scan = Scan(model)
+    scan.hold()
+    try:
+        yield
+    finally:
+        # Interrupted between announcing a state and the scan, this thread's next scan, even a stock one, would use it.
+        announce(None)
+        scan.release()
+
+
+def _scans_of(kind: type) -> list[tuple[dict[str, Any], str]]:
+    """The globals, as (namespace, name), that hold a scan and are read by the methods of a class of modules."""
+    known = _places_of_class.get(kind)
+    if known is None:
+        known = _places_of_class[kind] = [
+            (function.__globals__, name)
+            for base in kind.__mro__
+            if not base.__module__.startswith("torch.")
+            for method in vars(base).values()
+            for function in _unwrapped(method)
+            for name in _names(function.__code__)
+            if _is_scan(name, function.__globals__.get(name))
+        ]
+    return known
+
+
+def _unwrapped(method: Any) -> Iterator[FunctionType]:
+    """A method's function and those that its decorators wrap."""
+    function = getattr(method, "__func__", method)
+    while isinstance(function, FunctionType):
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_scan(name: str, value: Any) -> bool:
+    if value is None or not callable(value) or isinstance(value, type):
+        return False
+    plain = inspect.unwrap(value)
+    if name == _SCAN or getattr(plain, "__name__", "") == _SCAN:
+        return True
+    return isinstance(plain, FunctionType) and _SCAN_PARAMETERS.issubset(inspect.signature(plain).parameters)
 
 
 @_outside_graphs
@@ -69,21 +156,40 @@ def announce(state: torch.Tensor | None) -> None:
         state: `(B, D, N)`, or `(B, heads, D, N)` for Zamba, whose layers call the scan once per head, in order.
             Read during the scan, never written.
     """
-    _pending.states = None if state is None else iter((state,) if state.dim() == 3 else state.unbind(1))
+    _pending.states = None if state is None else [state] if state.dim() == 3 else list(state.unbind(1))
+
+
+@_outside_graphs
+def settled() -> None:
+    """End what `announce` began.
+
+    Raises:
+        UnsupportedModelError: no scan took the announced state: the results would be those of a forgotten prefix.
+    """
+    left, _pending.states = getattr(_pending, "states", None), None
+    if left:
+        raise UnsupportedModelError(
+            "A layer was given the state of the tokens before and its scan did not take it. Either the scan is not "
+            "one that SparsePrefixCache knows (see docs/exactness.md), or its handle was detached: then make "
+            "another, and pass the handle instead of the cache of an earlier call."
+        )
 
 
 def _resuming(stock: Callable[..., Any]) -> Callable[..., Any]:
     """The stock scan, except that it starts from the announced state when there is one."""
 
     @_outside_graphs
-    def scan(
-        x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **options: Any
-    ) -> Any:
+    def scan(*inputs: torch.Tensor, **options: Any) -> Any:
         states = getattr(_pending, "states", None)
         if states is None:
-            return stock(x, dt, A, B, C, **options)
-        resume = scan_from if x.device.type == "cpu" else around_kernel(stock)
-        return resume(next(states), x, dt, A, B, C, **options)
+            return stock(*inputs, **options)
+        if not states:
+            _pending.states = None
+            raise UnsupportedModelError(
+                "A layer runs more scans than it keeps states: no exact resume is known for it."
+            )
+        resume: Callable[..., Any] = scan_from if inputs[0].device.type == "cpu" else around_kernel(stock)
+        return resume(states.pop(0), *inputs, **options)
 
     resuming: Callable[..., Any] = scan
     resuming.__wrapped__ = stock  # type: ignore[attr-defined]
@@ -157,8 +263,10 @@ def around_kernel(stock: Callable[..., Any]) -> Callable[..., Any]:
         A: torch.Tensor,
         B: torch.Tensor,
         C: torch.Tensor,
+        *further: Any,
         **options: Any,
     ) -> Any:
+        options.update(zip(_FURTHER, further, strict=False))
         y, last = stock(x, dt, A, B, C, **{**options, "return_last_state": True})
         step = _step_sizes(dt, options.get("delta_bias"), bool(options.get("delta_softplus")))
         elapsed = step.to(torch.promote_types(step.dtype, torch.float32)).cumsum(-1)
