@@ -216,7 +216,7 @@ def big_store(arguments, model):
 
 def fill(handle, count, tokens=512):
     """Prompts of other users: remembered, with checkpoints that only have a size."""
-    space = handle._space()[0]
+    space = handle.server.space.now()[0]
     size = handle.size
     kv = (lambda start, end: Sized((end - start) * size.kv_bytes_per_token)) if size.kv_bytes_per_token else None
     for one in prompts(count, tokens, shared=tokens // 2, groups=max(1, count // 20), seed=2):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.models import prefill, server
+from hf_sparse_cache.models import binding, prefill
 from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.planning.policies import Policy, make_policy
 from hf_sparse_cache.request import Request, open_request
@@ -74,7 +74,7 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Every request of this process is timed meanwhile."""
         with (
-            mock.patch.object(server, "cut_positions", self.timed("cuts", server.cut_positions)),
+            mock.patch.object(binding, "cut_positions", self.timed("cuts", binding.cut_positions)),
             mock.patch.object(Request, "__init__", self.timed("match and plan", Request.__init__)),
             mock.patch.object(Request, "add", self.timed("add", Request.add)),
             mock.patch.object(Request, "close", self.timed("close", Request.close)),
@@ -117,7 +117,7 @@ def serve(options: argparse.Namespace, trace: Trace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with SparsePrefixCache(model, store=store, grid=options.grid) as cache:
         sizes = (cache.size.state_bytes, cache.size.kv_bytes_per_token, cache.grid)
-        space = cache._space()[0]
+        space = cache.server.space.now()[0]
         alone = fill(store, cache.policy, sizes, others(trace, options.stored), space)
         prompts = [folded(trace[index]) for index in range(min(options.requests, len(trace)))]
         for ids in (prompts[0][::-1][:600].copy(), *prompts):  # the first one warms the model up

@@ -34,9 +34,8 @@ def _steps(model, handle, ids, count, repeat):
     name, row = handle.family.cache_name, torch.from_numpy(ids).long()[None]
     stock = DynamicCache(config=model.config.get_text_config(decoder=True))
     model(input_ids=row, use_cache=True, **{name: stock})
-    own = handle.open_live_cache()
-    own.handle = None  # as generate() has it once the prefill is done
-    handle.serve(own, row, {"use_cache": True})
+    own = handle.server.live_cache()
+    handle.server.serve(own, row, {"use_cache": True})
     length = len(ids)
     for step in range(count):
         length += 1

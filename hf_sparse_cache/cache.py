@@ -4,7 +4,6 @@ It holds no request's state. Every call to `generate()` gets a live cache of its
 handle points to, so one handle serves any number of prompts, batches and threads.
 """
 
-import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -14,29 +13,25 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import forks, persistence
+from . import persistence
 from .config import SparseCacheConfig
 from .explain import WEIGHTS_CHANGED, Costs, Explanation, explain, remedy, too_small
-from .models import generation, mamba1, states
-from .models.cost import prefill_cost
-from .models.families import family_of, unwrapped
-from .models.handle import Stateless
-from .models.inputs import as_ids, why_uncached
-from .models.live import LiveCache
-from .models.server import Serving
+from .models import generation
+from .models.binding import Binding
+from .models.handle import Handle
+from .models.inputs import why_uncached
+from .models.server import Server
 from .models.tensors import LayerTensors
-from .models.weights import identity
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
 from .stats import CacheStats, Recorder, RequestInfo, format_bytes
 from .store.store import CheckpointStore
-from .tools import notebook
 
 
 logger = logging.get_logger(__name__)
 
 
-class SparsePrefixCache(Serving, Stateless):
+class SparsePrefixCache(Handle):
     """Exact prefix reuse for one model: `model.generate(**inputs, past_key_values=SparsePrefixCache(model))`.
 
     Checkpoints of the model's state are kept at a few cuts of every prompt seen, chosen by dynamic programming over
@@ -71,47 +66,37 @@ class SparsePrefixCache(Serving, Stateless):
         namespace: str = "",
         config: SparseCacheConfig | None = None,
     ) -> None:
-        super().__init__()
         if not isinstance(policy, str):
             check_policy(policy)
-        model = unwrapped(model)
-        self.family = family_of(model)
         name = policy if isinstance(policy, str) else type(policy).__name__
         given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
         if config is not None and given != SparseCacheConfig():
             raise ValueError("config holds all settings: give either config or single keywords, not both.")
         self.config = given if config is None else config
-        self.model, self.tokenizer = model, tokenizer
-        self._config = model.config.get_text_config(decoder=True)
-        probe = LiveCache(self._config)
-        states.check_layers(probe, type(model).__name__)
-        self.grid = self._checked_grid(self.config.grid)
-        self._cut_ids = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
-        self.prefill_cost = prefill_cost(model, probe.full_attention_layers)  # what the policy weighs
+        binding = Binding.of(model, tokenizer, self.config)
+        self.model, self.tokenizer, self.family = binding.model, tokenizer, binding.family
+        self.grid, self.size, self.prefill_cost = binding.grid, binding.size, binding.prefill_cost
         self.policy = (
-            make_policy(self.config.policy, self._cut_ids, self.prefill_cost) if isinstance(policy, str) else policy
+            make_policy(self.config.policy, binding.cut_ids, binding.prefill_cost)
+            if isinstance(policy, str)
+            else policy
         )
         self.store = CheckpointStore(self.config.max_memory) if store is None else store
-        self.size = states.measure(model, probe, self.family.cache_name)
         self._check_budget()
-        self.on_prefill = None
-        self._lock = threading.Lock()
-        self._recorder = Recorder()
-        self._weights, self._space_name, self._changed = identity(model), "", False
         for tier in self.store.tiers:
             tier.reader = LayerTensors.from_bytes
-        generation.attach(model)
-        scan = mamba1.Scan(model)
-        scan.hold()
-        self._finalizer = weakref.finalize(self, _release, model, scan)
-        forks.starts_clean(self)
+        attachment = generation.attachment(binding)
+        super().__init__(Server(binding, self.store, self.policy, Recorder()), attachment)
+        # Before anything is replaced, so that nothing stays replaced when the handle is collected or cannot be made.
+        self._finalizer = weakref.finalize(self, attachment.end)
+        attachment.make()
 
     # -- what a user reads --------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
         """Totals since the handle was made, and what its store holds of its namespace now, in the fastest tier."""
         held = self.store.account(self.config.namespace)
-        return self._recorder.totals(
+        return self.server.recorder.totals(
             checkpoints=held.checkpoints,
             checkpoint_bytes=held.checkpoint_bytes,
             kv_bytes=held.kv_bytes,
@@ -121,7 +106,7 @@ class SparsePrefixCache(Serving, Stateless):
     @property
     def last_request(self) -> RequestInfo | None:
         """The prompt served last; of a batch, its last row. None before the first."""
-        return self._recorder.last
+        return self.server.recorder.last
 
     def __repr__(self) -> str:
         most = self.store.max_memory
@@ -130,7 +115,9 @@ class SparsePrefixCache(Serving, Stateless):
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the tree of what is stored in the handle's space, and the last requests."""
-        return notebook.page(self, self._latest_space(), self._recorder.recent)
+        from .tools import notebook
+
+        return notebook.page(self.server, self.stats())
 
     def explain(self, ids: torch.Tensor | str) -> Explanation:
         """What a prompt would reuse now and why not more, without running the model; `str()` reads as a sentence.
@@ -138,13 +125,12 @@ class SparsePrefixCache(Serving, Stateless):
         Args:
             ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
         """
-        given = as_ids(ids, self.tokenizer)
-        tokens = given[0].to("cpu", torch.int32).numpy()
-        space, changed = self._space()
+        tokens = self.server.binding.tokens_of(ids)
+        space, changed = self.server.space.now()
         decode = None if self.tokenizer is None else self.tokenizer.decode
-        costs = Costs(self.size.state_bytes, self.size.kv_bytes_per_token, self._smaller_grid)
-        found = explain(self.store, tokens, self._cuts(tokens, space), space, costs, decode)
-        unsupported = why_uncached(self.model, given, None, {})
+        costs = Costs(self.size.state_bytes, self.size.kv_bytes_per_token, self.server.binding.smaller_grid)
+        found = explain(self.store, tokens, self.server.cuts(tokens, space), space, costs, decode)
+        unsupported = why_uncached(self.model, torch.from_numpy(tokens)[None], None, {})
         if unsupported:
             reason = f"call not supported: {unsupported}"
         elif changed and not found.resumed_tokens:
@@ -166,12 +152,12 @@ class SparsePrefixCache(Serving, Stateless):
         Raises:
             ValueError: The prefix is shorter than the first cut, so that nothing could be kept for it.
         """
-        tokens = self._tokens_of(ids)
-        space = self._space()[0]
+        tokens = self.server.binding.tokens_of(ids)
+        space, _ = self.server.space.now()
         # Two more tokens, which are never special, so that the last cut may be the end of the prefix itself.
-        cuts = self._cuts(np.append(tokens, np.full(2, -1, dtype=np.int32)), space, len(tokens))
+        cuts = self.server.cuts(np.append(tokens, np.full(2, -1, dtype=np.int32)), space, len(tokens))
         if not len(cuts):
-            grid = self._smaller_grid(len(tokens))
+            grid = self.server.binding.smaller_grid(len(tokens))
             smaller = f" or make the handle with a smaller grid, such as grid={grid}" if grid else ""
             raise ValueError(
                 f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. "
@@ -202,7 +188,7 @@ class SparsePrefixCache(Serving, Stateless):
             ValueError: the folder holds a cache of another model or namespace, or the weights are offloaded.
             OSError: a file cannot be written.
         """
-        return persistence.save(self, save_directory)
+        return persistence.save(self.server, save_directory)
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path, model: Any, tokenizer: Any = None, **options: Any) -> Self:
@@ -220,22 +206,23 @@ class SparsePrefixCache(Serving, Stateless):
             ValueError: the states cannot be continued exactly by this model in this environment; names what differs.
             OSError: there is no such folder, or it cannot be read.
         """
-        return persistence.load(cls, save_directory, model, tokenizer, options)
+        handle = cls(model, tokenizer, **persistence.settings(save_directory, options))
+        try:
+            persistence.load(handle.server, save_directory)
+        except BaseException:
+            handle.detach()
+            raise
+        return handle
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Forget every prompt that this handle matches, with states and marks; a shared store keeps the others'."""
-        self.store.clear(self._space(told=True)[0])
+        self.store.clear(self.server.space.now(told=True)[0])
 
     def detach(self) -> None:
         """Give the model its own `generate()` methods back. What is stored stays; the handle can no longer be used."""
         self._finalizer()
-
-    def after_fork(self) -> None:
-        """In a child process: counted from zero, with locks of its own."""
-        self._lock, self._recorder = threading.Lock(), Recorder()
-        self.policy.lock = threading.Lock()
 
     def __enter__(self) -> "SparsePrefixCache":
         return self
@@ -243,33 +230,7 @@ class SparsePrefixCache(Serving, Stateless):
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def empty_twin(self) -> "SparsePrefixCache":
-        """A handle with the same cuts and an empty store: what it serves first, it serves cold."""
-        exactness = self.config.exactness
-        return SparsePrefixCache(
-            self.model, self.tokenizer, max_memory=None, grid=self.grid, policy="none", exactness=exactness
-        )
-
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _checked_grid(self, grid: int | None) -> int:
-        chunk = self.family.chunk(self._config)
-        if grid is None:
-            return self.family.grid(self._config)
-        if grid % chunk:
-            logger.warning_once(
-                f"grid={grid} is not a multiple of the kernel chunk of {chunk} tokens of {type(self.model).__name__}: "
-                "still exact, but every segment is padded to the chunk and costs as much."
-            )
-        return grid
-
-    def _smaller_grid(self, tokens: int) -> int:
-        """The grid halved until a prefix of so many tokens has a cut, in whole kernel chunks; 0 where none does."""
-        chunk, grid = self.family.chunk(self._config), self.grid
-        while grid > min(tokens, self.grid - 1):
-            grid //= 2
-        grid -= grid % chunk
-        return grid if grid >= 2 else 0
 
     def _check_budget(self) -> None:
         needed = self.size.state_bytes + self.grid * self.size.kv_bytes_per_token
@@ -278,8 +239,3 @@ class SparsePrefixCache(Serving, Stateless):
                 f"max_memory is {format_bytes(self.store.max_memory)}, less than one checkpoint of this model, "
                 f"{format_bytes(needed)} with the keys and values of one grid step. Give at least that."
             )
-
-
-def _release(model: Any, scan: mamba1.Scan) -> None:
-    generation.detach(model)
-    scan.release()

@@ -167,7 +167,7 @@ def check_exactness(
 
 def _check(model: Any, ids: torch.Tensor, handle: SparsePrefixCache, max_new_tokens: int) -> ExactnessRow:
     stock = _run(model, ids, None, max_new_tokens)
-    with handle.empty_twin() as twin:
+    with _empty_twin(handle) as twin:
         cold = _run(model, ids, twin, max_new_tokens)
     warm = _run(model, ids, handle, max_new_tokens)
     if handle.last_request is not None and handle.last_request.resumed_tokens == 0:
@@ -187,6 +187,14 @@ def _check(model: Any, ids: torch.Tensor, handle: SparsePrefixCache, max_new_tok
     )
 
 
+def _empty_twin(handle: SparsePrefixCache) -> SparsePrefixCache:
+    """A handle with the same cuts and an empty store: what it serves first, it serves cold."""
+    exactness = handle.config.exactness
+    return SparsePrefixCache(
+        handle.model, handle.tokenizer, max_memory=None, grid=handle.grid, policy="none", exactness=exactness
+    )
+
+
 def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_new_tokens: int) -> _Run:
     state: list[states.LayerTensors] = []
 
@@ -196,7 +204,7 @@ def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_ne
     options: dict[str, Any] = {}
     if handle is not None:
         options["past_key_values"] = handle
-        handle.on_prefill = keep
+        handle.server.on_prefill = keep
     try:
         result = model.generate(
             ids,
@@ -212,7 +220,7 @@ def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_ne
         )
     finally:
         if handle is not None:
-            handle.on_prefill = None
+            handle.server.on_prefill = None
     return _Run(result.sequences[0, ids.shape[1] :], torch.cat(result.logits).cpu(), tuple(state))
 
 

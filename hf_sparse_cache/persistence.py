@@ -7,13 +7,13 @@ own (see `files`). The states reveal the prompts they were made from: files are 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from transformers.utils import logging
 
 from .models import fingerprint
+from .models.server import Server
 from .models.tensors import LayerTensors
 from .store import files
 from .store.disk import DiskTier
@@ -21,11 +21,7 @@ from .store.tier import Tier
 from .store.unit import unit_of
 
 
-if TYPE_CHECKING:
-    from .cache import SparsePrefixCache
-
 logger = logging.get_logger(__name__)
-Handle = TypeVar("Handle", bound="SparsePrefixCache")
 MANIFEST = "sparse_cache.json"
 # What a caller chooses for a handle, whatever the model; and the differences that are named.
 _SETTINGS, _LISTED = ("grid", "exactness", "namespace"), 3
@@ -38,15 +34,13 @@ class SavedFolder(DiskTier):
         return self.folder
 
 
-def save(handle: SparsePrefixCache, save_directory: str | Path) -> int:
+def save(server: Server, save_directory: str | Path) -> int:
     """Writes what a handle may read to a folder; see `SparsePrefixCache.save_pretrained`."""
     folder = Path(save_directory)
-    description = fingerprint.describe(handle)
+    config = server.binding.config
     manifest = {
-        "fingerprint": description,
-        "namespace": handle.config.namespace,
-        "config": fingerprint.config_values(handle.model.config),
-        "settings": {"max_memory": handle.store.max_memory, "max_checkpoints": handle.config.max_checkpoints},
+        **_described(server),
+        "settings": {"max_memory": server.store.max_memory, "max_checkpoints": config.max_checkpoints},
     }
     if (folder / MANIFEST).exists():
         _refuse_other(folder, _manifest(folder), manifest, loading=False)
@@ -54,10 +48,10 @@ def save(handle: SparsePrefixCache, save_directory: str | Path) -> int:
     files.write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
     target = SavedFolder(folder, None)
     stale = {id(checkpoint): checkpoint for checkpoint in target.load(folder)}
-    space = fingerprint.durable_space(description, handle.config.namespace)
+    space = fingerprint.durable_space(manifest["fingerprint"], config.namespace)
     saved = 0
-    own, _ = handle._space()
-    for tier in reversed(handle.store.tiers):  # the slowest first: what is used most is written last
+    own, _ = server.space.now()
+    for tier in reversed(server.store.tiers):  # the slowest first: what is used most is written last
         for _, tokens, checkpoint in sorted(tier.checkpoints(own), key=lambda item: item[2].last_used):
             with tier.lock:
                 if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
@@ -79,16 +73,9 @@ def save(handle: SparsePrefixCache, save_directory: str | Path) -> int:
     return len(target)
 
 
-def load(
-    make: Callable[..., Handle], save_directory: str | Path, model: Any, tokenizer: Any, options: dict[str, Any]
-) -> Handle:
-    """Makes a handle with what `save` wrote; see `SparsePrefixCache.from_pretrained`.
-
-    Args:
-        make: the class of the handle.
-    """
-    folder = Path(save_directory)
-    manifest = _manifest(folder)
+def settings(save_directory: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for a handle on a saved cache: the saved ones where `options` gives no others."""
+    manifest = _manifest(Path(save_directory))
     saved = manifest["fingerprint"]
     defaults = {
         "grid": saved.get("grid"),
@@ -98,24 +85,28 @@ def load(
     }
     if options.get("store") is None:
         defaults["max_memory"] = manifest["settings"]["max_memory"]
-    handle = make(model, tokenizer, **{**defaults, **options})
-    try:
-        current = {
-            "fingerprint": fingerprint.describe(handle),
-            "namespace": handle.config.namespace,
-            "config": fingerprint.config_values(model.config),
-        }
-        _refuse_other(folder, manifest, current, loading=True)
-        source = SavedFolder(folder, None, read_only=True)
-        source.reader = LayerTensors.from_bytes
-        space, _ = handle._space()
-        found = source.load(folder)
-        loaded = sum(_load(source, item, handle.store, space) for item in found)
-    except BaseException:
-        handle.detach()
-        raise
+    return {**defaults, **options}
+
+
+def load(server: Server, save_directory: str | Path) -> None:
+    """Reads what `save` wrote into a handle's store; see `SparsePrefixCache.from_pretrained`."""
+    folder = Path(save_directory)
+    _refuse_other(folder, _manifest(folder), _described(server), loading=True)
+    source = SavedFolder(folder, None, read_only=True)
+    source.reader = LayerTensors.from_bytes
+    space, _ = server.space.now()
+    found = source.load(folder)
+    loaded = sum(_load(source, item, server.store, space) for item in found)
     logger.info(f"Loaded {loaded} of {len(found)} checkpoints from {folder}.")
-    return handle
+
+
+def _described(server: Server) -> dict[str, Any]:
+    """What a saved cache belongs to."""
+    return {
+        "fingerprint": fingerprint.describe(server.binding),
+        "namespace": server.binding.config.namespace,
+        "config": fingerprint.config_values(server.binding.model.config),
+    }
 
 
 def _load(source: SavedFolder, checkpoint: Any, store: Any, space: str) -> bool:

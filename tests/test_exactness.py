@@ -70,8 +70,9 @@ def position_off_by_one(cache: SparsePrefixCache) -> None:
     """Each state is that of one token earlier."""
     ids = torch.cat([DOCUMENT, random_ids(48, seed=9)], dim=1)
     for checkpoint in stored(cache):
-        live = cache.open_live_cache()
-        cache.model.generate(ids[:, : checkpoint.position - 1], max_new_tokens=1, **{cache.family.cache_name: live})
+        live = cache.server.live_cache()
+        with torch.no_grad():
+            cache.server.serve(live, ids[:, : checkpoint.position - 1], {"use_cache": True})
         checkpoint.state = capture_state(live)
 
 

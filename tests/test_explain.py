@@ -192,8 +192,11 @@ def test_a_grid_that_suits_the_kernels_is_named_or_none() -> None:
     zamba2 = build("Zamba2")
     chunk = zamba2.config.chunk_size
     with SparsePrefixCache(zamba2, grid=4 * chunk, policy="last") as cache:
-        assert cache._smaller_grid(3 * chunk) == 2 * chunk and cache._smaller_grid(chunk) == chunk
-        assert cache._smaller_grid(chunk - 1) == 0
+        assert (
+            cache.server.binding.smaller_grid(3 * chunk) == 2 * chunk
+            and cache.server.binding.smaller_grid(chunk) == chunk
+        )
+        assert cache.server.binding.smaller_grid(chunk - 1) == 0
         serve(zamba2, cache, DOCUMENT)
         said = cache.explain(torch.cat([DOCUMENT[:, : chunk - 1], random_ids(5 * chunk, seed=5)], dim=1))
         assert said.reason.startswith("diverges") and "grid" not in said.remedy

@@ -81,7 +81,7 @@ def test_it_is_bounded(jamba: PreTrainedModel) -> None:
             jamba.generate(random_ids(9, seed=seed), past_key_values=cache, max_new_tokens=1)
         page = cache._repr_html_()
         shown = Outline(page)
-        branches = len(cache.store.forest.roots[cache._latest_space()].children)
+        branches = len(cache.store.forest.roots[cache.server.space.latest()].children)
         assert len(shown.items) == 41
         top = sum(depth == 1 for depth, _ in shown.items[:-1])
         assert shown.items[-1] == (1, f"and {branches - top} more") and branches > top
@@ -110,7 +110,7 @@ def test_looking_changes_nothing(jamba: PreTrainedModel) -> None:
         cache.mark(DOCUMENT)
 
         def state() -> Any:
-            nodes = list(store.forest.nodes(cache._latest_space()))
+            nodes = list(store.forest.nodes(cache.server.space.latest()))
             held = [(item.hits, item.pins, item.last_used) for item in store.stored()]
             return store.clock, held, [(node.passes, node.last_used) for node in nodes], cache.stats(), len(store)
 

@@ -98,7 +98,7 @@ def test_a_child_process_starts_clean(jamba: PreTrainedModel, tmp_path: Path, st
         locked, leave = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with stores[0].lock, cache._lock, cache.policy.lock, fingerprint._lock:
+            with stores[0].lock, cache.server.space._lock, cache.policy.lock, fingerprint._lock:
                 locked.set()
                 leave.wait()
 

@@ -18,6 +18,7 @@ from ..cache import SparsePrefixCache
 from ..models import prefill, states
 from ..models.lazy_kv import settle
 from ..models.live import LiveCache
+from ..models.server import Server
 from ..planning.cuts import MIN_SUFFIX_TOKENS
 from ..planning.policies import Policy, Prompt
 from ..store.store import CheckpointStore
@@ -203,23 +204,27 @@ class Limit(Contender):
     def __init__(self, follows: Cached) -> None:
         super().__init__(follows.model)
         self._follows = follows
-        self._handle = _Ready(follows.model, follows.handle.tokenizer, max_memory=None, grid=follows.handle.grid)
+        self._handle = SparsePrefixCache(
+            follows.model, follows.handle.tokenizer, max_memory=None, grid=follows.handle.grid
+        )
+        self._server = self._handle.server = _Ready(self._handle.server)
 
     def prepare(self, asked: Asked) -> None:
-        handle, self._handle.live = self._follows.handle, None
+        server = self._follows.handle.server
         usable = len(asked.ids) - MIN_SUFFIX_TOKENS
-        stored = handle.store.match(asked.ids, handle._space()[0]).checkpoints(usable)
+        stored = server.store.match(asked.ids, server.space.now()[0]).checkpoints(usable)
+        self._server.ready = None
         if stored:
             state: Any = stored[-1].state
-            self._handle.live = LiveCache(handle._config)
-            self._handle.start = stored[-1].position
-            states.restore(self._handle.live, state, _spans(stored[-1]))
-            settle(self._handle.live.layers)
+            live = self._server.ready = server.binding.live_cache()
+            self._server.resumed_tokens = stored[-1].position
+            states.restore(live, state, _spans(stored[-1]))
+            settle(live.layers)
 
     def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
-        if self._handle.live is None:
+        if self._server.ready is None:
             return None
-        start = self._handle.start
+        start = self._server.resumed_tokens
         served = serve(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self._handle)
         return replace(served, resumed_tokens=start, computed_tokens=len(asked.ids) - start)
 
@@ -227,32 +232,28 @@ class Limit(Contender):
         self._handle.detach()
 
 
-class _Ready(SparsePrefixCache):
-    """A handle that only hands out a live cache made beforehand."""
+class _Ready(Server):
+    """Serves on a live cache made beforehand, and stands for the request as well."""
 
-    live: LiveCache | None = None
-    start = 0
     # What `prefill_row` asks of a request.
     checkpoint = None
     planned = ()
 
-    def open_live_cache(self) -> LiveCache:
-        assert self.live is not None
-        self.live.handle = self
-        return self.live
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.binding, server.store, server.policy, server.recorder)
+        self.ready: LiveCache | None = None
+        self.resumed_tokens = 0
 
-    @property
-    def resumed_tokens(self) -> int:
-        return self.start
+    def live_cache(self) -> LiveCache:
+        assert self.ready is not None
+        return self.ready
 
-    def _serve_row(
+    def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
     ) -> Any:
-        cuts = self._cuts(ids.to("cpu", torch.int32).numpy(), "")
+        cuts = self.cuts(ids.to("cpu", torch.int32).numpy(), "")
         request: Any = self
-        return prefill.prefill_row(
-            self.model, self.family.cache_name, live, ids, cuts, request, kwargs, position_dims
-        )[0]
+        return prefill.prefill_row(self.binding, live, ids, cuts, request, kwargs, position_dims)[0]
 
 
 def _spans(checkpoint: Checkpoint) -> list[Any]:

@@ -10,19 +10,17 @@ import platform
 import uuid
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 
 from ..forks import ForkSafeLock
 from ..store.disk import FORMAT
+from .binding import Binding
 from .inputs import input_device
 from .weights import identity, parts_of, plain_parts
 
-
-if TYPE_CHECKING:
-    from ..cache import SparsePrefixCache
 
 # Packages whose kernels replace torch's own in these models; another version may round differently.
 KERNEL_PACKAGES = (
@@ -33,22 +31,22 @@ _HASHED = {"modules": "modules, adapters or hooks"}
 _THIS_PROCESS = uuid.uuid4().hex  # stands for code attached to a model, which no other process can know
 _lock = ForkSafeLock()
 _digests: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
-_spaces: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+_spaces: weakref.WeakKeyDictionary[Binding, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
-def space_of(handle: SparsePrefixCache, weights: str) -> str:
-    """Where a handle's prompts live in its store.
+def space_of(binding: Binding, weights: str, durable: bool) -> str:
+    """Where a model's prompts live in a store, which is `durable` when it outlives the process.
 
     In a store that dies with the process the weights are named by `weights`, at no cost; in one with a disk tier, and
     for a saved cache, by their content. The namespace follows the first unit separator, which JSON never contains.
     """
-    if not handle.store.outlives_process:
-        segmentation = f"grid {handle.grid}, cut ids {handle._cut_ids}, {handle.config.exactness}"
-        return f"{weights}, {segmentation}, {_modes(handle.model)}\x1f{handle.config.namespace}"
-    key = (weights, torch.get_num_threads(), _modes(handle.model))
-    known = _spaces.get(handle)
+    if not durable:
+        segmentation = f"grid {binding.grid}, cut ids {binding.cut_ids}, {binding.config.exactness}"
+        return f"{weights}, {segmentation}, {_modes(binding.model)}\x1f{binding.config.namespace}"
+    key = (weights, torch.get_num_threads(), _modes(binding.model))
+    known = _spaces.get(binding)
     if known is None or known[0] != key:
-        known = _spaces[handle] = (key, durable_space(describe(handle), handle.config.namespace))
+        known = _spaces[binding] = (key, durable_space(describe(binding), binding.config.namespace))
     return known[1]
 
 
@@ -57,13 +55,13 @@ def durable_space(description: dict[str, Any], namespace: str) -> str:
     return json.dumps(description, sort_keys=True, separators=(",", ":")) + "\x1f" + namespace
 
 
-def describe(handle: SparsePrefixCache) -> dict[str, Any]:
+def describe(binding: Binding) -> dict[str, Any]:
     """Everything that decides whether a state can be continued bit for bit, as JSON values.
 
     Raises:
         ValueError: weights are offloaded and cannot be read.
     """
-    model, config = handle.model, handle.model.config
+    model, config = binding.model, binding.model.config
     return {
         "format": FORMAT,
         "model": type(model).__name__,
@@ -79,10 +77,10 @@ def describe(handle: SparsePrefixCache) -> dict[str, Any]:
         "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "grid": handle.grid,
-        "cut ids": list(handle._cut_ids),
-        "min distance": max(2, handle.grid // 4),
-        "exactness": handle.config.exactness,
+        "grid": binding.grid,
+        "cut ids": list(binding.cut_ids),
+        "min distance": max(2, binding.grid // 4),
+        "exactness": binding.config.exactness,
     }
 
 

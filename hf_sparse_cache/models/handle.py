@@ -1,4 +1,4 @@
-"""A `transformers.Cache` that can be handed to `generate()` but holds no request's state: what a handle inherits.
+"""A `transformers.Cache` that can be handed to `generate()` but holds no request's state: what every handle is.
 
 Whatever a model or a copy would do with it as with an ordinary cache is refused, with the remedy in the message.
 """
@@ -7,17 +7,39 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
+from .attachment import Attachment
+from .server import Server
 
-class Stateless(Cache):
-    """An empty cache that refuses to be filled, copied or pickled."""
 
-    @property
-    def attached_to(self) -> str:
-        """What the handle is attached to, for messages."""
-        return "has no model"
+class Handle(Cache):
+    """An empty cache that refuses to be filled, copied or pickled, and knows who serves the requests it is given to.
 
-    def __init__(self) -> None:
+    Attributes:
+        server: serves them.
+    """
+
+    def __init__(self, server: Server, attachment: Attachment) -> None:
         super().__init__(layers=[])
+        self.server = server
+        self._attachment = attachment
+
+    def check_call(self, model: Any) -> None:
+        """Refuse a call of a model other than the handle's own, and a detached handle.
+
+        Raises:
+            ValueError: Names both models, or says that the handle was detached.
+        """
+        own = self.server.binding.model
+        if model is not own:
+            raise ValueError(
+                f"past_key_values is a SparsePrefixCache made for another model ({type(own).__name__} object "
+                f"{id(own):#x}, not {type(model).__name__} object {id(model):#x}). Make one with "
+                "SparsePrefixCache(model) for each model; they may share a store."
+            )
+        if not self._attachment.alive:
+            raise ValueError(
+                "past_key_values is a SparsePrefixCache that was detached. Make a new one, with its store."
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Always 0: a request begins with a live cache of its own."""
@@ -49,7 +71,9 @@ class Stateless(Cache):
         )
 
     def _refuse(self) -> None:
+        state = "is attached to" if self._attachment.alive else "was detached from"
         raise ValueError(
-            f"past_key_values is a SparsePrefixCache that {self.attached_to}, and only that model's generate() can "
-            "use it. Make one with SparsePrefixCache(model) for the model you call."
+            f"past_key_values is a SparsePrefixCache that {state} a {type(self.server.binding.model).__name__} object"
+            ", and only that model's generate() can use it. Make one with SparsePrefixCache(model) for the model you "
+            "call."
         )

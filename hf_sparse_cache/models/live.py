@@ -4,17 +4,13 @@ A `DynamicCache` of the model's own layer classes, which therefore decodes just 
 transformers leaves open for models without full attention, and it tells the Mamba-1 scan from which state to start.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from . import mamba1
-
-
-if TYPE_CHECKING:
-    from ..cache import SparsePrefixCache
 
 
 class LiveCache(DynamicCache):
@@ -28,7 +24,7 @@ class LiveCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        self.handle: SparsePrefixCache | None = None
+        self.handle: Cache | None = None
         self.length = 0
         self._recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         self.full_attention_layers = sum(

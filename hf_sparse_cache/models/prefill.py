@@ -18,6 +18,8 @@ from transformers.utils import logging
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions
 from ..request import Request
 from . import states
+from .binding import Binding
+from .lazy_kv import settle
 from .live import LiveCache
 from .tensors import LayerTensors
 
@@ -34,8 +36,7 @@ class Timing:
 
 
 def prefill_row(
-    model: Any,
-    cache_name: str,
+    binding: Binding,
     live: LiveCache,
     ids: torch.Tensor,
     cuts: Positions,
@@ -46,8 +47,7 @@ def prefill_row(
     """Bring a fresh live cache to the end of one prompt.
 
     Args:
-        model: the model, whose own `prepare_inputs_for_generation` and forward run every segment.
-        cache_name: the keyword under which the model takes its cache.
+        binding: the model, whose own `prepare_inputs_for_generation` and forward run every segment.
         live: a fresh cache, filled in place.
         ids: the prompt `(length,)`, without padding.
         cuts: where the prompt is cut into segments.
@@ -58,7 +58,7 @@ def prefill_row(
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
     """
-    row = ids[None]
+    model, row = binding.model, ids[None]
     clock = time.perf_counter()
     if request.checkpoint is not None:
         state, spans = cast(LayerTensors, request.checkpoint.state), cast(list[LayerTensors], request.kv_payloads())
@@ -77,11 +77,13 @@ def prefill_row(
             next_sequence_length=end - start,
             is_first_iteration=True,
             attention_mask=None,
-            **{cache_name: live},
+            **{binding.family.cache_name: live},
             **kwargs,
             **({"position_ids": _positions(start, end, row, position_dims)} if takes_positions else {}),
         )
         output = forward(**inputs, return_dict=True)
+        if start == request.resumed_tokens:
+            settle(live.layers)
         start = live.length = end
         if end in planned:
             clock = time.perf_counter()

@@ -3,7 +3,7 @@
 A position's state has two kinds of parts. Parts of fixed size (conv, recurrent, sliding window) are what a checkpoint
 holds. Keys and values of full attention grow with the prompt and are cut into spans, so that checkpoints share them.
 Everything captured is cloned, because decoding writes into the tensors it reads; everything restored is copied into a
-fresh live cache, keys and values by their layer's first update (see `waiting`). A layer class that is not in `_RULES`
+fresh live cache, keys and values by their layer's first update (see `lazy_kv`). A layer class that is not in `_RULES`
 is refused, never guessed.
 """
 
@@ -17,18 +17,21 @@ from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedModelError
 from .inputs import input_device
-from .lazy_kv import wait
+from .lazy_kv import waiting
 from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
 from .tensors import Tensors
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of state in a layer: what is fixed in size, what grows, and how a batch is made of rows."""
+    """One kind of state in a layer: what is fixed in size, what grows, and how a batch is made of rows.
+
+    `restore` returns the layer that takes the place of the one it is given, which may be the same.
+    """
 
     fixed: Callable[[Any], Tensors]
     span: Callable[[Any, int, int], Tensors]
-    restore: Callable[[Any, Tensors, Sequence[Tensors]], None]
+    restore: Callable[[Any, Tensors, Sequence[Tensors]], Any]
     stack: Callable[[Any, Sequence[Any], int], None]
 
 
@@ -61,7 +64,7 @@ def _recurrent_fixed(layer: Any) -> Tensors:
     return found
 
 
-def _recurrent_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
+def _recurrent_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
     for name, value in fixed.items():
         kind, _, index = name.partition(".")
         if kind == "conv":
@@ -74,6 +77,7 @@ def _recurrent_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> 
             continue
         # Without the flag the model ignores the state it has just been given.
         layer.has_previous_state[int(index)] = True
+    return layer
 
 
 def _recurrent_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
@@ -100,9 +104,10 @@ def _set_keys_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> No
     layer.keys, layer.values = keys, values
 
 
-def _full_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
-    if spans and "keys" in spans[0]:
-        wait(layer, [span["keys"] for span in spans], [span["values"] for span in spans])
+def _full_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
+    if not spans or "keys" not in spans[0]:
+        return layer
+    return waiting(layer, [span["keys"] for span in spans], [span["values"] for span in spans])
 
 
 def _full_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
@@ -123,10 +128,11 @@ def _window_fixed(layer: Any) -> Tensors:
     return {"keys": _own(layer.keys), "values": _own(layer.values), "seen": layer.cumulative_length}
 
 
-def _window_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
+def _window_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
     if "keys" in fixed:
         _set_keys_values(layer, _own(fixed["keys"]), _own(fixed["values"]))
         layer.cumulative_length = fixed["seen"]
+    return layer
 
 
 def _window_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
@@ -152,13 +158,14 @@ def _indexer_span(layer: Any, start: int, end: int) -> Tensors:
     return found
 
 
-def _indexer_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> None:
+def _indexer_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
     if spans and "indexer_keys" in spans[0]:
         keys = torch.cat([span["indexer_keys"] for span in spans], dim=1)
         layer.lazy_initialization_indexer(keys)
         layer.indexer_keys = keys
     if spans and "indexer_position_ids" in spans[0]:
         layer.indexer_position_ids = torch.cat([span["indexer_position_ids"] for span in spans], dim=-1)
+    return layer
 
 
 def _indexer_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
@@ -183,7 +190,7 @@ _FULL = Part(_no_fixed, _full_span, _full_restore, _full_stack)
 _WINDOW = Part(_window_fixed, _no_span, _window_restore, _window_stack)
 _INDEXER = Part(_no_fixed, _indexer_span, _indexer_restore, _indexer_stack)
 
-_RULES: dict[str, tuple[Part, ...]] = {
+_BY_NAME: dict[str, tuple[Part, ...]] = {
     "LinearAttentionLayer": (_RECURRENT,),
     "DynamicLayer": (_FULL,),
     "DynamicSlidingWindowLayer": (_WINDOW,),
@@ -192,24 +199,27 @@ _RULES: dict[str, tuple[Part, ...]] = {
     "LinearAttentionAndSlidingWindowAttentionLayer": (_RECURRENT, _WINDOW),
     "DummyLayer": (),
 }
+# By class, less those that this transformers does not have.
+_RULES: dict[type, tuple[Part, ...]] = {
+    getattr(cache_utils, name): parts for name, parts in _BY_NAME.items() if hasattr(cache_utils, name)
+}
 
 
 def _parts(layer: Any) -> tuple[Part, ...]:
-    return _RULES[type(layer).__name__]
+    return next(_RULES[kind] for kind in type(layer).__mro__ if kind in _RULES)
 
 
 def check_layers(cache: Cache, model_name: str) -> None:
-    """Refuse a cache with a layer class for which no rule is known.
+    """Refuse a cache with a layer class for which no rule is known; a class derived from a known one has none.
 
     Raises:
         UnsupportedModelError: Names the model, the layer class and the classes that have a rule.
     """
     for layer in cache.layers:
-        name = type(layer).__name__
-        if name not in _RULES or type(layer) is not getattr(cache_utils, name, None):
+        if type(layer) not in _RULES:
             raise UnsupportedModelError(
-                f"{model_name} keeps its state in cache layers of class {name}, for which no capture rule is known; "
-                f"known are {', '.join(sorted(_RULES))}."
+                f"{model_name} keeps its state in cache layers of class {type(layer).__name__}, for which no capture "
+                f"rule is known; known are {', '.join(sorted(kind.__name__ for kind in _RULES))}."
             )
 
 
@@ -229,7 +239,8 @@ def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors]) ->
     """Fill a fresh cache from a checkpoint's state and the KV spans from position 0 up to it, in order."""
     for index, layer in enumerate(cache.layers):
         for part in _parts(layer):
-            part.restore(layer, state.layers[index], [span.layers[index] for span in spans])
+            layer = part.restore(layer, state.layers[index], [span.layers[index] for span in spans])
+        cache.layers[index] = layer
 
 
 def stack(cache: Cache, rows: Sequence[Cache], width: int) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..stats import RequestInfo, format_bytes
+from ..stats import CacheStats, RequestInfo, format_bytes
 from .outline import Branch, added_kv_bytes, outline
 
 
 if TYPE_CHECKING:
-    from ..cache import SparsePrefixCache
+    from ..models.server import Server
     from ..store.store import CheckpointStore
 
 Decode = Callable[[list[int]], str]
@@ -28,18 +28,14 @@ _CELL = "padding:.15em .6em;border-bottom:1px solid rgba(128,128,128,.35);text-a
 _COLUMNS = ("prompt", "overlap", "resumed", "computed", "captured at", "reason")
 
 
-def page(handle: SparsePrefixCache, space: str, requests: Sequence[RequestInfo]) -> str:
-    """One handle as a piece of HTML. Looks, and changes nothing.
-
-    Args:
-        space: where its prompts live in the store; empty when that is not known before its first prompt.
-        requests: its latest, oldest first.
-    """
-    stats = handle.stats()
-    decode = None if handle.tokenizer is None else handle.tokenizer.decode
-    trees = "".join(_tree(tier, space, decode) for tier in handle.store.tiers)
+def page(server: Server, stats: CacheStats) -> str:
+    """What one handle serves from as a piece of HTML. Looks, and changes nothing."""
+    binding, requests = server.binding, server.recorder.recent
+    space = server.space.latest()  # empty when that is not known before the first prompt
+    decode = None if binding.tokenizer is None else binding.tokenizer.decode
+    trees = "".join(_tree(tier, space, decode) for tier in server.store.tiers)
     nothing = "Nothing is stored yet." if space else "What the disk holds for this model shows with the first prompt."
-    title = f"{type(handle.model).__name__}, grid {handle.grid}, namespace {handle.config.namespace!r}"
+    title = f"{type(binding.model).__name__}, grid {binding.grid}, namespace {binding.config.namespace!r}"
     return (
         f"<div><p><b>SparsePrefixCache</b> {escape(title)}<br>{escape(str(stats))}</p>"
         f"{trees or f'<p {_FAINT}>{nothing}</p>'}{_table(requests, stats.requests)}</div>"

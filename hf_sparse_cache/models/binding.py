@@ -1,0 +1,117 @@
+"""Everything that is known of one model, as far as its states go: what a handle is bound to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.utils import logging
+
+from ..config import SparseCacheConfig
+from ..planning.cuts import Positions, Tokens, cut_positions
+from . import states
+from .cost import prefill_cost
+from .families import Family, family_of, unwrapped
+from .inputs import as_ids
+from .live import LiveCache
+from .states import StateSize
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """One model with the settings under which its prompts are cut.
+
+    Attributes:
+        model: the transformers model itself, without the wrappers of PEFT and `torch.compile`.
+        tokenizer: turns strings into ids; None when there is none.
+        config: the settings.
+        family: what a prefill in segments must know about such models.
+        text_config: the configuration of the model's text part.
+        grid: tokens between regular cuts.
+        cut_ids: token ids after which a prompt may also be cut, ascending.
+        prefill_cost: G(t) of this model, what policies weigh.
+        size: bytes that its states take.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: SparseCacheConfig
+    family: Family
+    text_config: Any
+    grid: int
+    cut_ids: tuple[int, ...]
+    prefill_cost: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    size: StateSize
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, config: SparseCacheConfig) -> Self:
+        """Look at a model, and run two tokens through it to see what its states take.
+
+        Raises:
+            UnsupportedModelError: The model's state cannot be captured exactly.
+        """
+        model = unwrapped(model)
+        family = family_of(model)
+        text_config = model.config.get_text_config(decoder=True)
+        probe = LiveCache(text_config)
+        states.check_layers(probe, type(model).__name__)
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            config=config,
+            family=family,
+            text_config=text_config,
+            grid=_grid(model, family, text_config, config.grid),
+            cut_ids=tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else (),
+            prefill_cost=prefill_cost(model, probe.full_attention_layers),
+            size=states.measure(model, probe, family.cache_name),
+        )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens to which the kernels pad a segment."""
+        return self.family.chunk(self.text_config)
+
+    def live_cache(self) -> LiveCache:
+        """A fresh live cache for one request, or for one row of it."""
+        return LiveCache(self.text_config)
+
+    def tokens_of(self, ids: torch.Tensor | str) -> Tokens:
+        """One prompt, given as ids or as a string, as int32 of shape `(length,)`.
+
+        Raises:
+            ValueError: The shape is another, or it is a string and there is no tokenizer.
+        """
+        return as_ids(ids, self.tokenizer)[0].to("cpu", torch.int32).numpy()
+
+    def cuts(self, tokens: Tokens) -> Positions:
+        """The cuts that follow from the prompt's own tokens alone."""
+        return cut_positions(tokens, self.grid, self.cut_ids)
+
+    def smaller_grid(self, tokens: int) -> int:
+        """The grid halved until a prefix of so many tokens has a cut, in whole kernel chunks; 0 where none does."""
+        grid = self.grid
+        while grid > min(tokens, self.grid - 1):
+            grid //= 2
+        grid -= grid % self.chunk
+        return grid if grid >= 2 else 0
+
+
+def _grid(model: Any, family: Family, text_config: Any, asked: int | None) -> int:
+    """Tokens between regular cuts: as asked for, or the family's own."""
+    if asked is None:
+        return family.grid(text_config)
+    chunk = family.chunk(text_config)
+    if asked % chunk:
+        logger.warning_once(
+            f"grid={asked} is not a multiple of the kernel chunk of {chunk} tokens of {type(model).__name__}: "
+            "still exact, but every segment is padded to the chunk and costs as much."
+        )
+    return asked

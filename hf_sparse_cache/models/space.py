@@ -1,0 +1,54 @@
+"""Where one model's prompts live in a store, which follows from its weights, and whether those have changed."""
+
+from __future__ import annotations
+
+import threading
+
+from transformers.utils import logging
+
+from ..store.store import CheckpointStore
+from . import fingerprint
+from .binding import Binding
+from .weights import identity
+
+
+logger = logging.get_logger(__name__)
+
+
+class Space:
+    """The space of one binding in one store, looked up anew for every request."""
+
+    def __init__(self, binding: Binding, store: CheckpointStore) -> None:
+        self._binding, self._store = binding, store
+        self._lock = threading.Lock()
+        self._weights, self._name, self._changed = identity(binding.model), "", False
+
+    def now(self, told: bool = False) -> tuple[str, bool]:
+        """Its name for the weights as they are, and whether they changed since a request was `told`.
+
+        What was stored of weights that are gone is dropped.
+        """
+        weights = identity(self._binding.model)
+        with self._lock:
+            before, self._weights = self._weights, weights
+            old, self._name = self._name, self._name_for(weights)
+            new = self._name
+            changed = self._changed or before != weights
+            self._changed = changed and not told
+        if before != weights:
+            self._store.drop(old)
+            logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
+        return new, changed
+
+    def latest(self) -> str:
+        """The space of the latest prompt. Unlike `now` it notices nothing, and it never reads all weights."""
+        if self._name or self._store.outlives_process:
+            return self._name
+        return self._name_for(identity(self._binding.model))
+
+    def after_fork(self) -> None:
+        """In a child process: with a lock of its own."""
+        self._lock = threading.Lock()
+
+    def _name_for(self, weights: str) -> str:
+        return fingerprint.space_of(self._binding, weights, durable=self._store.outlives_process)
