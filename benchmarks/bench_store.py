@@ -24,6 +24,7 @@ from hf_sparse_cache import CheckpointStore, SparsePrefixCache, fingerprint
 from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.planning.policies import NoCheckpoints
 from hf_sparse_cache.request import open_request
+from hf_sparse_cache.store.unit import Unit
 from hf_sparse_cache.tools.builtin import build_model
 from hf_sparse_cache.tools.machine import describe_machine
 
@@ -60,7 +61,7 @@ def match_seconds(prompts: int, edited: bool = False) -> float:
         document = documents[number % len(documents)]
         depth = int(draw.integers(1, len(document))) if edited and number else len(document)
         target = np.concatenate([document[:depth], draw.integers(0, 50_000, 600).astype(np.int32)])
-        store.put(target, len(target) - 50, Sized(1000))
+        store.put(Unit("", target, len(target) - 50, Sized(1000)))
         if not number:
             first = target
     times = []

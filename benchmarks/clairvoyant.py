@@ -26,23 +26,21 @@ class Future:
 
     def __init__(self, trace: Iterable[Tokens]) -> None:
         self.forest = Forest()
+        self._visits: dict[Node, list[int]] = {}
         prompts = list(trace)
         for ids in prompts:
             self.forest.insert(ids, "", 0)
         for number, ids in enumerate(prompts, 1):
             for node in self.forest.walk(ids, "")[0]:
-                if node.latest is None:
-                    node.latest = []
-                node.latest.append(number)
+                self._visits.setdefault(node, []).append(number)
 
     def path(self, ids: Tokens) -> list[Node]:
         """The edges of one prompt."""
         return self.forest.walk(ids, "")[0]
 
-    @staticmethod
-    def after(node: Node, now: int) -> list[int]:
+    def after(self, node: Node, now: int) -> list[int]:
         """Requests behind `now` that run along an edge."""
-        visits: list[int] = node.latest
+        visits = self._visits[node]
         return visits[bisect_right(visits, now) :]
 
 

@@ -25,8 +25,7 @@ PUBLIC = (
         "stats last_request explain mark clear detach save_pretrained from_pretrained",
     ),
     ("The handle", "SparseCacheConfig", "config", ""),
-    ("The handle", "CheckpointStore", "store.store", "resize clear"),
-    ("The handle", "Tiered", "store.movement", "flush close"),
+    ("The handle", "CheckpointStore", "store.store", "resize clear flush close"),
     ("The handle", "UnsupportedModelError", "errors", ""),
     ("What it reports", "CacheStats", "stats", ""),
     ("What it reports", "RequestInfo", "stats", ""),
@@ -47,7 +46,6 @@ PUBLIC = (
 )
 # Classes that people meet only as what others inherit from.
 TITLES = {
-    "Tiered": "CheckpointStore: its tiers",
     "Shareable": "SparseCacheConfig and CheckpointPlan: saving, loading and sharing",
 }
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Source):(.*)$")

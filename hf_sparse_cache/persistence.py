@@ -7,6 +7,7 @@ own (see `files`). The states reveal the prompts they were made from: files are 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from .models.server import Server
 from .models.tensors import LayerTensors
 from .store import files
 from .store.disk import DiskTier
-from .store.tier import Tier
-from .store.unit import unit_of
 
 
 logger = logging.get_logger(__name__)
@@ -52,20 +51,11 @@ def save(server: Server, save_directory: str | Path) -> int:
     saved = 0
     own, _ = server.space.now()
     for tier in reversed(server.store.tiers):  # the slowest first: what is used most is written last
-        for _, tokens, checkpoint in sorted(tier.checkpoints(own), key=lambda item: item[2].last_used):
-            with tier.lock:
-                if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
-                    continue  # evicted meanwhile
-                tier.pin(checkpoint)
-                unit = unit_of(checkpoint)
-            try:
-                found = tier.fetch(checkpoint, unit, list(unit.kv)) if isinstance(tier, Tier) else unit
-                if found is not None:
-                    found.space = space
-                    saved += target.write(found)
-            finally:
-                tier.unpin(checkpoint)
-            kept = target.match(tokens, space).checkpoints(len(tokens))
+        for _, unit in tier.units(own):
+            found = tier.fetch(unit, list(unit.spans))
+            if found is not None:
+                saved += target.write(replace(found, space=space))
+            kept = target.match(unit.tokens, space).checkpoints(unit.position)
             stale = {key: item for key, item in stale.items() if not any(item is other for other in kept[-1:])}
     for checkpoint in stale.values():
         target.evict(checkpoint)
@@ -96,7 +86,7 @@ def load(server: Server, save_directory: str | Path) -> None:
     source.reader = LayerTensors.from_bytes
     space, _ = server.space.now()
     found = source.load(folder)
-    loaded = sum(_load(source, item, server.store, space) for item in found)
+    loaded = sum(server.store.bring_up(source, item, space=space) for item in found)
     logger.info(f"Loaded {loaded} of {len(found)} checkpoints from {folder}.")
 
 
@@ -107,15 +97,6 @@ def _described(server: Server) -> dict[str, Any]:
         "namespace": server.binding.config.namespace,
         "config": fingerprint.config_values(server.binding.model.config),
     }
-
-
-def _load(source: SavedFolder, checkpoint: Any, store: Any, space: str) -> bool:
-    with source.lock:
-        if checkpoint.node.checkpoints.get(checkpoint.position) is not checkpoint:
-            return False  # it built on a file that turned out to be damaged
-        source.pin(checkpoint)
-        tokens = unit_of(checkpoint).tokens
-    return source.copy_up(checkpoint, store, tokens, space)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

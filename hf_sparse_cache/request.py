@@ -34,7 +34,7 @@ from .planning.policy import placed
 from .stats import RequestInfo
 from .store.store import CheckpointStore
 from .store.tree import Checkpoint, Payload
-from .store.unit import Span
+from .store.unit import Span, Unit
 
 
 KVCapture = Callable[[int, int], Payload]
@@ -71,33 +71,34 @@ class Request:
         self.prompt_tokens = len(ids)
         self.captured: list[int] = []
         store.lift(ids, space)
-        with store.lock:
-            store.clock += 1
-            match = store.match(ids, space)
+        ledger = store.ledger
+        with ledger.lock:
+            ledger.clock += 1
+            match = ledger.match(ids, space)
             self.overlap_tokens = match.overlap
             usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
             stored = match.checkpoints(usable)
             self.checkpoint: Checkpoint | None = stored[-1] if stored else None
             self.resumed_tokens = self.checkpoint.position if self.checkpoint else 0
             if self.checkpoint is not None:
-                store.pin(self.checkpoint)
+                ledger.pin(self.checkpoint)
                 self.checkpoint.hits += 1
-                self.checkpoint.last_used = store.clock
+                self.checkpoint.last_used = ledger.clock
                 if self.checkpoint.kv is not None:
-                    self._held.enter_context(store.holding(self.checkpoint.kv))
-            marked = store.marks.positions(ids, cuts, space)
+                    self._held.enter_context(ledger.holding(self.checkpoint.kv))
+            marked = ledger.marks.positions(ids, cuts, space)
             for checkpoint in stored:  # a tier below may have brought it after it was announced
                 if checkpoint.position in marked:
-                    store.keep(checkpoint, space)
-            store.passed(match, self.checkpoint, space)
+                    ledger.keep(checkpoint, space)
+            ledger.passed(match, self.checkpoint, space)
             self.reason = cause(match, self.checkpoint, usable, cuts)
-            state_bytes = store.checkpoint_bytes / max(store.checkpoint_count, 1)
-            kv_bytes = store.kv_bytes / max(store.kv_tokens, 1)
-            need = 0.0
-            if store.max_memory is not None:
-                need = state_bytes + kv_bytes * (len(ids) - self.resumed_tokens) + store.used_bytes - store.max_memory
-                need = max(need, 0.05 * store.max_memory) if need > 0 else 0.0
-            terms = store.eviction.terms(match.path, match.overlap, need, self.checkpoint)
+            state_bytes = ledger.checkpoint_bytes / max(ledger.checkpoint_count, 1)
+            kv_bytes = ledger.kv_bytes / max(ledger.kv_tokens, 1)
+            need, limit = 0.0, ledger.max_memory
+            if limit is not None:
+                need = state_bytes + kv_bytes * (len(ids) - self.resumed_tokens) + ledger.used_bytes - limit
+                need = max(need, 0.05 * limit) if need > 0 else 0.0
+            terms = ledger.eviction.terms(match.path, match.overlap, need, self.checkpoint)
             ends = np.asarray([node.end for node in match.path], dtype=np.int64)
             passes = np.asarray([node.passes for node in match.path], dtype=np.int64)
             self._prompt = Prompt(
@@ -172,22 +173,13 @@ class Request:
         if kv is not None:
             ends = self._cuts[: index + 1].tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
-            new = {span: kv(*span) for span in self._store.missing_spans(self._ids, spans, self._space, self._held)}
+            missing = self._store.ledger.missing_spans(self._ids, spans, self._space, self._held)
+            new = {span: kv(*span) for span in missing}
         share = self._prompt.share(position, self.planned)
         refund = self._prompt.refund(position) if not self.captured else 0.0
         # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.
-        stored = self._store.put(
-            self._ids,
-            position,
-            state,
-            spans,
-            new,
-            self._space,
-            share=share,
-            refund=refund,
-            hold=self._held,
-            keep=position in self._marked,
-        )
+        unit = Unit(self._space, self._ids, position, state, spans, new, share=share, refund=refund)
+        stored = self._store.put(unit, hold=self._held, keep=position in self._marked)
         if stored is None:
             return False
         self.captured.append(position)
@@ -234,7 +226,7 @@ class Request:
         self._closed = True
         self._held.close()
         if self.checkpoint is not None:
-            self._store.unpin(self.checkpoint)
+            self._store.ledger.unpin(self.checkpoint)
 
     def __enter__(self) -> Self:
         return self

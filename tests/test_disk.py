@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_deleted_keeps_counting(opened: Any, monkeypatch: 
     serve(store, 0)
     serve(store, 1)
     one = disk_of(store).used_bytes
-    disk_of(store).max_memory = 2 * one
+    disk_of(store).ledger.max_memory = 2 * one
     serve(store, 2)
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "unlink", failing(errno.EACCES))

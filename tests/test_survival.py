@@ -121,7 +121,7 @@ def test_only_a_fork_supersedes_and_a_pass_takes_it_back() -> None:
 
     def serve(tail: int) -> list[int]:
         ids = np.concatenate([stem, tails[tail]])
-        store.clock += 1
+        store.ledger.clock += 1
         match = store.match(ids)
         store.eviction.passed(match.path, match.overlap, None, store.clock)
         store.eviction.settled(store.remember(ids), None, store.clock)
@@ -130,7 +130,7 @@ def test_only_a_fork_supersedes_and_a_pass_takes_it_back() -> None:
         return [
             i
             for i, node in sorted((int(key) - 1000, n) for key, n in stem_node.children.items())
-            if node.note is not None and node.note[0] % 2
+            if node.waiting is not None and node.waiting[0] % 2
         ]
 
     serve(0)

@@ -185,7 +185,7 @@ class Cached(Contender):
         device = {
             f"{kind} on {self.model.device.type}": getattr(store, f"{kind}_bytes") for kind in ("checkpoint", "kv")
         }
-        return {**device, **{str(getattr(tier, "name", "below")): tier.used_bytes for tier in store.tiers[1:]}}
+        return {**device, **{tier.name: tier.used_bytes for tier in store.tiers[1:]}}
 
     def close(self) -> None:
         self.handle.clear()

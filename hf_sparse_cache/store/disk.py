@@ -19,9 +19,11 @@ import numpy as np
 
 from ..planning.cuts import Tokens
 from . import files
-from .tier import Tier
-from .tree import Checkpoint, Payload
-from .unit import Span, Unit, shared_chain, unit_of
+from .eviction import LRU
+from .ledger import Ledger
+from .tier import Demote, Tier
+from .tree import Checkpoint, KVSegment, Payload
+from .unit import Span, Unit, movable, shared_chain
 
 
 FORMAT = 1  # of the files; another number is not read
@@ -36,20 +38,17 @@ class StoredFile:
     nbytes: int
 
 
-class ChangedError(Exception):
-    """Another thread changed the chain that a unit was to build on."""
-
-
 class DiskTier(Tier):
-    """A store whose payloads are files. Build it with `open`."""
+    """Units whose payloads are files. Build it with `open`."""
 
+    name = "disk"
     durable = True
 
     def __init__(self, folder: Path, max_memory: int | None, read_only: bool = False) -> None:
-        super().__init__("disk", max_memory)
+        super().__init__(Ledger(max_memory, LRU()))
         self.folder = folder
         self.read_only = read_only  # a saved cache is not changed by reading it
-        self._trash: list[StoredFile] = []
+        self.ledger.freed = []
         self._stuck: list[StoredFile] = []  # files that could not be deleted: they still take their room
         self._lock_file: int | None = None
 
@@ -73,7 +72,7 @@ class DiskTier(Tier):
     def after_fork(self) -> None:
         """The folder stays the parent's."""
         super().after_fork()
-        self._trash = []
+        self.ledger.freed = []
         self.release()
 
     def release(self) -> None:
@@ -84,7 +83,7 @@ class DiskTier(Tier):
 
     # -- into the folder ----------------------------------------------------------------------------------------------
 
-    def accept(self, unit: Unit) -> bool:
+    def accept(self, unit: Unit, demote: Demote | None = None) -> bool:
         """Writes a unit; False, with one warning a kind, when the file system does not let it."""
         try:
             return self.write(unit)
@@ -99,78 +98,71 @@ class DiskTier(Tier):
             OSError: the file system does not let it; nothing is left behind.
         """
         for _ in range(3):
-            try:
-                return self._write(unit)
-            except ChangedError:
-                continue
+            written = self._write(unit)
+            if written is not None:
+                return written
         return False
 
-    def _write(self, unit: Unit) -> bool:
-        spans = list(unit.kv)
-        folder = self.folder_of(unit.space)
+    def _write(self, unit: Unit) -> bool | None:
+        """Writes a unit's files; None when another thread changed the chain that it was to build on."""
         with ExitStack() as stack:
             with self.lock:
                 match = self.match(unit.tokens, unit.space)
                 if any(item.position == unit.position for item in match.checkpoints(unit.position)):
                     return True
-                chain = shared_chain(match, spans)
-                stack.enter_context(self.holding(chain[-1] if chain else None))
-            names = [_file(segment.payload).path.name for segment in chain]
-            contents: dict[str, bytes] = {}
-            for span in spans[len(chain) :]:
-                data = unit.kv[span].to_bytes(json.dumps({"format": FORMAT, "span": span}), NO_TOKENS)
-                names.append(files.new_name("kv", data))
-                contents[names[-1]] = data
-            kv = [[*span, name] for span, name in zip(spans, names, strict=True)]
-            record = {"format": FORMAT, "space": unit.space, "position": unit.position, "kv": kv}
-            data = unit.state.to_bytes(json.dumps(record), unit.tokens)
-            state_name = files.new_name("state", data)
-            contents[state_name] = data
+                chain = shared_chain(match, unit.spans)
+                stack.enter_context(self.ledger.holding(chain[-1] if chain else None))
+            contents = _contents(unit, chain)
             need = sum(map(len, contents.values()))
             if not self._claim(need):
                 return False
             written: list[StoredFile] = []
+            entered = False
             try:
-                files.private_folder(folder)
+                folder = files.private_folder(self.folder_of(unit.space))
                 for name, data in contents.items():
                     files.write(folder / name, data)
                     written.append(StoredFile(folder / name, len(data)))
                 with self.lock:
-                    self.reserved_bytes -= need
+                    self.ledger.reserved_bytes -= need
                     need = 0
-                    if len(shared_chain(self.match(unit.tokens, unit.space), spans)) != len(chain):
-                        raise ChangedError
-                    new = dict(zip(spans[len(chain) :], written, strict=False))
-                    stored = self.put(unit.tokens, unit.position, written[-1], spans, new, unit.space, urgent=True)
-                    if stored is None or stored.state is not written[-1]:
-                        raise ChangedError
-                    self._carry(stored, unit)
-            except BaseException:
-                with self.lock:
-                    self.reserved_bytes -= need
-                self._unlink(written)
-                raise
+                    entered = self._enter(unit, chain, written)
+            finally:
+                if not entered:
+                    with self.lock:
+                        self.ledger.reserved_bytes -= need
+                    self._unlink(written)
+        if not entered:
+            return None
         self.sweep()
         return True
+
+    def _enter(self, unit: Unit, chain: list[KVSegment], written: list[StoredFile]) -> bool:
+        """Puts written files in the books; False when the chain that they build on is no longer as it was."""
+        if len(shared_chain(self.match(unit.tokens, unit.space), unit.spans)) != len(chain):
+            return False
+        new = dict(zip(unit.spans[len(chain) :], written, strict=False))
+        filed = Unit(unit.space, unit.tokens, unit.position, written[-1], unit.spans, new, unit.hits)
+        stored = self.put(filed, urgent=True)
+        return stored is not None and stored.state is written[-1]
 
     def _claim(self, need: int) -> bool:
         """Reserves room for files about to be written, deleting others first."""
         with self.lock:
             again, self._stuck = self._stuck, []
-            self.reserved_bytes -= sum(item.nbytes for item in again)
-            self._trash += again
-        self.sweep()
+            self.ledger.reserved_bytes -= sum(item.nbytes for item in again)
+        self._unlink([*again, *self._taken_out()])
         with self.lock:
             if self._stuck and self._over(need):
                 return False  # evicting would only lose more: the folder does not let go of anything
-            if not self._make_room(need, None):
+            if not self.ledger.make_room(need).granted:
                 return False
-            self.reserved_bytes += need
+            self.ledger.reserved_bytes += need
         self.sweep()
         with self.lock:
             if not (self._stuck and self._over(0)):
                 return True
-            self.reserved_bytes -= need
+            self.ledger.reserved_bytes -= need
             return False
 
     def _over(self, need: int) -> bool:
@@ -180,8 +172,12 @@ class DiskTier(Tier):
         """Where the files of a space lie: a folder of its own, named by a hash."""
         return self.folder / hashlib.blake2b(space.encode(), digest_size=16).hexdigest()
 
-    def _freed(self, payload: Payload) -> None:
-        self._trash.append(_file(payload))
+    def _taken_out(self) -> list[StoredFile]:
+        """The files of what was evicted, which nothing knows any more."""
+        with self.lock:
+            trash, self.ledger.freed = [_file(payload) for payload in self.ledger.freed or ()], []
+            self.ledger.trim()
+            return trash
 
     def _unlink(self, trash: list[StoredFile]) -> None:
         for item in () if self.read_only else trash:
@@ -189,33 +185,30 @@ class DiskTier(Tier):
                 files.remove(item.path)
             except OSError as error:
                 with self.lock:
-                    self.reserved_bytes += item.nbytes
+                    self.ledger.reserved_bytes += item.nbytes
                     self._stuck.append(item)
                 self.warn("remove", f"{item.path} could not be deleted, and still counts: {error}")
 
     def sweep(self) -> None:
         """Deletes the files of what was evicted; called without the lock."""
-        with self.lock:
-            trash, self._trash = self._trash, []
-            self.forest.forget(0)
-        self._unlink(trash)
+        self._unlink(self._taken_out())
 
     def clear(self, space: str | None = None) -> None:
         """Deletes what is stored of one space, or everything."""
         super().clear(space)
         self.sweep()
 
-    def drop(self, space: str) -> None:
+    def drop(self, space: str | None) -> None:
         """Nothing: a file names the weights it belongs to by their content, and they may come back."""
 
-    def resize(self, max_memory: int | str | None) -> None:
+    def resize(self, max_memory: int | None, demote: Demote | None = None) -> None:
         """Changes the budget and deletes files down to it."""
-        super().resize(max_memory)
+        super().resize(max_memory, demote)
         self.sweep()
 
     # -- out of the folder --------------------------------------------------------------------------------------------
 
-    def fetch(self, checkpoint: Checkpoint, unit: Unit, spans: list[Span]) -> Unit | None:
+    def fetch(self, unit: Unit, spans: list[Span]) -> Unit | None:
         """Reads and proves a unit; drops it, with one warning a kind, when that fails."""
         if self.reader is None:
             return None
@@ -238,17 +231,11 @@ class DiskTier(Tier):
             return None
         with suppress(OSError):
             os.utime(_file(unit.state).path)  # the next start keeps the order of use
-        return Unit(unit.space, unit.tokens, state, kv, unit.hits)
+        return Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)
 
     def lose(self, culprit: StoredFile) -> None:
         """Drops every checkpoint that needs a file, and the file."""
-        with self.lock:
-            for _, _, checkpoint in self.checkpoints():
-                needed = {id(checkpoint.state), *(id(payload) for payload in unit_of(checkpoint).kv.values())}
-                if id(culprit) in needed:
-                    pins, checkpoint.pins = checkpoint.pins, 0  # those who read it find the same damage
-                    self.evict(checkpoint)
-                    checkpoint.pins = pins
+        self.ledger.lose(culprit)
         self.sweep()
 
     def load(self, folder: Path) -> list[Checkpoint]:
@@ -279,19 +266,28 @@ class DiskTier(Tier):
             chain = shared_chain(self.match(tokens, record["space"]), spans)
             if any(segment.payload is not new[segment.start, segment.end] for segment in chain):
                 continue  # left over from before its keys and values were written anew
-            loaded.append(self.put(tokens, len(tokens), payloads[name], spans, new, record["space"], urgent=True))
-        with self.lock:
-            self._trash, used = [], {id(payload) for payload in self.payloads()}
-            self.forest.forget(0)
+            unit = Unit(record["space"], tokens, len(tokens), payloads[name], spans, new)
+            loaded.append(self.put(unit, urgent=True))
+        self._taken_out()
+        used = {id(payload) for payload in self.ledger.payloads()}
         self._unlink([payload for payload in payloads.values() if id(payload) not in used])
         return [item for item in loaded if item is not None and id(item.state) in used]
 
-    def payloads(self) -> list[Payload]:
-        """Everything stored here."""
-        with self.lock:
-            nodes = [node for space in self.forest.roots for node in self.forest.nodes(space)]
-            states: list[Payload] = [item.state for node in nodes for item in node.checkpoints.values()]
-            return states + [segment.payload for node in nodes for segment in node.segments.values()]
+
+def _contents(unit: Unit, chain: list[KVSegment]) -> dict[str, bytes]:
+    """The files of a unit by name, its state last; those of `chain` are there already."""
+    spans = unit.spans
+    names = [_file(segment.payload).path.name for segment in chain]
+    contents: dict[str, bytes] = {}
+    for span in spans[len(chain) :]:
+        data = movable(unit.kv[span]).to_bytes(json.dumps({"format": FORMAT, "span": span}), NO_TOKENS)
+        names.append(files.new_name("kv", data))
+        contents[names[-1]] = data
+    kv = [[*span, name] for span, name in zip(spans, names, strict=True)]
+    record = {"format": FORMAT, "space": unit.space, "position": unit.position, "kv": kv}
+    data = movable(unit.state).to_bytes(json.dumps(record), unit.tokens)
+    contents[files.new_name("state", data)] = data
+    return contents
 
 
 def _file(payload: Payload) -> StoredFile:

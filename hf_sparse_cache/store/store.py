@@ -1,25 +1,44 @@
-"""The store: checkpoints and KV segments of all prompts under one byte budget, shared by any number of threads.
+"""The store: checkpoints and KV segments of all prompts, in tiers, shared by any number of threads.
 
-It knows tokens, positions and payload sizes; it knows no model and no torch. Use it through `open_request`.
+It knows tokens, positions and payload sizes; it knows no model and no torch. Use it through `open_request`. What is
+stored comes into the fastest tier. Where memory is short there, a unit moves to the tier below; a prompt that matches
+deeper there brings it up again. A unit is copied before it leaves a tier, with no lock held, and pinned meanwhile.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 
 from .. import forks
-from ..planning.cuts import Positions, Tokens
+from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
 from ..stats import counted, parse_bytes
 from .eviction import Eviction, make_eviction
-from .movement import Tiered
-from .tree import Checkpoint, KVSegment, Node, Payload
-from .unit import Demotion, Span, chain_of, holder, namespace_of, shared_chain
+from .host import HostTier
+from .ledger import Ledger
+from .marks import Marks
+from .tier import Demote, Shown, Tier
+from .tree import Account, Checkpoint, Node
+from .unit import Bound, Unit, unit_of
 
 
-class CheckpointStore(Tiered):
+@dataclass(eq=False)
+class _Journey:
+    """A unit between two tiers, where nobody finds it.
+
+    Attributes:
+        undo: what was done to its space meanwhile, and has to be done again where it arrived.
+    """
+
+    space: str
+    undo: list[Callable[[Tier, str | None], None]] = field(default_factory=list)
+
+
+class CheckpointStore(Shown):
     """Checkpoints of all prompts under one memory budget.
 
     Args:
@@ -51,203 +70,98 @@ class CheckpointStore(Tiered):
             raise ValueError(f"max_remembered_tokens must be at least 1 or None, got {max_remembered_tokens}")
         limits = {name: parse_bytes(size, "namespace_memory") for name, size in (namespace_memory or {}).items()}
         order = make_eviction(eviction) if isinstance(eviction, str) else eviction
-        super().__init__(parse_bytes(max_memory), order, limits)
-        self.max_remembered_tokens = max_remembered_tokens
-        self._fresh_eviction = copy.deepcopy(order)
-        if host_memory is not None or disk_memory is not None or disk_dir is not None:
-            from .tier import lower_tiers  # which are stores themselves
-
-            self.below = lower_tiers(host_memory, disk_memory, disk_dir)
-            self.demotes = self.below is not None
+        memory = Tier(Ledger(parse_bytes(max_memory), order, limits, max_remembered_tokens))
+        super().__init__(memory.ledger)
+        self.tiers: list[Tier] = [memory, *_lower_tiers(host_memory, disk_memory, disk_dir)]
+        self._journeys: list[_Journey] = []
         forks.starts_clean(self)
 
     def after_fork(self) -> None:
         """In a child process: empty, with new locks, and without the disk tier, which stays the parent's."""
-        self._start()
-        self.eviction = copy.deepcopy(self._fresh_eviction)
-        if self.below is not None and self.below.durable:
-            self.below = None
-        self.demotes = self.below is not None
+        for tier in self.tiers:
+            tier.after_fork()
+        self.tiers = [tier for tier in self.tiers if not tier.durable]
+        self._journeys = []
+
+    # -- what people read ---------------------------------------------------------------------------------------------
 
     @property
-    def remembered_tokens(self) -> int:
-        """Tokens the trees hold, with or without checkpoints."""
-        with self.lock:
-            return self.forest.tokens
+    def below(self) -> Tier | None:
+        """The tier below the fastest one."""
+        return self.tiers[1] if len(self.tiers) > 1 else None
 
-    def __len__(self) -> int:
-        return self.checkpoint_count
+    @property
+    def outlives_process(self) -> bool:
+        """Whether any tier does, so that a space must name its weights by their content."""
+        return any(tier.durable for tier in self.tiers)
+
+    @property
+    def clock(self) -> int:
+        """Requests opened so far."""
+        return self.ledger.clock
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes stored at any time."""
+        return self.ledger.peak_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return self.ledger.checkpoint_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.ledger.kv_bytes
+
+    @property
+    def accounts(self) -> dict[str, Account]:
+        return self.ledger.accounts
+
+    @property
+    def marks(self) -> Marks:
+        return self.ledger.marks
+
+    def account(self, namespace: str) -> Account:
+        """What one namespace holds."""
+        return self.ledger.account(namespace)
+
+    def bound(self, ids: Tokens, position: int, space: str = "") -> Bound | None:
+        """The tightest budget for a checkpoint at `position` of `ids`; None without any."""
+        return self.ledger.bound(ids, position, space)
+
+    def reach(self, ids: Tokens, space: str = "") -> tuple[int, int]:
+        """How far the tiers below would resume a prompt, and how much of it they know; reads no file."""
+        found = [tier.match(ids, space) for tier in self.tiers[1:]]
+        limit = len(ids) - MIN_SUFFIX_TOKENS
+        deepest = [item.position for match in found for item in match.checkpoints(limit)[-1:]]
+        return max(deepest, default=0), max((match.overlap for match in found), default=0)
 
     def __repr__(self) -> str:
         limit = "no limit" if self.max_memory is None else f"{self.max_memory:,}"
-        return f"CheckpointStore({counted(self.checkpoint_count, 'checkpoint')}, {self.used_bytes:,} of {limit} bytes)"
+        return f"CheckpointStore({counted(len(self), 'checkpoint')}, {self.used_bytes:,} of {limit} bytes)"
 
-    def checkpoints(self, space: str | None = None) -> list[tuple[str, Tokens, Checkpoint]]:
-        """Every stored checkpoint with its space and the tokens of its path up to its position."""
-        with self.lock:
-            found = []
-            for name in list(self.forest.roots) if space is None else [space]:
-                for node in self.forest.nodes(name):
-                    if node.checkpoints:
-                        path = node.path_tokens()
-                        found += [(name, path[:position], item) for position, item in sorted(node.checkpoints.items())]
-            return found
-
-    def remember(self, ids: Tokens, space: str = "") -> list[Node]:
-        """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
-        with self.lock:
-            path = self.forest.insert(ids, space, self.clock)
-            for node in path:
-                node.passes += 1
-                node.last_used = self.clock
-            if self.max_remembered_tokens is not None:
-                self.forest.forget(self.max_remembered_tokens)
-            return path
-
-    def missing_spans(
-        self, ids: Tokens, spans: Sequence[Span], space: str = "", hold: ExitStack | None = None
-    ) -> Sequence[Span]:
-        """The part of a gapless list of KV spans, from 0 upwards, that is not stored on the path of `ids`.
-
-        The rest stays stored until the stack `hold` is closed.
-        """
-        if not spans:  # without full attention there is nothing to walk for
-            return spans
-        with self.lock:
-            match = self.match(ids, space)
-            chain = shared_chain(match, spans)
-            if hold is not None and chain:
-                hold.enter_context(self.holding(chain[-1]))
-            return spans[len(chain) :]
+    # -- in and out ---------------------------------------------------------------------------------------------------
 
     def put(
-        self,
-        ids: Tokens,
-        position: int,
-        state: Payload,
-        spans: Sequence[Span] = (),
-        new: Mapping[Span, Payload] | None = None,
-        space: str = "",
-        *,
-        share: float = 1.0,
-        refund: float = 0.0,
-        hold: ExitStack | None = None,
-        urgent: bool = False,
-        keep: bool = False,
+        self, unit: Unit, *, hold: ExitStack | None = None, urgent: bool = False, keep: bool = False
     ) -> Checkpoint | None:
-        """Stores a checkpoint after `position` tokens of `ids`, evicting others first when memory is short.
+        """Stores a checkpoint in the fastest tier, sending others off first when memory is short.
 
         Args:
-            state: the fixed-size payload.
-            spans: the KV spans `(start, end)` from 0 to `position`, gapless, cut to cut; empty without full attention.
-            new: KV payloads of the spans that are not stored yet.
-            share: of the prompts that will pass it, those expected to leave before the next checkpoint.
-            refund: bytes of checkpoints that it makes superfluous.
+            unit: with the payloads of the spans that are not stored yet.
             hold: keeps the checkpoint's KV chain from being freed until this stack is closed.
             urgent: a request waits for it, so the eviction is not asked whether something else is worth more.
             keep: it belongs to a mark: just as urgent, and never evicted from then on.
 
         Returns:
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
-
-        Raises:
-            ValueError: if `position` lies outside the prompt.
         """
-        if not 1 <= position <= len(ids):
-            raise ValueError(f"position must be between 1 and the prompt's {len(ids)} tokens, got {position}")
-        with ExitStack() as chain:  # what it builds on must survive the victims that make room for it
-            while True:
-                try:
-                    with self.lock:
-                        self.missing_spans(ids[:position], spans, space, chain)
-                        checkpoint = self._insert(
-                            ids, position, state, spans, new or {}, space, urgent or keep, share, refund
-                        )
-                        if keep and checkpoint is not None:  # under this lock, or another thread takes its room
-                            self.keep(checkpoint, space)
-                        if hold is not None and checkpoint is not None:
-                            hold.enter_context(self.holding(checkpoint.kv))
-                        return checkpoint
-                except Demotion as wanted:
-                    self._demote(wanted.victim)
+        memory = self.tiers[0]
+        return memory.put(unit, self._demotion(memory), hold=hold, urgent=urgent, keep=keep)
 
-    def _insert(
-        self,
-        ids: Tokens,
-        position: int,
-        state: Payload,
-        spans: Sequence[Span],
-        new: Mapping[Span, Payload],
-        space: str,
-        urgent: bool,
-        share: float,
-        refund: float,
-    ) -> Checkpoint | None:
-        path = self.forest.insert(ids, space, self.clock)
-        home = holder(path, position)
-        if position in home.checkpoints:
-            return home.checkpoints[position]
-        chain = chain_of(path, spans)
-        wanted = spans[len(chain) :]
-        if any(span not in new for span in wanted):
-            return None  # a shared segment was freed while the caller computed: nothing to chain to
-        need = int(state.nbytes) + sum(int(new[span].nbytes) for span in wanted)
-        account = self.account(namespace_of(space))
-        checkpoint = Checkpoint(position, state, None, home, self.clock)
-        checkpoint.held, checkpoint.share, checkpoint.refund = need, share, refund
-        if not self._make_room(need, checkpoint, account, urgent):
-            home.refused = min(home.refused or position, position)
-            return None
-        below = chain[-1] if chain else None
-        for start, end in wanted:
-            below = self._attach(KVSegment(start, end, new[start, end], below, holder(path, end)), account)
-        if below is not None:
-            checkpoint.kv = below
-            below.refs += 1
-        checkpoint.owner = account
-        checkpoint.node.checkpoints[position] = checkpoint
-        self._count(checkpoint, 1)
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        for order in self._orders(account):
-            order.stored(checkpoint)
-        return checkpoint
-
-    def resize(self, max_memory: int | str | None) -> None:
-        """Changes the budget; demotes or evicts down to it, as far as nothing is pinned."""
-        with self.lock:
-            self.max_memory = parse_bytes(max_memory)
-        while True:
-            try:
-                with self.lock:
-                    self._make_room(0, None)
-                return
-            except Demotion as wanted:
-                self._demote(wanted.victim)
-
-    def clear(self, space: str | None = None) -> None:
-        """Forgets one space or all: prompts, marks and checkpoints that no open request uses, in every tier."""
-        if self.below is not None:
-            self.below.clear(space)
-        with self.lock:
-            self.clears += 1
-            self._release_marks(space)
-            for _, _, checkpoint in self.checkpoints(space):
-                if not checkpoint.pins:
-                    self.evict(checkpoint)
-            if space is None:
-                self.forest.forget(0)
-            else:
-                self.forest.forget_space(space)
-
-    def drop(self, space: str) -> None:
-        """Evicts every checkpoint of one space that no open request uses, from memory."""
-        if self.below is not None:
-            self.below.drop(space)
-        with self.lock:
-            self._release_marks(space)
-            for _, _, checkpoint in self.checkpoints(space):
-                if not checkpoint.pins:
-                    self.evict(checkpoint)
+    def remember(self, ids: Tokens, space: str = "") -> list[Node]:
+        """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
+        return self.ledger.remember(ids, space)
 
     def mark(self, prefix: Tokens, cuts: Positions, space: str = "") -> None:
         """Announces a prefix: the checkpoint at its last cut is kept from now on, or as soon as a prompt brings it.
@@ -256,9 +170,166 @@ class CheckpointStore(Tiered):
             prefix: int32 `(length,)`.
             cuts: the cuts of a longer prompt that begins with it, up to `length`.
         """
+        self.ledger.mark(prefix, cuts, space)
+
+    def resize(self, max_memory: int | str | None) -> None:
+        """Changes the budget; demotes or evicts down to it, as far as nothing is pinned."""
+        memory = self.tiers[0]
+        memory.resize(parse_bytes(max_memory), self._demotion(memory))
+
+    def clear(self, space: str | None = None) -> None:
+        """Forgets one space or all: prompts, marks and checkpoints that no open request uses, in every tier."""
+        self._forget(space, lambda tier, space: tier.clear(space))
+
+    def drop(self, space: str) -> None:
+        """Evicts every checkpoint of one space that no open request uses, from memory."""
+        self._forget(space, lambda tier, space: tier.drop(space))
+
+    def flush(self) -> None:
+        """Copies what only memory holds to the disk tier, if there is one, the least recently used first."""
+        *faster, last = self.tiers
+        for tier in faster if last.durable else ():
+            for _, unit in tier.units():
+                last.accept(unit)
+
+    def close(self, flush: bool = True) -> None:
+        """Ends the use of the disk tier, so that another process can take its folder; memory stays as it is.
+
+        Args:
+            flush: whether to write what only memory holds first (see `flush`); else it is gone with the process.
+        """
+        if flush:
+            self.flush()
+        leaving = [tier for tier in self.tiers if tier.durable]
+        self.tiers = [tier for tier in self.tiers if not tier.durable]
+        for tier in leaving:
+            tier.release()
+
+    # -- between the tiers --------------------------------------------------------------------------------------------
+
+    def lift(self, ids: Tokens, space: str = "") -> None:
+        """Brings the deepest checkpoint of this prompt up, where a tier below has a deeper one than memory."""
+        lost: set[Checkpoint] = set()
+        while (best := self._deeper_below(ids, space, lost)) is not None:
+            tier, checkpoint, overlap = best
+            if self.bring_up(tier, checkpoint, ids[:overlap]):
+                return
+            lost.add(checkpoint)
+
+    def _deeper_below(self, ids: Tokens, space: str, lost: set[Checkpoint]) -> tuple[Tier, Checkpoint, int] | None:
+        """The deepest checkpoint that lies deeper than those in memory, its tier, and the tokens any tier shares."""
+        found: tuple[Tier, Checkpoint] | None = None
+        limit, depth, overlap = len(ids) - MIN_SUFFIX_TOKENS, 0, 0
+        for tier in self.tiers if len(self.tiers) > 1 else ():
+            with tier.lock:
+                match = tier.match(ids, space)
+                usable = [item for item in match.checkpoints(limit) if item not in lost]
+            overlap = max(overlap, match.overlap)
+            if usable and usable[-1].position > depth:
+                depth, found = usable[-1].position, (tier, usable[-1])
+        return None if found is None or found[0] is self.tiers[0] else (*found, overlap)
+
+    def bring_up(
+        self, tier: Tier, checkpoint: Checkpoint, ids: Tokens | None = None, space: str | None = None
+    ) -> bool:
+        """Copies a checkpoint of a slower tier into memory; False when it is lost there.
+
+        Args:
+            ids: the text to store it on, at least up to its position; None for no more than that.
+            space: where to store it; None for its own.
+        """
+        stored = None
+        with tier.ledger.taken(checkpoint) as unit, ExitStack() as hold:
+            if unit is None:
+                return False
+            tier.ledger.resumed(checkpoint, unit)
+            ids, space = unit.tokens if ids is None else ids, unit.space if space is None else space
+            missing = self.ledger.missing_spans(ids, unit.spans, space, hold)
+            try:
+                fetched = tier.fetch(unit, list(missing))
+            except (MemoryError, RuntimeError) as error:
+                tier.warn("fetch", f"A state could not be brought up from the {tier.name} tier: {error}")
+                return True  # it is still there; this request does without
+            if fetched is None:
+                return False
+            arriving = Unit(space, ids, unit.position, fetched.state, unit.spans, fetched.kv, unit.hits)
+            with self._journey(space, self.tiers[:1]):
+                stored = self.put(arriving, urgent=True)
+        if stored is not None and not tier.durable:
+            with tier.lock:  # moved, not copied: host memory is for what the device does not hold
+                if checkpoint.stored and not checkpoint.pins:
+                    tier.ledger.evict(checkpoint, demoted=True)
+                    tier.ledger.trim()
+        return True
+
+    def _demotion(self, tier: Tier) -> Demote | None:
+        """Where the victims of a tier go; None for the last one."""
+        below = list(dropwhile(lambda other: other is not tier, self.tiers))[1:]
+        return partial(self._demote, tier, below) if below else None
+
+    def _demote(self, tier: Tier, below: list[Tier], victim: Checkpoint) -> None:
+        """Copies a pinned checkpoint to the tiers below and evicts it, unless a request uses it by now."""
+        kept = False
+        try:
+            with tier.lock:
+                unit = unit_of(victim)
+            with self._journey(unit.space, below):
+                kept = any(other.accept(unit, self._demotion(other)) for other in below)
+        finally:
+            with tier.lock:
+                tier.ledger.unpin(victim)
+                if victim.stored and not victim.pins:
+                    tier.ledger.evict(victim, demoted=kept)
+
+    @contextmanager
+    def _journey(self, space: str, goals: list[Tier]) -> Iterator[None]:
+        """A unit is on its way to one of `goals`: what is to be forgotten meanwhile must not come back."""
+        journey = _Journey(space)
         with self.lock:
-            self.marks.add(prefix, space)
-            wanted = self.marks.positions(prefix, cuts, space)
-            for checkpoint in self.match(prefix, space).checkpoints(len(prefix)):
-                if checkpoint.position in wanted:
-                    self.keep(checkpoint, space)
+            self._journeys.append(journey)
+        try:
+            yield
+        finally:
+            with self.lock:
+                if journey in self._journeys:  # not after a fork
+                    self._journeys.remove(journey)
+            for how in journey.undo:
+                for tier in goals:
+                    how(tier, space)
+
+    def _forget(self, space: str | None, how: Callable[[Tier, str | None], None]) -> None:
+        with self.lock:
+            for journey in self._journeys:
+                if space in (None, journey.space):
+                    journey.undo.append(how)
+        for tier in reversed(self.tiers):
+            how(tier, space)
+
+
+def _lower_tiers(
+    host_memory: int | str | None, disk_memory: int | str | None, disk_dir: str | Path | None
+) -> list[Tier]:
+    """The tiers that a store asks for, the faster one first, without a disk that cannot be used.
+
+    Raises:
+        ValueError: if a size cannot be read, or a folder is given without a size.
+    """
+    if disk_memory is None and disk_dir is not None:
+        raise ValueError(f"disk_dir={str(disk_dir)!r} needs disk_memory, the bytes it may hold; give e.g. '20GiB'")
+    tiers: list[Tier] = []
+    if host_memory is not None:
+        tiers.append(HostTier(parse_bytes(host_memory, "host_memory")))
+    if disk_memory is not None:
+        from .disk import DiskTier  # which a store in memory never needs
+
+        folder = default_folder() if disk_dir is None else Path(disk_dir).expanduser()
+        disk = DiskTier.open(folder, parse_bytes(disk_memory, "disk_memory"))
+        tiers += [disk] if disk is not None else []
+    return tiers
+
+
+def default_folder() -> Path:
+    """`sparse_cache` under HF_HOME."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME).expanduser() / "sparse_cache"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..planning.cuts import Tokens
+from ..planning.views import Shape
 
 
 class Payload(Protocol):
@@ -23,20 +24,43 @@ class Payload(Protocol):
     def nbytes(self) -> int: ...
 
 
+@dataclass(eq=False, slots=True)
+class Account:
+    """What one namespace holds in one tier, and at most may hold.
+
+    Attributes:
+        limit: bytes, or None without a budget of its own.
+    """
+
+    limit: int | None = None
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+    kv_bytes: int = 0
+    evictions: int = 0
+
+    @property
+    def used_bytes(self) -> int:
+        return self.checkpoint_bytes + self.kv_bytes
+
+
 class KVSegment:
-    """Keys and values of the tokens `start .. end`, chained by `parent` down to position 0.
+    """Keys and values of the tokens `start .. end`: one link of a chain down to position 0.
+
+    A segment is the one that continues `parent` up to `end`. Another one over the same span, made behind another
+    chain, is another segment: its bytes may differ in their last bits.
 
     `refs` counts the checkpoints and child segments that need it, `holds` the open requests that build on it.
     """
 
     __slots__ = ("end", "holds", "nbytes", "node", "owner", "parent", "payload", "refs", "start")
 
-    def __init__(self, start: int, end: int, payload: Payload, parent: KVSegment | None, node: Node) -> None:
-        self.start, self.end, self.payload, self.parent, self.node = start, end, payload, parent, node
+    def __init__(self, end: int, payload: Payload, parent: KVSegment | None, node: Node, owner: Account) -> None:
+        self.start = parent.end if parent is not None else 0
+        self.end: int = end
+        self.payload, self.parent, self.node, self.owner = payload, parent, node, owner
         self.refs = 0
         self.holds = 0
         self.nbytes = int(payload.nbytes)
-        self.owner: Any = None  # the account of its namespace
 
 
 class Checkpoint:
@@ -59,8 +83,9 @@ class Checkpoint:
         "state",
     )
 
-    def __init__(self, position: int, state: Payload, kv: KVSegment | None, node: Node, now: int) -> None:
-        self.position, self.state, self.kv, self.node = position, state, kv, node
+    def __init__(self, position: int, state: Payload, node: Node, owner: Account, now: int) -> None:
+        self.position, self.state, self.node, self.owner = position, state, node, owner
+        self.kv: KVSegment | None = None  # the end of its chain; None without full attention
         self.pins = 0
         self.hits = 0
         self.last_used = now
@@ -71,7 +96,19 @@ class Checkpoint:
         )
         self.refund = 0.0  # bytes of checkpoints that it makes superfluous
         self.slot = -1  # place in the eviction's tables
-        self.owner: Any = None  # the account of its namespace
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is still in its tree; one that was evicted may live on in a request that uses it."""
+        return self.node.checkpoints.get(self.position) is self
+
+    def chain(self) -> list[KVSegment]:
+        """Its KV segments, from position 0 upwards."""
+        found, segment = [], self.kv
+        while segment is not None:
+            found.append(segment)
+            segment = segment.parent
+        return found[::-1]
 
     def held_bytes(self) -> int:
         """Counts `held` anew: the state, and its KV chain down to the first segment that something else needs."""
@@ -114,29 +151,39 @@ class Node:
         "last_used",
         "latest",
         "lost",
-        "note",
         "parent",
         "passes",
         "recent",
         "refused",
         "segments",
+        "space",
         "start",
         "tokens",
+        "waiting",
     )
 
-    def __init__(self, tokens: Tokens, start: int, parent: Node | None) -> None:
+    def __init__(self, tokens: Tokens, start: int, parent: Node | None, space: str = "") -> None:
         self.tokens, self.start, self.parent = tokens, start, parent
+        self.space = space  # of a root, the space whose prompts hang on it
         self.end = start + len(tokens)
         self.children: dict[int, Node] = {}
         self.checkpoints: dict[int, Checkpoint] = {}
-        self.segments: dict[tuple[int, int], KVSegment] = {}
+        self.segments: dict[tuple[KVSegment | None, int], KVSegment] = {}  # by what each continues, and its end
         self.passes = 0  # prompts that ran along the whole edge
         self.last_used = 0
         self.recent: Node | None = None  # the child that the latest prompt ran on to, for the eviction
-        self.latest: Any = None  # the policies' description of the latest prompt that came this way
+        self.latest: Shape | None = None  # the policies' description of the latest prompt that came this way
         self.lost = 0  # shallowest position of this edge whose checkpoint was evicted; 0 when none was
         self.refused = 0  # shallowest position of this edge for whose checkpoint no room was made; 0 when none was
-        self.note: Any = None  # room for what policies and evictions learn about this edge
+        self.waiting: tuple[int, int] | None = None  # row of the survival tables it waits in, and since which tick
+
+    @property
+    def root(self) -> Node:
+        """The root of its tree."""
+        node = self
+        while node.parent is not None:
+            node = node.parent
+        return node
 
     def path_tokens(self) -> Tokens:
         """All tokens from the root to this node's end."""
@@ -226,8 +273,7 @@ class Forest:
 
     def _root(self, space: str) -> Node:
         if space not in self.roots:
-            self.roots[space] = Node(np.empty(0, dtype=np.int32), 0, None)
-            self.roots[space].note = space
+            self.roots[space] = Node(np.empty(0, dtype=np.int32), 0, None, space)
         return self.roots[space]
 
     def _split(self, node: Node, depth: int) -> Node:
@@ -287,4 +333,4 @@ class Forest:
                 self.tokens -= len(node.tokens)
                 self.offer(parent)
                 if parent.parent is None and not parent.children:
-                    del self.roots[parent.note]
+                    del self.roots[parent.space]

@@ -1,47 +1,17 @@
-"""What moves between tiers, and who pays for it: one resumable unit, and the account of one namespace."""
+"""What comes into a tier and moves between tiers: one resumable unit, a state with all the KV that it needs."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from ..planning.cuts import Tokens
-from .eviction import Eviction
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
 
 
 Span = tuple[int, int]
-
-
-class Demotion(Exception):
-    """Room can be made once `victim`, pinned meanwhile, is copied to the tier below, without the lock."""
-
-    def __init__(self, victim: Checkpoint) -> None:
-        super().__init__()
-        self.victim = victim
-
-
-@dataclass
-class Account:
-    """What one namespace holds in one tier, and at most may hold.
-
-    Attributes:
-        limit: bytes, or None without a budget of its own.
-        order: which of its checkpoints goes first; only with a limit.
-    """
-
-    checkpoints: int = 0
-    checkpoint_bytes: int = 0
-    kv_bytes: int = 0
-    evictions: int = 0
-    limit: int | None = None
-    order: Eviction | None = None
-
-    @property
-    def used_bytes(self) -> int:
-        return self.checkpoint_bytes + self.kv_bytes
 
 
 class Bound(NamedTuple):
@@ -60,6 +30,7 @@ class Bound(NamedTuple):
     kept: int
 
 
+@runtime_checkable
 class MovablePayload(Payload, Protocol):
     """What a store with tiers asks of its payloads; it never looks inside them."""
 
@@ -72,22 +43,47 @@ class MovablePayload(Payload, Protocol):
 
 @dataclass
 class Unit:
-    """One checkpoint with everything it needs: what is moved to another tier, or to a folder.
+    """One checkpoint with everything it needs: what is stored, moved to another tier, or saved in a folder.
 
     Attributes:
-        tokens: the path up to the checkpoint, int32 `(position,)`.
-        kv: payloads of its KV spans from 0 to the position; only those that are asked for when it is fetched.
+        tokens: the text it lies on, int32 `(length,)`, at least up to its position; what lies behind is remembered.
+        state: the fixed-size payload.
+        spans: its KV spans `(start, end)` from 0 to `position`, gapless; empty without full attention.
+        kv: payloads of the spans, at least of those that the receiver does not have.
+        hits: how often it was resumed.
+        share: of the prompts that will pass it, those expected to leave before the next checkpoint.
+        refund: bytes of checkpoints that it makes superfluous.
     """
 
     space: str
     tokens: Tokens
-    state: MovablePayload
-    kv: dict[Span, MovablePayload] = field(default_factory=dict)
+    position: int
+    state: Payload
+    spans: Sequence[Span] = ()
+    kv: Mapping[Span, Payload] = field(default_factory=dict)
     hits: int = 0
+    share: float = 1.0
+    refund: float = 0.0
 
-    @property
-    def position(self) -> int:
-        return len(self.tokens)
+    def __post_init__(self) -> None:
+        if not 1 <= self.position <= len(self.tokens):
+            raise ValueError(
+                f"position must be between 1 and the prompt's {len(self.tokens)} tokens, got {self.position}"
+            )
+
+
+def movable(payload: Payload) -> MovablePayload:
+    """A payload as what a tier below can take.
+
+    Raises:
+        TypeError: it only knows its size.
+    """
+    if not isinstance(payload, MovablePayload):
+        raise TypeError(
+            f"a {type(payload).__name__} cannot leave memory, as it has no moved_to and to_bytes; give such payloads "
+            "a store without host_memory and disk_memory"
+        )
+    return payload
 
 
 def namespace_of(space: str) -> str:
@@ -96,16 +92,11 @@ def namespace_of(space: str) -> str:
 
 
 def unit_of(checkpoint: Checkpoint) -> Unit:
-    """A stored checkpoint as a unit; to be called under the store's lock."""
-    root, segment = checkpoint.node, checkpoint.kv
-    kv: dict[Span, MovablePayload] = {}
-    while root.parent is not None:
-        root = root.parent
-    while segment is not None:
-        kv[segment.start, segment.end] = cast(MovablePayload, segment.payload)
-        segment = segment.parent
-    tokens = checkpoint.node.path_tokens()[: checkpoint.position]
-    return Unit(root.note, tokens, cast(MovablePayload, checkpoint.state), dict(reversed(kv.items())), checkpoint.hits)
+    """A stored checkpoint as a unit; to be called under its ledger's lock."""
+    node, position = checkpoint.node, checkpoint.position
+    kv = {(segment.start, segment.end): segment.payload for segment in checkpoint.chain()}
+    tokens = node.path_tokens()[:position]
+    return Unit(node.root.space, tokens, position, checkpoint.state, list(kv), kv, checkpoint.hits)
 
 
 def holder(path: list[Node], position: int) -> Node:
@@ -116,14 +107,16 @@ def holder(path: list[Node], position: int) -> Node:
 def chain_of(path: list[Node], spans: Sequence[Span]) -> list[KVSegment]:
     """The stored segments for the first of `spans`, each chained to the one before."""
     chain: list[KVSegment] = []
+    below: KVSegment | None = None
     index = 0
     for start, end in spans:
         while index < len(path) and path[index].end < end:
             index += 1
-        segment = path[index].segments.get((start, end)) if index < len(path) else None
-        if segment is None or segment.parent is not (chain[-1] if chain else None):
+        segment = path[index].segments.get((below, end)) if index < len(path) else None
+        if segment is None or segment.start != start:
             break
         chain.append(segment)
+        below = segment
     return chain
 
 

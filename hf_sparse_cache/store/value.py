@@ -139,13 +139,13 @@ class Learned(Scored):
         super().passed(path, overlap, resumed, now)
         self.tables.advance(now)
         for node in path:
-            if node.note is not None:
-                cell, since = node.note
+            if node.waiting is not None:
+                cell, since = node.waiting
                 whole = node.end - overlap < MIN_EDGE_TOKENS
                 self.tables.hit(cell, since, split=not whole)
                 if whole:
                     self.tables.leave(cell, since)
-                    node.note = None
+                    node.waiting = None
 
     def settled(self, path: Sequence[Node], forecast: Forecast | None, now: int) -> None:
         """Lets the prompt's edges wait for their next pass; asks the forecast who stops at its checkpoints."""
@@ -154,9 +154,9 @@ class Learned(Scored):
         apart: list[int] = []  # junctions above the edge of each, at which other prompts leave the path
         junctions = 0
         for level, (node, child) in enumerate(zip(path, [*path[1:], None], strict=True), 1):
-            if node.note is None and len(node.tokens) >= MIN_EDGE_TOKENS:
+            if node.waiting is None and len(node.tokens) >= MIN_EDGE_TOKENS:
                 cell = cell_of(node.passes, level)
-                node.note = cell, self.now
+                node.waiting = cell, self.now
                 self.tables.enter(cell)
             if child is not None and node.recent is not child:
                 if len(node.children) <= FORK_CHILDREN:
@@ -182,9 +182,9 @@ class Learned(Scored):
     def _bypass(self, node: Node | None) -> None:
         """Notes that prompts left the path of `node` for another, from there to its latest end."""
         while node is not None:
-            if node.note is not None:
-                cell, since = node.note
-                node.note = self.tables.bypass(cell, since), since
+            if node.waiting is not None:
+                cell, since = node.waiting
+                node.waiting = self.tables.bypass(cell, since), since
             for checkpoint in node.checkpoints.values():
                 self.cells[checkpoint.slot] |= 1
             node = node.recent

@@ -15,7 +15,7 @@ from .outline import Branch, added_kv_bytes, outline
 
 if TYPE_CHECKING:
     from ..models.server import Server
-    from ..store.store import CheckpointStore
+    from ..store.tier import Tier
 
 Decode = Callable[[list[int]], str]
 # What is shown of a tier: some dozens of edges, the deepest checkpoints of each, and the first tokens of its text.
@@ -42,9 +42,9 @@ def page(server: Server, stats: CacheStats) -> str:
     )
 
 
-def _tree(tier: CheckpointStore, space: str, decode: Decode | None) -> str:
+def _tree(tier: Tier, space: str, decode: Decode | None) -> str:
     """What one tier holds of a space as a nested list; empty when it holds nothing."""
-    name, rows, left_out = getattr(tier, "name", "memory"), [], 0
+    name, rows, left_out = tier.name, [], 0
     with tier.lock:  # tokens and figures are taken out under it, and decoded without it
         for branch in outline(tier.forest.roots.get(space), _EDGES):
             if branch.level:

@@ -1,0 +1,46 @@
+"""The tier in host memory, for models on an accelerator."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from .eviction import LRU
+from .ledger import Ledger
+from .tier import Demote, Tier
+from .unit import Span, Unit, movable
+
+
+class HostTier(Tier):
+    """Units in pinned host memory.
+
+    Args:
+        max_memory: its own budget in bytes, None for no limit.
+    """
+
+    name = "host"
+
+    def __init__(self, max_memory: int | None) -> None:
+        super().__init__(Ledger(max_memory, LRU()))
+
+    def accept(self, unit: Unit, demote: Demote | None = None) -> bool:
+        """Copies a unit; False for one that lives here already: a model on the CPU has no use for a host tier."""
+        with ExitStack() as hold:
+            try:
+                state = movable(unit.state).moved_to(self.name)
+                if state is unit.state:
+                    return False
+                missing = self.ledger.missing_spans(unit.tokens, unit.spans, unit.space, hold)
+                kv = {span: movable(unit.kv[span]).moved_to(self.name) for span in missing}
+            except (MemoryError, RuntimeError) as error:  # torch reports a lack of pinned memory as a RuntimeError
+                self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
+                return False
+            moved = Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)
+            stored = self.put(moved, demote, urgent=True)
+        self.ledger.trim()
+        return stored is not None
+
+    def fetch(self, unit: Unit, spans: list[Span]) -> Unit | None:
+        """A pinned checkpoint's unit on the model's device, with the KV of `spans`."""
+        state = movable(unit.state).moved_to("device")
+        kv = {span: movable(unit.kv[span]).moved_to("device") for span in spans}
+        return Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)
