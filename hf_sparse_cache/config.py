@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
+from .checks import MOST_ID, is_whole, shown, text
 from .hub import Shareable
 from .stats import parse_bytes, table
 
@@ -42,11 +43,15 @@ class SparseCacheConfig(Shareable):
     def __post_init__(self) -> None:
         parse_bytes(self.max_memory)
         if self.exactness not in EXACTNESS:
-            raise ValueError(f"exactness must be 'bitwise' or 'numerical', not {self.exactness!r}.")
-        if self.max_checkpoints is not None and self.max_checkpoints < 0:
-            raise ValueError(f"max_checkpoints must be None or at least 0, not {self.max_checkpoints}.")
-        if self.grid is not None and self.grid < 2:
-            raise ValueError(f"grid must be at least 2 tokens, not {self.grid}; leave it out for the family's own.")
+            raise ValueError(f"exactness must be 'bitwise' or 'numerical', not {shown(self.exactness)}.")
+        if self.max_checkpoints is not None and not is_whole(self.max_checkpoints, 0):
+            raise ValueError(f"max_checkpoints must be None or at least 0, not {shown(self.max_checkpoints)}.")
+        if self.grid is not None and not is_whole(self.grid, 2, MOST_ID):
+            raise ValueError(
+                f"grid must be at least 2 tokens, not {shown(self.grid)}; leave it out for the family's own."
+            )
+        text("policy", self.policy, "give the name of a placement policy")
+        text("namespace", self.namespace, "give the name of a tenant that UTF-8 can hold")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .checks import MOST_ID, is_whole, shown, whole_number
 from .planning.cuts import cut_positions
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
@@ -129,21 +130,24 @@ def simulate(
         ValueError: if an argument is out of range or a name unknown.
         TypeError: if `policy` is neither a name nor a `Policy` object, or places what are no positions.
     """
-    if state_bytes < 1:
-        raise ValueError(f"state_bytes must be at least 1, got {state_bytes}; it is the size of one checkpoint")
-    if kv_bytes_per_token < 0:
+    if not is_whole(state_bytes, 1):
+        raise ValueError(f"state_bytes must be at least 1, got {shown(state_bytes)}; it is the size of one checkpoint")
+    if not is_whole(kv_bytes_per_token, 0):
         raise ValueError(
-            f"kv_bytes_per_token must be at least 0, got {kv_bytes_per_token}; use 0 without full attention"
+            f"kv_bytes_per_token must be at least 0, got {shown(kv_bytes_per_token)}; use 0 without full attention"
         )
-    if not 0.0 <= warmup < 1.0:
-        raise ValueError(f"warmup must be a fraction in [0, 1), got {warmup}; 0.6 leaves 40 % of the requests counted")
+    if not isinstance(warmup, int | float) or not 0.0 <= warmup < 1.0:
+        raise ValueError(
+            f"warmup must be a fraction in [0, 1), got {shown(warmup)}; 0.6 leaves 40 % of the requests counted"
+        )
+    whole_number("grid", grid, 1, "it is the distance of the regular cuts in tokens", MOST_ID)
+    specials = tuple(whole_number("cut_ids", cut, 0, "give token ids", MOST_ID) for cut in cut_ids)
     if prefill_cost is not None and not isinstance(policy, str):
         raise ValueError(
             f"prefill_cost is for policies by name, but policy is a {type(policy).__name__} object; give it to that"
         )
     if not isinstance(policy, str):
         check_policy(policy)
-    specials = tuple(cut_ids)
     place = make_policy(policy, specials, prefill_cost) if isinstance(policy, str) else policy
     store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)
     prompts = load_trace(trace)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .checks import shown
+
 
 @dataclass(frozen=True)
 class RequestInfo:
@@ -140,6 +142,7 @@ def format_bytes(count: float) -> str:
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_MOST_DIGITS = 30
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -152,13 +155,20 @@ def parse_bytes(value: int | str | None, name: str = "max_memory") -> int | None
     if value is None:
         return None
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
-        if match is None or match[2].lower() not in _UNITS:
-            raise ValueError(f"{name}={value!r} is not a size; write bytes as a number or e.g. '2GiB'")
-        return int(float(match[1]) * _UNITS[match[2].lower()])
-    if isinstance(value, bool) or int(value) != value or value < 0:
-        raise ValueError(f"{name}={value!r} must be a whole number of bytes, at least 0; or a string such as '2GiB'")
-    return int(value)
+        match = re.fullmatch(r"\s*([0-9]+)(\.[0-9]+)?\s*([a-zA-Z]*)\s*", value)
+        unit = _UNITS.get(match[3].lower(), 0) if match is not None and len(match[1]) <= _MOST_DIGITS else 0
+        if match is None or not unit or (unit == 1 and float(match[2] or 0)):
+            raise ValueError(f"{name}={shown(value)} is not a size; write bytes as a number or e.g. '2GiB'")
+        return int(match[1]) * unit + int(float(match[2] or 0) * unit)
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if isinstance(value, bool) or number != value or number < 0:
+        raise ValueError(
+            f"{name}={shown(value)} must be a whole number of bytes, at least 0; or a string such as '2GiB'"
+        )
+    return number
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

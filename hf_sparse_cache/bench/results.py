@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import jsontext
 from ..tools.machine import describe_machine
 
 
@@ -75,7 +76,9 @@ class Folder:
         )
         known = path / "config.json"
         if known.is_file():
-            before = json.loads(known.read_text(encoding="utf-8"))
+            before = jsontext.read(known)
+            if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
+                raise ValueError(f"--out {path}: its config.json is not that of a run; give another folder.")
             differ = sorted(
                 key for key, value in content["settings"].items() if before["settings"].get(key, value) != value
             )
@@ -83,9 +86,9 @@ class Folder:
                 raise ValueError(
                     f"--out {path} holds a run with other settings ({', '.join(differ)}); give another folder."
                 )
-            content = before
-        else:
-            (path / "units").mkdir(parents=True, exist_ok=True)
+            content = {**content, **before}
+        (path / "units").mkdir(parents=True, exist_ok=True)
+        if not known.is_file():
             _write(known, content)
         self.config: dict[str, Any] = content
 
@@ -109,7 +112,7 @@ class Folder:
         import pandas
 
         files = sorted((self.path / "units").glob("*.json"))
-        summaries = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        summaries = [jsontext.read(file) for file in files]
         rows = pandas.concat([pandas.read_parquet(file.with_suffix(".parquet")) for file in files], ignore_index=True)
         rows.to_parquet(self.path / "requests.parquet", index=False)
         return rows, summaries

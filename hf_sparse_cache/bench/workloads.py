@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import shown, token_ids
 from ..planning.cuts import Tokens
-from ..tools.traces import folder_prompts, interleave
+from ..tools.folders import folder_prompts, read_hashes, template_of
+from ..tools.traces import interleave
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -116,9 +117,7 @@ def load_workload(
             raise FileNotFoundError(f"dataset={source!r} does not exist; give a file, a workload folder or a Hub id")
         if not path.stat().st_size:
             raise ValueError(f"dataset={source!r} is empty; give a file with at least one row")
-        loaded = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-    else:
-        loaded = datasets.load_dataset(source, config, split=split)
+    loaded = _loaded(source, path, config, split)
     unknown = [column for column in columns if column not in loaded.column_names]
     if unknown or not (columns or {"messages", "input_ids", "text"} & set(loaded.column_names)):
         raise ValueError(
@@ -128,37 +127,61 @@ def load_workload(
     return Workload(name, source, datasets.Dataset.from_list(list(_rows(loaded, chosen))))
 
 
+def _loaded(source: str, path: Path, config: str | None, split: str) -> Any:
+    """The dataset as `datasets` gives it, whose errors have classes of their own and say what is wrong in their cause.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    import datasets
+
+    try:
+        if path.suffix in _READERS:
+            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(source, config, split=split)
+    except MemoryError:
+        raise
+    except Exception as error:
+        said = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ValueError(
+            f"dataset={shown(source)} cannot be loaded ({type(error).__name__}: {said}); check the file, or the name, "
+            "config, split and connection of a Hub id"
+        ) from error
+
+
 def _folder(path: Path) -> Iterator[dict[str, Any]]:
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    if meta["template"] != "hash_ids":
+    if template_of(path) != "hash_ids":
         for group, text in folder_prompts(path):
             yield {"group": group, "text": text}
         return
-    block = int(meta["block"])
-    with (path / "requests.jsonl").open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            blocks = np.repeat(np.asarray(row["hash_ids"], dtype=np.int64), block)[: row["input_length"]]
-            # A block's hash stands for its tokens, which were not published: any fixed function of both will do. One
-            # group, since the trace is in the order of its arrivals already.
-            yield {"group": _ONE_GROUP, "input_ids": blocks * 7919 + np.arange(len(blocks)) % block * 104729 + 3}
+    block, prompts, lengths = read_hashes(path)
+    for ids, length in zip(prompts, lengths, strict=True):
+        blocks = np.repeat(ids.astype(np.int64), block)[:length]
+        # A block's hash stands for its tokens, which were not published: any fixed function of both will do. One
+        # group, since the trace is in the order of its arrivals already.
+        yield {"group": _ONE_GROUP, "input_ids": blocks * 7919 + np.arange(len(blocks)) % block * 104729 + 3}
 
 
 def _rows(loaded: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
     for index, row in enumerate(loaded):
-        first = row[columns[0]]
+        first, where = row[columns[0]], f"row {index} of the dataset"
         if columns == ["input_ids"]:
-            yield {"group": str(index), "input_ids": first}
+            yield {"group": str(index), "input_ids": token_ids(first, where)}
         elif isinstance(first, list):
-            yield from ({"group": str(index), "text": text} for text in _turns(first))
+            yield from ({"group": str(index), "text": text} for text in _turns(first, where))
         else:
             parts = [str(row[column]) for column in columns]
+            if not any(parts):
+                raise ValueError(f"{where} has no text in {', '.join(columns)}; leave it out")
             yield {"group": parts[0], "text": "\n\n".join(parts)}
 
 
-def _turns(messages: list[dict[str, str]]) -> Iterator[str]:
+def _turns(messages: list[Any], where: str) -> Iterator[str]:
     """The prompts of a conversation: everything up to each turn of the user, as ChatML."""
     text = ""
     for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"{where} has the message {shown(message)}; give objects with role and content")
         text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
         if message["role"] == "user":
             yield text + "<|im_start|>assistant\n"

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..checks import MOST_ID, printable
 from ..tools.builtin_sizes import SIZES
 from .benching import bench
+from .outputs import check_output
 from .screen import Screen, fail
 
 
@@ -50,7 +52,9 @@ def _model_names(incomplete: str) -> list[str]:
 
 
 ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
-Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
+Grid = Annotated[
+    int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
+]
 Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500MB or 2GiB.")]
 Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's choice.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
@@ -164,13 +168,16 @@ def plan(
     policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: all.")] = None,
     max_checkpoints: MaxCheckpoints = None,
     cut_id: Annotated[
-        list[int] | None, typer.Option(help="Token id after which prompts may be cut, the end of a message; repeat.")
+        list[int] | None,
+        typer.Option(
+            help="Token id after which prompts may be cut, the end of a message; repeat.", min=0, max=MOST_ID
+        ),
     ] = None,
     grid: Grid = None,
     warmup: Warmup = 0.0,
     requests: Annotated[int | None, typer.Option(help="Only the first so many requests of the trace.", min=1)] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the three pictures into this file.")] = None,
-    tokens: Annotated[int, typer.Option(help="Length of the prompts without a trace.", min=64)] = 8192,
+    tokens: Annotated[int, typer.Option(help="Length of the prompts without a trace.", min=64, max=2**22)] = 8192,
     json: Json = False,
 ) -> None:
     """Advise before memory is spent: what each policy would reuse of a trace, where, and what memory would be worth.
@@ -181,6 +188,8 @@ def plan(
 
     screen = Screen(json)
     _quiet()
+    if png is not None:
+        check_output(png, "--png")
     sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid)
     if trace is None:
         screen.emit({"model": model, **advising.without_trace(sizes, tokens, max_memory, png, screen)})
@@ -282,9 +291,21 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("HF_SPARSE_CACHE_DEBUG"):
             raise
-        usage = getattr(error, "format_message", None)  # typer's own errors have it; it brings its copy of click
-        expected = isinstance(error, (ValueError, OSError, ImportError))
-        message = usage() if usage else str(error) if expected else f"{type(error).__name__}: {error}"
-        if message:  # none where the help was shown in place of a command
+        if message := _described(error):  # none where the help was shown in place of a command
             fail(message)
         sys.exit(2)
+
+
+def _described(error: Exception) -> str:
+    """What went wrong and what to do, in one line."""
+    usage = getattr(error, "format_message", None)  # typer's own errors have it; it brings its copy of click
+    if usage is not None:
+        return str(usage())
+    if isinstance(error, OSError) and error.strerror:  # of the system, which names no remedy
+        where = "" if error.filename is None else f"{printable(str(error.filename))}: "
+        return f"{where}{error.strerror}; check the path, its permissions and the room on its disk"
+    if isinstance(error, ValueError | OSError | ImportError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); ask for less: a smaller model, trace or budget, or fewer --tokens"
+    return f"{type(error).__name__}: {error}; HF_SPARSE_CACHE_DEBUG=1 shows where it comes from"

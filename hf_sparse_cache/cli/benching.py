@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checks import MOST_ID
+from ..stats import parse_bytes
+from .outputs import check_folder, check_output
 from .screen import Screen
 
 
@@ -36,7 +39,7 @@ def bench(
     ] = None,
     max_memory: Annotated[str, typer.Option(help="Bytes that each policy may store.")] = "2GiB",
     grid: Annotated[
-        int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)
+        int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt.", min=1)] = None,
     requests: Annotated[int | None, typer.Option(help="How many requests of each dataset; 0 for all.", min=0)] = None,
@@ -46,7 +49,9 @@ def bench(
     checked: Annotated[int | None, typer.Option(help="Requests whose logits are compared.", min=0)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the arrivals, and of a built-in model's weights.")] = 42,
+    seed: Annotated[
+        int, typer.Option(help="Of the arrivals, and of a built-in model's weights.", min=0, max=2**32 - 1)
+    ] = 42,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")
     ] = False,
@@ -104,7 +109,11 @@ def bench(
         seed=seed,
         **sizes,
     )
+    parse_bytes(max_memory)
     folder = out or Path("bench-runs") / _digest(asdict(settings))
+    check_folder(folder, "--out")
+    if report is not None:
+        check_output(report, "--report")
     command = shlex.join(["hf-sparse-cache", *sys.argv[1:]])
     if not json:
         screen.say(f"Results go to {folder}; the same command goes on there if it is interrupted.\n")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..checks import printable
 from ..stats import format_bytes
 
 
@@ -34,13 +35,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
         shared = trace["overlap_tokens"] / max(1, trace["prompt_tokens"])
         kv = f" and {format_bytes(found['kv_bytes_per_token'])} a token" if found["kv_bytes_per_token"] else ""
         figure.suptitle(
-            f"{trace['name']}: {trace['requests']:,} requests, {shared:.0%} of their tokens shared with earlier "
-            f"prompts; a checkpoint takes {format_bytes(found['state_bytes'])}{kv}",
+            f"{printable(trace['name'])}: {trace['requests']:,} requests, {shared:.0%} of their tokens shared with "
+            f"earlier prompts; a checkpoint takes {format_bytes(found['state_bytes'])}{kv}",
             fontsize=10,
+            parse_math=False,
         )
         _policies(left, found)
         _depths(middle, found)
         _frontier(right, found)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
 
 

@@ -1,10 +1,12 @@
 """What a command writes: rich tables on a terminal, Markdown in a pipe, one JSON object with `--json`.
 
-Progress goes to standard error and only to a terminal, so that what is piped is the result and nothing else.
+Progress goes to standard error and only to a terminal, so that what is piped is the result and nothing else. Texts,
+names and paths of users pass through here: what would steer a terminal is spelt out.
 """
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from ..checks import printable
 from ..stats import table as markdown_table
 
 
@@ -35,15 +39,17 @@ class Screen:
         if self._json:
             return
         if self._out.is_terminal:
-            self._out.print(text, style=style, markup=False)
+            self._out.print(printable(text), style=style, markup=False)
         else:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table; on a terminal every column but the first is aligned to the right."""
         if self._json:
             return
+        rows = [[_cell(cell) for cell in row] for row in rows]
         if not self._out.is_terminal:
+            rows = [[re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row] for row in rows]  # it would end the cell
             self.say(
                 f"{title}\n\n{markdown_table(columns, rows)}\n" if title else f"{markdown_table(columns, rows)}\n"
             )
@@ -55,7 +61,7 @@ class Screen:
         for index, column in enumerate(columns):
             drawn.add_column(column, justify="right" if index else "left", no_wrap=True, width=widths[index])
         for row in rows:
-            drawn.add_row(*row)
+            drawn.add_row(*map(Text, row))  # in brackets stands what users wrote, no markup of ours
         self._out.print(drawn)
 
     def emit(self, result: dict[str, Any]) -> None:
@@ -67,7 +73,7 @@ class Screen:
     def progress(self, total: float, what: str) -> Iterator["Steps"]:
         """A bar that `Steps.step` moves; silent without a terminal."""
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -77,6 +83,10 @@ class Screen:
         )
         with bar:
             yield Steps(bar, total, what)
+
+
+def _cell(text: str) -> str:
+    return " ".join(printable(text).splitlines()).expandtabs(1)
 
 
 def _plain(value: Any) -> Any:
@@ -96,11 +106,11 @@ class Steps:
     """A bar in motion: announce what comes next, then say how much of the work it was."""
 
     def __init__(self, bar: Progress, total: float, what: str) -> None:
-        self._bar, self._task = bar, bar.add_task(what, total=total)
+        self._bar, self._task = bar, bar.add_task(_cell(what), total=total)
 
     def now(self, what: str) -> None:
         """Name the step that begins."""
-        self._bar.update(self._task, description=what)
+        self._bar.update(self._task, description=_cell(what))
 
     def done(self, amount: float) -> None:
         """Move the bar."""
@@ -109,5 +119,5 @@ class Steps:
 
 def fail(message: str) -> None:
     """One line on standard error, whatever the message was."""
-    line = " ".join(message.split())
+    line = " ".join(printable(message).split())
     print(f"hf-sparse-cache: {line}", file=sys.stderr, flush=True)

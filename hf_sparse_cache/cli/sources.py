@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import text as checked_text
 from ..tools import builtin
-from ..tools.traces import read_lines
+from ..tools.folders import read_requests
 
 
 # The project's own documents in the order in which the demo reads them; the questions are about the first ones.
@@ -58,6 +59,8 @@ def reading(
     if document is not None:
         if len(questions) < 2:
             raise ValueError("--document needs at least two --question options: the first one pays for the others.")
+        for question in questions:
+            checked_text("--question", question, "give text in UTF-8")
         tasks = about(read_document(document), questions, document.name)
         return Reading([task.prompt for task in tasks], lambda tokenizer: tasks)
     text, name = own_document()
@@ -72,7 +75,7 @@ def read_document(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--document {path} cannot be read ({error}); give a text file in UTF-8.") from error
 
 
@@ -108,29 +111,20 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
     missing = [name for name in ("texts.jsonl", "requests.jsonl") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"--workload {folder}: no {' and no '.join(missing)} there; give a folder that has both.")
-    try:
-        return _tasks(folder, groups)
-    except KeyError as error:
-        raise ValueError(
-            f"--workload {folder}: {error} is missing; texts.jsonl needs id and text in each row, requests.jsonl "
-            "group_id and segments, which are ids of the texts."
-        ) from error
-
-
-def _tasks(folder: Path, groups: int) -> list[Task]:
-    texts = {text["id"]: text["text"] for text in read_lines(folder / "texts.jsonl")}
     tasks: list[Task] = []
     seen: dict[str, None] = {}
-    for request in read_lines(folder / "requests.jsonl"):
-        segments = request.get("segments")
-        if not segments:
-            raise ValueError(f"--workload {folder}: requests.jsonl has no 'segments', so there is no text to read.")
-        seen.setdefault(request["group_id"])
-        if len(seen) > groups:
-            break
-        *before, question = (texts[segment] for segment in segments)
-        asked = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
-        tasks.append(Task(f"{folder.name}/{request['group_id']}", asked, "".join(before) + question))
+    try:
+        for asked in read_requests(folder):
+            seen.setdefault(asked.group)
+            if len(seen) > groups:
+                break
+            *before, question = (segment["text"] for segment in asked.segments)
+            said = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
+            tasks.append(Task(f"{folder.name}/{asked.group}", said, "".join(before) + question))
+    except ValueError as error:
+        raise ValueError(f"--workload {folder}: {error}") from error
+    if not tasks:
+        raise ValueError(f"--workload {folder}: requests.jsonl is empty; give at least one request.")
     return tasks
 
 

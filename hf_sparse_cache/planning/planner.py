@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from ..checks import shown
 from ..hub import Shareable
 
 
@@ -82,7 +83,7 @@ class CheckpointPlan(Shareable):
                 raise ValueError(f"{name} is missing: a plan has positions and expected_cost, this is {dict(content)}")
         found = content["positions"]
         if not isinstance(found, list | tuple):
-            raise ValueError(f"positions is {found!r}: give a list of positions")
+            raise ValueError(f"positions is {shown(found)}: give a list of positions")
         positions = [_count("positions", position) for position in found]
         if any(here <= before for before, here in zip([0, *positions], positions, strict=False)):
             raise ValueError(f"positions is {positions}: give positions of at least 1 in ascending order")
@@ -235,7 +236,7 @@ def _spliced(few: Sequence[int], many: Sequence[int], limit: int) -> list[int]:
 def _vector(name: str, value: ArrayLike) -> NDArray[np.float64]:
     try:
         vector = np.ascontiguousarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a vector of numbers, got {type(value).__name__}: {error}") from None
     if np.ndim(value) != 1:
         raise ValueError(f"{name} must have one dimension, got shape {np.shape(value)}")
@@ -263,15 +264,15 @@ def _count(name: str, value: int) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise ValueError(f"{name} is {value!r}: give a whole number of at least 0, or None for no limit")
+        raise ValueError(f"{name} is {shown(value)}: give a whole number of at least 0, or None for no limit")
     return number
 
 
 def _price(name: str, value: float) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
-        raise ValueError(f"{name} is {value!r}: give a finite number of at least 0")
+        raise ValueError(f"{name} is {shown(value)}: give a finite number of at least 0")
     return number

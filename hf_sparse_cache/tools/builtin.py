@@ -4,8 +4,8 @@ The text they write means nothing. What they show is time, memory and exactness,
 counts: each has the structure of its family at a few layers (see `builtin_sizes`).
 """
 
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .builtin_sizes import SIZES as SIZES
 from .random_weights import cast_weights, draw_weights
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS]  # ids 0, 1 and 2
 
@@ -72,27 +73,34 @@ def load(
         OSError: when it cannot be read, from the folder or from the Hub.
     """
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # "meta" makes tensors, and holds none
     except (RuntimeError, AssertionError) as error:
         said = str(error).partition("\n")[0]
         raise ValueError(f"device={device!r} cannot be used: {said}; choose another, such as cpu") from error
     model: Any
     if name in SIZES:
         named = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise ValueError(f"dtype={dtype!r} is not a dtype of torch; use auto, float32 or bfloat16")
+        if named not in _DTYPES:
+            raise ValueError(f"dtype={dtype!r} is no dtype that models run in; use auto, float32 or bfloat16")
         model = build_model(name, named, seed)
         return model.to(device), build_tokenizer(texts)
-    if "/" not in name and not Path(name).exists():
+    there = os.path.exists(name)
+    if not name or ("/" not in name and not there):
         raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(SIZES)}")
     try:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-    except OSError as error:  # several lines about connections, revisions and tokens
-        if Path(name).exists():
-            raise
-        raise OSError(
-            f"MODEL {name} is not in the local cache of Hugging Face and cannot be fetched from the Hub; check the "
-            f"name and the connection, or take a built-in model, which needs no download: {', '.join(SIZES)}"
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a broken folder gives whatever it gives; the Hub, lines about connections and tokens
+        if isinstance(error, OSError) and not there:
+            raise OSError(
+                f"MODEL {name} is not in the local cache of Hugging Face and cannot be fetched from the Hub; check "
+                f"the name and the connection, or take a built-in model, which needs no download: {', '.join(SIZES)}"
+            ) from error
+        said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"MODEL {name} holds no model and tokenizer that transformers can load: {said}; give a folder written by "
+            "save_pretrained, and a dtype of torch"
         ) from error
     return model.to(device).eval(), tokenizer
 

@@ -1,15 +1,14 @@
-"""Traces for the simulator: workload folders, datasets, JSON lines, or any iterable of prompts.
+"""Traces for the simulator: workload folders (see `folders`), datasets, JSON lines, or any iterable of prompts.
 
-A workload folder holds `meta.json`, `requests.jsonl` and, unless it is a trace of block hashes, `texts.jsonl`;
-requests of one group keep their order, groups are interleaved with exponential inter-arrival times as in the paper
-(arXiv 2605.05219).
+Requests of one group of a folder keep their order, groups are interleaved with exponential inter-arrival times as in
+the paper (arXiv 2605.05219).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import jsontext
+from ..checks import shown, token_ids
 from ..planning.cuts import Tokens
+from .folders import folder_prompts, read_hashes, template_of
 
 
 Tokenize = Callable[[str], Sequence[int]]
@@ -69,7 +71,8 @@ class Trace(Sequence[Tokens]):
         if self._block == 1 or isinstance(index, slice):
             return prompt if self._block == 1 else [self[i] for i in range(*index.indices(len(self)))]
         assert self._lengths is not None
-        return np.repeat(prompt, self._block)[: self._lengths[index]]
+        length = self._lengths[index]
+        return np.repeat(prompt[: -(-length // self._block)], self._block)[:length]
 
     def __iter__(self) -> Iterator[Tokens]:
         return (self[index] for index in range(len(self)))
@@ -115,19 +118,19 @@ def load_trace(source: Any, *, tokenize: Tokenize | None = None, seed: int = 42)
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        if not path.exists():
-            raise FileNotFoundError(f"trace={str(path)!r} does not exist; give a workload folder or a .jsonl file")
-        trace = _load_folder(path, tokenize, seed) if path.is_dir() else _load_lines(path)
+        if not os.path.exists(path):  # which is not upset by a name that no file can have
+            raise FileNotFoundError(
+                f"trace={shown(str(path))} does not exist; give a workload folder or a .jsonl file"
+            )
+        trace = _load_folder(path, tokenize, seed) if path.is_dir() else _of_rows(_json_rows(path))
     elif hasattr(source, "column_names"):
-        if "input_ids" not in source.column_names:
-            raise ValueError(f"trace has columns {source.column_names}; rename the one with token ids to 'input_ids'")
-        outputs = source["output_ids"] if "output_ids" in source.column_names else None
-        trace = Trace(
-            [_tokens(row) for row in source["input_ids"]],
-            outputs=None if outputs is None else [_output(row) for row in outputs],
-        )
+        trace = _of_rows(_dataset_rows(source))
+    elif isinstance(source, Trace):
+        trace = source
+    elif isinstance(source, Iterable):
+        trace = _of_rows((f"trace[{index}]", row) for index, row in enumerate(source))
     else:
-        trace = source if isinstance(source, Trace) else _of_rows(("trace", row) for row in source)
+        raise ValueError(f"trace={shown(source)} is no trace; give a path, a dataset, or a list of token id lists")
     if not len(trace):
         name = f"trace {source}" if isinstance(source, str | os.PathLike) else "trace"
         raise ValueError(f"{name} holds no prompt; give at least one")
@@ -135,7 +138,7 @@ def load_trace(source: Any, *, tokenize: Tokenize | None = None, seed: int = 42)
 
 
 def _of_rows(rows: Iterable[tuple[str, Any]]) -> Trace:
-    """Where each row stands, and the row: a token array, or a mapping of `input_ids` and, if known, `output_ids`."""
+    """Where each row stands, and the row: token ids, or a mapping of `input_ids` and, if known, `output_ids`."""
     prompts: list[Tokens] = []
     outputs: list[Tokens] = []
     known = False
@@ -143,101 +146,53 @@ def _of_rows(rows: Iterable[tuple[str, Any]]) -> Trace:
         output = None
         if isinstance(row, Mapping):
             if "input_ids" not in row:
-                raise ValueError(f"{where} has a row with keys {list(row)}; name the one with token ids 'input_ids'")
+                keys = ", ".join(map(shown, row))
+                raise ValueError(f"{where} has a row with keys [{keys}]; name the one with token ids 'input_ids'")
             row, output = row["input_ids"], row.get("output_ids")
-        prompts.append(_tokens(row, where))
-        outputs.append(_output(output, where))
+        prompts.append(token_ids(row, where))
+        outputs.append(token_ids(() if output is None else output, f"{where}: output_ids", empty=True))
         known |= output is not None
     return Trace(prompts, outputs=outputs if known else None)
 
 
-def _output(row: Any, where: str = "trace") -> Tokens:
-    return _tokens(()) if row is None else _tokens(row, where)
+def _dataset_rows(source: Any) -> Iterator[tuple[str, Any]]:
+    if "input_ids" not in source.column_names:
+        raise ValueError(f"trace has columns {source.column_names}; rename the one with token ids to 'input_ids'")
+    columns = [name for name in ("input_ids", "output_ids") if name in source.column_names]
+    for index, values in enumerate(zip(*(source[name] for name in columns), strict=True)):
+        yield f"trace[{index}]", dict(zip(columns, values, strict=True))
 
 
-def _tokens(row: Any, where: str = "trace") -> Tokens:
-    if hasattr(row, "detach"):
-        row = row.detach().cpu().numpy()
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        ids = np.asarray(row)
-    except ValueError as error:  # lists of several lengths
-        raise ValueError(f"{where} has a prompt of nested lists; give integer token ids of shape (N,)") from error
-    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"{where} has a prompt of {ids.dtype} {ids.shape}; give integer token ids of shape (N,)")
-    return ids.astype(np.int32, copy=False)
-
-
-def _load_lines(path: Path) -> Trace:
-    return _of_rows((f"{path}: line {number}", row) for number, row in _numbered_lines(path))
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The values of a `.jsonl` file; empty lines are passed over.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: a line is not JSON; names file and line.
-    """
-    return [value for _, value in _numbered_lines(path)]
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if text := line.decode("utf-8").strip():
-                    yield number, json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number} is not JSON in UTF-8 ({error}); mend it") from error
+        yield from jsontext.lines(path)
+    except OSError as error:
+        raise OSError(f"trace={str(path)!r} cannot be read ({error.strerror}); give a .jsonl file") from error
 
 
 def _load_folder(folder: Path, tokenize: Tokenize | None, seed: int) -> Trace:
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"trace={str(folder)!r} has no meta.json; give a workload folder or a .jsonl file")
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["template"] == "hash_ids":  # recorded arrival times: already in order
-        rows = read_lines(folder / "requests.jsonl")
-        prompts = [np.asarray(row["hash_ids"], dtype=np.int32) for row in rows]
-        return Trace(prompts, int(meta["block"]), [int(row["input_length"]) for row in rows])
+    if template_of(folder) == "hash_ids":  # recorded arrival times: already in order
+        hashed = read_hashes(folder)
+        return Trace(hashed.prompts, hashed.block, hashed.lengths)
     cache = _cache_file(folder) if tokenize is None else None
-    if cache is not None and cache.exists():
-        with np.load(cache, allow_pickle=False) as stored:
-            flat, lengths, groups = stored["ids"], stored["lengths"], stored["groups"].tolist()
-    else:
+    found = None if cache is None else _cached(cache)
+    if found is None:
         groups, prompts = _tokenize_folder(folder, tokenize or _default_tokenize())
-        flat, lengths = np.concatenate(prompts), np.asarray([len(prompt) for prompt in prompts])
         if cache is not None:
-            _write(cache, flat, lengths, groups)
-    prompts = np.split(flat, np.cumsum(lengths)[:-1])
+            _write(cache, prompts, groups)
+    else:
+        groups, prompts = found
     return Trace([prompts[index] for index in interleave(groups, seed)])
-
-
-def folder_prompts(folder: Path) -> Iterator[tuple[str, str]]:
-    """Group and text of every request of a workload folder, in file order.
-
-    Raises:
-        ValueError: if its template is not one of texts.
-    """
-    template = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["template"]
-    if template not in ("concat", "chatml"):
-        raise ValueError(f"template={template!r} in {folder}/meta.json is unknown; use concat, chatml or hash_ids")
-    texts = {row["id"]: row for row in read_lines(folder / "texts.jsonl")}
-    for request in read_lines(folder / "requests.jsonl"):
-        segments = [texts[name] for name in request["segments"]]
-        if template == "chatml":
-            turns = [f"<|im_start|>{turn['role']}\n{turn['text']}<|im_end|>\n" for turn in segments]
-            yield request["group_id"], "".join(turns) + "<|im_start|>assistant\n"
-        else:
-            yield request["group_id"], "".join(segment["text"] for segment in segments)
 
 
 def _tokenize_folder(folder: Path, tokenize: Tokenize) -> tuple[list[str], list[Tokens]]:
     groups: list[str] = []
     prompts: list[Tokens] = []
-    for group, text in folder_prompts(folder):
+    for number, (group, text) in enumerate(folder_prompts(folder), 1):
         groups.append(group)
-        prompts.append(np.asarray(tokenize(text), dtype=np.int32))
+        prompts.append(token_ids(tokenize(text), f"{folder}: request {number}"))
+    if not prompts:
+        raise ValueError(f"trace {folder} holds no prompt; give at least one")
     return groups, prompts
 
 
@@ -256,18 +211,32 @@ def _cache_file(folder: Path) -> Path:
     """Where the tokens of a folder are kept between runs: the user's cache folder, keyed by what was read."""
     base = os.environ.get("HF_SPARSE_CACHE_HOME") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     key = hashlib.sha256(DEFAULT_VOCABULARY.encode())
-    for name in ("texts.jsonl", "requests.jsonl"):
-        stat = (folder / name).stat()
-        key.update(f"{folder.resolve()}/{name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    for name in ("texts.jsonl", "requests.jsonl", "meta.json"):
+        if (folder / name).is_file():
+            stat = (folder / name).stat()
+            key.update(f"{folder.resolve()}/{name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     return Path(base) / "hf_sparse_cache" / "traces" / f"{folder.name}-{key.hexdigest()[:16]}.npz"
 
 
-def _write(cache: Path, flat: Tokens, lengths: NDArray[np.int64], groups: list[str]) -> None:
+def _cached(cache: Path) -> tuple[list[str], list[Tokens]] | None:
+    """Groups and prompts as `_write` left them; None where nothing is there that can be read."""
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            flat, lengths, groups = stored["ids"], stored["lengths"], stored["groups"].tolist()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if flat.dtype != np.int32 or len(groups) != len(lengths) or lengths.sum() != len(flat) or not len(flat):
+        return None
+    return groups, np.split(flat, np.cumsum(lengths)[:-1])
+
+
+def _write(cache: Path, prompts: list[Tokens], groups: list[str]) -> None:
     """Writes the tokens, or does without where the folder cannot be written."""
+    partial = cache.with_suffix(f".{os.getpid()}.npz")
+    lengths = np.asarray([len(prompt) for prompt in prompts])
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, ids=flat, lengths=lengths, groups=np.asarray(groups))
+        np.savez(partial, ids=np.concatenate(prompts), lengths=lengths, groups=np.asarray(groups))
         partial.replace(cache)
     except OSError:
-        return
+        partial.unlink(missing_ok=True)
