@@ -27,6 +27,7 @@ PUBLIC = (
     ("The handle", "SparseCacheConfig", "config", ""),
     ("The handle", "CheckpointStore", "store.store", "resize clear flush close"),
     ("The handle", "UnsupportedModelError", "errors", ""),
+    ("The handle", "DamagedFileError", "errors", ""),
     ("What it reports", "CacheStats", "stats", ""),
     ("What it reports", "RequestInfo", "stats", ""),
     ("What it reports", "Explanation", "explain", ""),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .cache import SparsePrefixCache
     from .config import SparseCacheConfig
-    from .errors import UnsupportedModelError
+    from .errors import DamagedFileError, UnsupportedModelError
     from .exactness import ExactnessReport, check_exactness
     from .planning.planner import CheckpointPlan, plan_checkpoints
     from .simulator import SimulationResult, simulate
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointPlan",
     "CheckpointStore",
+    "DamagedFileError",
     "ExactnessReport",
     "SimulationResult",
     "SparseCacheConfig",
@@ -39,6 +40,7 @@ __all__ = [
 _HOMES = {
     "CheckpointPlan": "planning.planner",
     "CheckpointStore": "store.store",
+    "DamagedFileError": "errors",
     "ExactnessReport": "exactness",
     "SimulationResult": "simulator",
     "SparseCacheConfig": "config",

@@ -25,6 +25,7 @@ from .models.tensors import LayerTensors
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
 from .stats import CacheStats, Recorder, RequestInfo, format_bytes
+from .store.seal import Seal
 from .store.store import CheckpointStore
 
 
@@ -172,43 +173,66 @@ class SparsePrefixCache(Handle):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path) -> int:
-        """Write every checkpoint of this handle's weights and namespace, from all tiers, to a folder.
+    def save_pretrained(
+        self, save_directory: str | Path, *, key: str | bytes | None = None, encrypt: bool | None = None
+    ) -> int:
+        """Write every checkpoint of this handle's weights and namespace, from all tiers, and its marks to a folder.
 
-        A save replaces what an earlier one left there. One that is interrupted leaves a smaller cache, not a broken
-        one. The files reveal the prompts; they are readable by their owner alone and are never pushed to the Hub.
+        A save replaces what an earlier one of the same cache left there, once all of it is written; one that fails
+        leaves the earlier one as it was. Nothing else in the folder is touched. The files reveal the prompts; they are
+        readable by their owner alone and are never pushed to the Hub.
 
         Args:
             save_directory: made when it is not there.
+            key: authenticates the files; default the store's (see `CheckpointStore`).
+            encrypt: whether to encrypt them too; default as the store does.
 
         Returns:
             The number of checkpoints saved.
 
         Raises:
-            ValueError: the folder holds a cache of another model or namespace, or the weights are offloaded.
+            ValueError: the folder holds a cache of another model or namespace, or a file of yours by the name of ours,
+                or the weights are offloaded, or the key is too short.
             OSError: a file cannot be written.
         """
-        return persistence.save(self.server, save_directory)
+        return persistence.save(self.server, save_directory, self.store.seal.instead(key, encrypt))
 
     @classmethod
-    def from_pretrained(cls, save_directory: str | Path, model: Any, tokenizer: Any = None, **options: Any) -> Self:
-        """Make a handle with the checkpoints that `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        save_directory: str | Path,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        key: str | bytes | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make a handle with the checkpoints and marks that `save_pretrained` wrote.
 
-        A file that is damaged or gone is left out, with one warning, and so is what builds on it.
+        A file that is damaged or gone, or cannot be a state of this model, is left out, with one warning, and so is
+        what builds on it. That proves no author: checksums carry no secret, so whoever can write the folder can put
+        plausible states of his own there. Load what you trust, or save and load with a key.
 
         Args:
             save_directory: the folder.
             model: the model the states were made with: same weights, configuration, dtype, implementations, devices.
             tokenizer: as it was when the cache was saved.
+            key: must have authenticated the files; default that of `store`, or the environment variable
+                HF_SPARSE_CACHE_KEY, or none.
             options: as for the class; grid, exactness, namespace and sizes default to the saved ones.
 
         Raises:
             ValueError: the states cannot be continued exactly by this model in this environment; names what differs.
+            DamagedFileError: the folder's manifest is damaged, or not of this key; a ValueError, too.
             OSError: there is no such folder, or it cannot be read.
         """
-        handle = cls(model, tokenizer, **persistence.settings(save_directory, options))
+        store = options.get("store")
+        seal = Seal.of(key) if store is None else store.seal.instead(key, None)
+        handle = cls(model, tokenizer, **persistence.settings(save_directory, options, seal))
         try:
-            persistence.load(handle.server, save_directory)
+            if store is None:
+                handle.store.seal = seal
+            persistence.load(handle.server, save_directory, seal, lambda ids: handle.mark(torch.from_numpy(ids)))
         except BaseException:
             handle.detach()
             raise

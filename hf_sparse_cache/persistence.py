@@ -1,142 +1,260 @@
 """Saving what a handle has stored, and loading it in another process: safetensors and JSON, no pickle.
 
-A saved cache is a folder: `sparse_cache.json` says what it belongs to, and each state and KV segment is a file of its
-own (see `files`). The states reveal the prompts they were made from: files are readable by their owner alone.
+A saved cache is a folder: `sparse_cache.json` says what it belongs to and lists its files, one for each state and KV
+segment (see `unit_files`). The states reveal the prompts they were made from: files are readable by their owner alone.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from .models import fingerprint
+from .errors import DamagedFileError, printable
+from .manifest import NAME as MANIFEST
+from .manifest import Manifest
 from .models.server import Server
 from .models.tensors import LayerTensors
+from .planning.cuts import Tokens
 from .store import files
-from .store.disk import DiskTier
+from .store.seal import Seal
+from .store.store import CheckpointStore
+from .store.tier import Tier
+from .store.unit import Unit
+from .store.unit_files import Packing, UnitFiles, UnitReader, find, read_marks
 
 
 logger = logging.get_logger(__name__)
-MANIFEST = "sparse_cache.json"
-# What a caller chooses for a handle, whatever the model; and the differences that are named.
-_SETTINGS, _LISTED = ("grid", "exactness", "namespace"), 3
 
 
-class SavedFolder(DiskTier):
-    """The units of one space in one flat folder."""
-
-    def folder_of(self, space: str) -> Path:
-        return self.folder
+# -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save(server: Server, save_directory: str | Path) -> int:
+def save(server: Server, save_directory: str | Path, seal: Seal) -> int:
     """Writes what a handle may read to a folder; see `SparsePrefixCache.save_pretrained`."""
     folder = Path(save_directory)
-    config = server.binding.config
-    manifest = {
-        **_described(server),
-        "settings": {"max_memory": server.store.max_memory, "max_checkpoints": config.max_checkpoints},
-    }
-    if (folder / MANIFEST).exists():
-        _refuse_other(folder, _manifest(folder), manifest, loading=False)
+    manifest = Manifest.of(server.binding, server.store.max_memory)
+    before = Manifest.read(folder, None) if files.kind_of(folder / MANIFEST) is not None else None
+    if before is not None:
+        before.refuse_other(manifest, folder, loading=False)
     files.private_folder(folder)
-    files.write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
-    target = SavedFolder(folder, None)
-    stale = {id(checkpoint): checkpoint for checkpoint in target.load(folder)}
-    space = fingerprint.durable_space(manifest["fingerprint"], config.namespace)
-    saved = 0
+    target = _Target(folder, Packing(seal, files.same_name), manifest.space)
     own, _ = server.space.now()
-    for tier in reversed(server.store.tiers):  # the slowest first: what is used most is written last
-        for _, unit in tier.units(own):
-            found = tier.fetch(unit, list(unit.spans))
-            if found is not None:
-                saved += target.write(replace(found, space=space))
-            kept = target.match(unit.tokens, space).checkpoints(unit.position)
-            stale = {key: item for key, item in stale.items() if not any(item is other for other in kept[-1:])}
-    for checkpoint in stale.values():
-        target.evict(checkpoint)
-    target.sweep()
-    return len(target)
+    try:
+        for tier in reversed(server.store.tiers):  # the slowest first: what is used most comes last
+            for _, unit in tier.units(own):
+                target.put(tier, unit)
+        target.put_marks(server.store.marks.prefixes(own))
+        replace(manifest, units=target.units, parts=target.parts).write(folder, seal)
+    except BaseException:
+        target.undo()
+        raise
+    target.tidy(before)
+    return len(target.units)
 
 
-def settings(save_directory: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+class _Target:
+    """The folder of a save. What an earlier one left stays as it is until the new manifest is in its place."""
+
+    def __init__(self, folder: Path, packing: Packing, space: str) -> None:
+        self._folder, self._packing, self._space = folder, packing, space
+        self._states: dict[bytes, str] = {}
+        self._kv: dict[bytes, str] = {}
+        self._marks: list[str] = []
+        self._written: list[Path] = []
+
+    @property
+    def units(self) -> list[str]:
+        """Names of the states, in the order in which they came last."""
+        return list(self._states.values())
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of all other files."""
+        return [*dict.fromkeys(self._kv.values()), *self._marks]
+
+    def put(self, tier: Tier, unit: Unit) -> None:
+        """Writes a unit of a tier, unless the very same files are there; leaves it out where the tier has lost it."""
+        keys = {span: _path(unit, span[1]) for span in unit.spans}
+        found = tier.fetch(unit, [span for span in unit.spans if keys[span] not in self._kv])
+        if found is None:
+            return
+        for span, payload in found.kv.items():
+            self._kv.setdefault(keys[span], self._file(*self._packing.kv(payload, span, self._space)))
+        names = [self._kv[keys[span]] for span in unit.spans]
+        name = self._file(*self._packing.state(replace(found, space=self._space), names))
+        self._states.pop(_path(unit, unit.position), None)
+        self._states[_path(unit, unit.position)] = name
+
+    def put_marks(self, prefixes: list[Tokens]) -> None:
+        """Writes the announced prefixes, if there are any."""
+        if prefixes:
+            self._marks.append(self._file(*self._packing.marks(prefixes, self._space)))
+
+    def undo(self) -> None:
+        """Takes back what was written."""
+        for path in self._written:
+            with suppress(OSError, DamagedFileError):
+                files.remove(path)
+
+    def tidy(self, before: Manifest | None) -> None:
+        """Deletes what only earlier saves of the same cache need, and what one that was killed left unfinished."""
+        listing = files.units_in(self._folder)
+        kept = {*self.units, *self.parts}
+        spaces = {self._space} if before is None else {self._space, before.space}
+        stale = set() if before is None else before.listed
+        for name in listing.units:
+            with suppress(OSError, DamagedFileError):
+                record, _ = files.peek(self._folder / name, self._packing.seal, any_key=True)
+                if record.get("space") in spaces:
+                    # Format 1 says the space in the files of states alone.
+                    stale |= {name, *(str(item[-1]) for item in record.get("kv", ()))}
+        doomed = [self._folder / name for name in listing.units if name in stale - kept]
+        for path in [*doomed, *listing.unfinished]:
+            try:
+                files.remove(path)
+            except (OSError, DamagedFileError) as error:
+                logger.warning(f"A file of an earlier save stays in the folder: {printable(error)}")
+
+    def _file(self, name: str, data: bytes) -> str:
+        path = self._folder / name
+        if files.kind_of(path) is not None and not _holds(path, data):  # damaged, or none of ours
+            name = files.new_name(name.partition("-")[0], data, self._packing.seal)
+            path = self._folder / name
+        if files.kind_of(path) is None:
+            files.write(path, data)
+            self._written.append(path)
+        return name
+
+
+def _path(unit: Unit, end: int) -> bytes:
+    """What tells the state, or the keys and values, at `end` of a unit from any other: its tokens and segments."""
+    spans = [span for span in unit.spans if span[1] <= end]
+    return hashlib.blake2b(repr(spans).encode() + unit.tokens[:end].tobytes(), digest_size=16).digest()
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        with files.open_regular(path) as file:
+            return file.read(len(data) + 1) == data
+    except (OSError, DamagedFileError):
+        return False
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def settings(save_directory: str | Path, options: dict[str, Any], seal: Seal) -> dict[str, Any]:
     """Keywords for a handle on a saved cache: the saved ones where `options` gives no others."""
-    manifest = _manifest(Path(save_directory))
-    saved = manifest["fingerprint"]
+    manifest = Manifest.read(Path(save_directory), seal)
+    saved = manifest.fingerprint
     defaults = {
         "grid": saved.get("grid"),
         "exactness": saved.get("exactness", "bitwise"),
-        "namespace": manifest["namespace"],
-        "max_checkpoints": manifest["settings"]["max_checkpoints"],
+        "namespace": manifest.namespace,
+        "max_checkpoints": manifest.settings["max_checkpoints"],
     }
     if options.get("store") is None:
-        defaults["max_memory"] = manifest["settings"]["max_memory"]
+        defaults["max_memory"] = manifest.settings.get("max_memory")
     return {**defaults, **options}
 
 
-def load(server: Server, save_directory: str | Path) -> None:
-    """Reads what `save` wrote into a handle's store; see `SparsePrefixCache.from_pretrained`."""
+def load(server: Server, save_directory: str | Path, seal: Seal, mark: Callable[[Tokens], None]) -> None:
+    """Reads what `save` wrote into a handle's store; see `SparsePrefixCache.from_pretrained`.
+
+    Args:
+        mark: announces a prefix to the handle.
+    """
     folder = Path(save_directory)
-    _refuse_other(folder, _manifest(folder), _described(server), loading=True)
-    source = SavedFolder(folder, None, read_only=True)
-    source.reader = LayerTensors.from_bytes
+    manifest = Manifest.read(folder, seal)
+    manifest.refuse_other(Manifest.of(server.binding, None), folder, loading=True)
+    source = _Source(folder, manifest, seal)
     space, _ = server.space.now()
-    found = source.load(folder)
-    loaded = sum(server.store.bring_up(source, item, space=space) for item in found)
-    logger.info(f"Loaded {loaded} of {len(found)} checkpoints from {folder}.")
+    source.reader = UnitReader(LayerTensors.from_bytes, seal, server.space.layout)
+    prefixes = source.marks()
+    units = source.units()
+    marked = [unit for unit in units if any(_begins(prefix, unit.tokens) for prefix in prefixes)]
+    loaded = sum(source.restore(unit, server.store, space) for unit in marked)
+    for prefix in prefixes:  # before the others come, which may need the room
+        source.announce(prefix, mark)
+    loaded += sum(source.restore(unit, server.store, space) for unit in units if unit not in marked)
+    source.warn()
+    logger.info(f"Loaded {loaded} of {len(units)} checkpoints from {folder}.")
 
 
-def _described(server: Server) -> dict[str, Any]:
-    """What a saved cache belongs to."""
-    return {
-        "fingerprint": fingerprint.describe(server.binding),
-        "namespace": server.binding.config.namespace,
-        "config": fingerprint.config_values(server.binding.model.config),
-    }
+class _Source:
+    """The folder of a saved cache, with a note of every file in it that cannot be used."""
+
+    reader: UnitReader
+
+    def __init__(self, folder: Path, manifest: Manifest, seal: Seal) -> None:
+        self._folder, self._manifest, self._seal = folder, manifest, seal
+        self._lost: dict[Path, str] = {}
+
+    def units(self) -> list[UnitFiles]:
+        """The units that belong to this cache, the least recently used first."""
+        found = find(self._folder, self._seal)
+        for path, reason in found.lost.items():
+            self._lose(path, reason)
+        order = {name: index for index, name in enumerate(self._manifest.units or ())}
+        for name in order.keys() - found.stored.keys():
+            self._lose(self._folder / name, DamagedFileError(f"it is gone, and {MANIFEST} lists it"))
+        own = []
+        for unit in found.units:
+            names = {unit.state.path.name, *(file.path.name for file in unit.kv.values())}
+            if self._manifest.units is not None and not names <= self._manifest.listed:
+                self._lose(unit.state.path, DamagedFileError(f"{MANIFEST} does not list it with all that it needs"))
+            elif unit.space != self._manifest.space:
+                self._lose(unit.state.path, DamagedFileError(f"it is of another model or namespace than {MANIFEST}"))
+            else:
+                own.append(unit)
+        return sorted(own, key=lambda unit: order.get(unit.state.path.name, 0))
+
+    def marks(self) -> list[Tokens]:
+        """The announced prefixes."""
+        found: list[Tokens] = []
+        for name in (name for name in self._manifest.parts if files.is_name(name, "marks")):
+            try:
+                found += read_marks(self._folder / name, self._manifest.space, self._seal)
+            except (OSError, DamagedFileError) as error:
+                self._lose(self._folder / name, error)
+        return found
+
+    def announce(self, prefix: Tokens, mark: Callable[[Tokens], None]) -> None:
+        """Marks a prefix, unless no handle of this kind could have marked it."""
+        try:
+            mark(prefix)
+        except ValueError as error:
+            self._lose(self._folder / MANIFEST, error)
+
+    def restore(self, unit: UnitFiles, store: CheckpointStore, space: str) -> bool:
+        """Puts one unit into a store; False where it cannot be read, or there is no room."""
+        if any(file.path in self._lost for file in (unit.state, *unit.kv.values())):
+            return False
+        spans = list(unit.kv)
+        with ExitStack() as hold:
+            missing = store.ledger.missing_spans(unit.tokens, spans, space, hold)
+            try:
+                read = self.reader.read(unit, missing)
+            except DamagedFileError as error:
+                self._lose(error.path or unit.state.path, error)
+                return False
+            return store.put(replace(read, space=space), urgent=True) is not None
+
+    def warn(self) -> None:
+        """Names the first file that cannot be used, once."""
+        for path, reason in list(self._lost.items())[:1]:
+            more = f"; and {len(self._lost) - 1} more files are left out" if len(self._lost) > 1 else ""
+            logger.warning(f"A stored state is lost, as {printable(path)} cannot be used: {printable(reason)}{more}.")
+
+    def _lose(self, path: Path, error: Exception) -> None:
+        self._lost.setdefault(path, str(error))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no saved SparsePrefixCache: it has no {MANIFEST}; see save_pretrained"
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        _ = manifest["fingerprint"]["format"], manifest["namespace"], manifest["settings"]["max_checkpoints"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete the folder and save the cache again") from error
-    return manifest
-
-
-def _refuse_other(folder: Path, saved: dict[str, Any], current: dict[str, Any], *, loading: bool) -> None:
-    found = fingerprint.differences(saved["fingerprint"], current["fingerprint"])
-    names = fingerprint.different(saved["fingerprint"], current["fingerprint"])
-    if "other config" in found:
-        keys = fingerprint.differences(saved.get("config", {}), current["config"])
-        found[found.index("other config")] = "other config (" + "; ".join(_shortened(keys)) + ")"
-    if saved["namespace"] != current["namespace"]:
-        found.append(f"namespace {saved['namespace']!r} instead of {current['namespace']!r}")
-        names.append("namespace")
-    if not found:
-        return
-    values = {**saved["fingerprint"], "namespace": saved["namespace"]}
-    if not loading:
-        remedy = "This handle cannot save there; choose another folder, or delete this one."
-    elif set(names) <= {*_SETTINGS, "cut ids"}:  # nothing is wrong with the model
-        advice = [f"leave out {name}=, or pass {name}={values[name]!r}" for name in names if name in _SETTINGS]
-        advice += ["pass the tokenizer that it was saved with"] if "cut ids" in names else []
-        remedy = f"The model fits, the settings do not: {'; '.join(advice)}."
-    else:
-        remedy = "This model cannot continue its states; make a new cache with this model instead."
-    listed = "; ".join(_shortened(found))
-    raise ValueError(f"The cache saved in {folder} belongs to another setting: {listed}. {remedy}")
-
-
-def _shortened(phrases: list[str]) -> list[str]:
-    left = len(phrases) - _LISTED
-    return [*phrases[:_LISTED], f"and {left} more"] if left > 0 else phrases
+def _begins(prompt: Tokens, tokens: Tokens) -> bool:
+    return len(tokens) <= len(prompt) and bool((prompt[: len(tokens)] == tokens).all())

@@ -1,14 +1,19 @@
 """What a folder of stored states holds: by prefix, by model and by byte. Nothing in the folder is changed."""
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..persistence import SavedFolder
+from ..errors import DamagedFileError, printable
 from ..planning.cuts import Tokens
 from ..stats import counted, format_bytes
+from ..store.files import kind_of
+from ..store.headers import parse_json
+from ..store.seal import Seal
+from ..store.store import CheckpointStore
+from ..store.unit import Unit
+from ..store.unit_files import find
 from ..tools.builtin_sizes import SIZES
 from ..tools.outline import added_kv_bytes, outline
 from .screen import Screen
@@ -16,6 +21,7 @@ from .screen import Screen
 
 # Tokens of a prefix that are shown, at its end, where prefixes that begin alike differ.
 _SHOWN_TOKENS = 8
+_DESCRIBED = ("model", "dtype", "grid", "exactness", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,13 @@ def read(folder: Path) -> list[Stored]:
     """
     if not folder.is_dir():
         raise ValueError(f"DIR {folder} is not a folder; give one written by save_pretrained, or a disk_dir.")
-    source = SavedFolder(folder, None, read_only=True)
-    for part in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        source.load(part)
+    seal, source, refused = Seal.of(None), CheckpointStore(None, "lru"), ""
+    for part in (folder, *sorted(path for path in folder.iterdir() if kind_of(path) == "a folder")):
+        found = find(part, seal)
+        for unit in found.units:
+            spans = list(unit.kv)
+            source.put(Unit(unit.space, unit.tokens, len(unit.tokens), unit.state, spans, unit.kv), urgent=True)
+        refused = refused or "".join(f" ({path.name}: {reason})" for path, reason in [*found.lost.items()][:1])
     stored: list[Stored] = []
     with source.lock:
         for space, root in sorted(source.forest.roots.items()):
@@ -65,7 +75,10 @@ def read(folder: Path) -> list[Stored]:
                         Stored(space, path[:before], depth, checkpoint.nbytes, kv_bytes, used, state.path.parent)
                     )
     if not stored:
-        raise ValueError(f"DIR {folder} holds no checkpoint; give one written by save_pretrained, or a disk_dir.")
+        raise ValueError(
+            f"DIR {folder} holds no checkpoint{printable(refused)}; "
+            "give one written by save_pretrained, or a disk_dir."
+        )
     return stored
 
 
@@ -104,10 +117,10 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
         about, namespace = _describe(space)
         folders = sorted({item.folder for item in own})
         if folders != [folder]:
-            screen.say(f"In {', '.join(map(str, folders))}:")
+            screen.say(f"In {', '.join(map(printable, folders))}:")
         states, kv = sum(item.state_bytes for item in own), sum(item.kv_bytes for item in own)
         screen.say(
-            f"{about['model']} ({', '.join(about['dtype'])}, grid {about['grid']}, namespace {namespace!r}): "
+            f"{about['model']} ({_listed(about['dtype'])}, grid {about['grid']}, namespace '{namespace}'): "
             f"{counted(len(own), 'checkpoint')}, {format_bytes(states)} of states, {format_bytes(kv)} of keys and "
             "values",
             style="bold",
@@ -117,7 +130,7 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
                 ("  " * item.depth if tree else "") + f"{len(item.tokens):,}",
                 format_bytes(item.state_bytes),
                 format_bytes(item.kv_bytes),
-                f"{datetime.fromtimestamp(item.used):%Y-%m-%d %H:%M}",
+                _time(item.used),
                 _end(item.tokens, tokenizer),
             )
             for item in (own if tree else sorted(own, key=lambda item: -item.used))
@@ -138,13 +151,42 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
 
 
 def _describe(space: str) -> tuple[dict[str, Any], str]:
-    """What a durable space is about (see `fingerprint`), and its namespace."""
+    """What a durable space is about (see `fingerprint`), as far as it says so, and its namespace."""
     described, _, namespace = space.partition("\x1f")
-    about = json.loads(described)
-    return {name: about[name] for name in ("model", "dtype", "grid", "exactness", "torch", "transformers")}, namespace
+    try:
+        about = parse_json(described)
+    except DamagedFileError:
+        about = None
+    known = about if isinstance(about, dict) else {}
+    return {name: _safe(known.get(name, "unknown")) for name in _DESCRIBED}, printable(namespace)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _safe(value: Any) -> Any:
+    """A value from a file without anything that a terminal would obey."""
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    return value if isinstance(value, int) else printable(value)
+
+
+def _time(used: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(used):%Y-%m-%d %H:%M}"
+    except (OverflowError, ValueError, OSError):
+        return "unknown"
 
 
 def _end(tokens: Tokens, tokenizer: Any) -> str:
     last = tokens[-_SHOWN_TOKENS:].tolist()
-    shown = " ".join(map(str, last)) if tokenizer is None else repr(tokenizer.decode(last))
+    shown = " ".join(map(str, last)) if tokenizer is None else _decoded(last, tokenizer)
     return shown.replace("|", "\\|")
+
+
+def _decoded(last: list[int], tokenizer: Any) -> str:
+    try:
+        return repr(tokenizer.decode(last))
+    except (OverflowError, ValueError, TypeError, IndexError):  # ids that the tokenizer does not have
+        return " ".join(map(str, last))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import transformers
 
+from ..errors import printable
 from ..forks import ForkSafeLock
-from ..store.disk import FORMAT
 from .binding import Binding
 from .inputs import input_device
 from .weights import identity, parts_of, plain_parts
@@ -26,6 +26,8 @@ from .weights import identity, parts_of, plain_parts
 KERNEL_PACKAGES = (
     "mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core", "kernels", "flash-attn", "triton", "xformers",
 )  # fmt: skip
+_FORMAT = 1  # of what a space is named by; with another number nothing stored before is matched
+_SHOWN = 200  # characters of a value in a message
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")
 _HASHED = {"modules": "modules, adapters or hooks"}
 _THIS_PROCESS = uuid.uuid4().hex  # stands for code attached to a model, which no other process can know
@@ -63,7 +65,7 @@ def describe(binding: Binding) -> dict[str, Any]:
     """
     model, config = binding.model, binding.model.config
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         "model": type(model).__name__,
         "weights": weights_digest(model),
         "modules": _modules_digest(model),
@@ -101,18 +103,35 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """What two descriptions disagree on, one phrase each, saved value first; the class of the model leads."""
     found = []
     for name in different(saved, current):
-        before, now = saved.get(name, "absent"), current.get(name, "absent")
+        before, now = (str(side.get(name, "absent")) for side in (saved, current))
+        if before == now:  # as a number and as its text
+            before, now = (json.dumps(side.get(name, "absent"), default=str) for side in (saved, current))
         hashed = name in ("weights", "config", "modules")
-        found.append(f"other {_HASHED.get(name, name)}" if hashed else f"{name} {before} instead of {now}")
+        phrase = (
+            f"other {_HASHED.get(name, name)}" if hashed else f"{name} {before[:_SHOWN]} instead of {now[:_SHOWN]}"
+        )
+        found.append(printable(phrase))
     return found
 
 
 def different(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The names of what two descriptions disagree on."""
-    names = [name for name in {*saved, *current} if saved.get(name, "absent") != current.get(name, "absent")]
+    """The names of what two descriptions disagree on, by value and type, as far as it matters to the current one."""
+    names = [name for name in {*saved, *current} if _text(saved, name) != _text(current, name)]
     if "grid" in names:
         names = [name for name in names if name != "min distance"]  # which follows from it
+    if not threads_matter(current):
+        names = [name for name in names if name != "threads"]
     return sorted(names, key=lambda name: (name != "model", name))
+
+
+def threads_matter(description: dict[str, Any]) -> bool:
+    """Whether states of another number of threads are other states: on a CPU, where more than rounding is promised."""
+    on_cpu = any(str(device).startswith("cpu") for device in description.get("devices", ["cpu"]))
+    return on_cpu and description.get("exactness") != "numerical"
+
+
+def _text(description: dict[str, Any], name: str) -> str:
+    return json.dumps(description.get(name, "absent"), sort_keys=True, default=str)
 
 
 def weights_digest(model: torch.nn.Module) -> str:

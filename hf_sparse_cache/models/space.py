@@ -7,8 +7,9 @@ import threading
 from transformers.utils import logging
 
 from ..store.store import CheckpointStore
-from . import fingerprint
+from . import fingerprint, states
 from .binding import Binding
+from .layout import Layout
 from .weights import identity
 
 
@@ -16,12 +17,17 @@ logger = logging.get_logger(__name__)
 
 
 class Space:
-    """The space of one binding in one store, looked up anew for every request."""
+    """The space of one binding in one store, looked up anew for every request.
+
+    Attributes:
+        layout: what the states of the model are like, as its weights are.
+    """
 
     def __init__(self, binding: Binding, store: CheckpointStore) -> None:
         self._binding, self._store = binding, store
         self._lock = threading.Lock()
         self._weights, self._name, self._changed = identity(binding.model), "", False
+        self.layout = self._fresh_layout()
 
     def now(self, told: bool = False) -> tuple[str, bool]:
         """Its name for the weights as they are, and whether they changed since a request was `told`.
@@ -33,6 +39,10 @@ class Space:
             before, self._weights = self._weights, weights
             old, self._name = self._name, self._name_for(weights)
             new = self._name
+            if new != old:  # of other weights, or under another autocast
+                self.layout = self._fresh_layout()
+        for tier in self._store.tiers:
+            tier.expect(new, self.layout)
             changed = self._changed or before != weights
             self._changed = changed and not told
         if before != weights:
@@ -49,6 +59,10 @@ class Space:
     def after_fork(self) -> None:
         """In a child process: with a lock of its own."""
         self._lock = threading.Lock()
+
+    def _fresh_layout(self) -> Layout:
+        binding = self._binding
+        return Layout(lambda: states.probe(binding.model, binding.live_cache(), binding.family.cache_name))
 
     def _name_for(self, weights: str) -> str:
         return fingerprint.space_of(self._binding, weights, durable=self._store.outlives_process)

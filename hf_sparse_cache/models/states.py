@@ -185,6 +185,10 @@ def _no_span(layer: Any, start: int, end: int) -> Tensors:
     return {}
 
 
+PROBE_TOKENS = 2  # one would be a decode step
+# Of what grows with the tokens, also within a sliding window: the dimension that counts them.
+TOKEN_DIMS = {"keys": -2, "values": -2, "indexer_keys": 1, "indexer_position_ids": -1}
+
 _RECURRENT = Part(_recurrent_fixed, _no_span, _recurrent_restore, _recurrent_stack)
 _FULL = Part(_no_fixed, _full_span, _full_restore, _full_stack)
 _WINDOW = Part(_window_fixed, _no_span, _window_restore, _window_stack)
@@ -274,17 +278,23 @@ class StateSize:
 
 
 @torch.no_grad()
+def probe(model: Any, cache: Cache, cache_name: str) -> Cache:
+    """Run `PROBE_TOKENS` tokens through the model, on a fresh cache, to see what it keeps of them."""
+    ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=input_device(model))
+    model(input_ids=ids, use_cache=True, **{cache_name: cache})
+    return cache
+
+
 def measure(model: Any, cache: Cache, cache_name: str) -> StateSize:
-    """Run two tokens through the model and measure what a checkpoint would hold.
+    """Measure what a checkpoint of a model would hold, on a fresh cache.
 
     Sliding windows are counted as full, since they are once a prompt is long enough.
     """
-    ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
-    model(input_ids=ids, use_cache=True, **{cache_name: cache})
+    probe(model, cache, cache_name)
     state = 0
     for layer, held in zip(cache.layers, capture_state(cache).layers, strict=True):
         for name, value in held.items():
             if torch.is_tensor(value):
-                windows = (getattr(layer, "sliding_window", 1) - 1) / 2 if name in ("keys", "values") else 1
+                windows = (getattr(layer, "sliding_window", 1) - 1) / PROBE_TOKENS if name in TOKEN_DIMS else 1
                 state += int(value.nbytes * windows)
-    return StateSize(state, capture_kv(cache, 0, 2).nbytes // 2)
+    return StateSize(state, capture_kv(cache, 0, PROBE_TOKENS).nbytes // PROBE_TOKENS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,13 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
-from ..store.files import DamagedFileError
+from ..store.headers import Header, is_count, parse_json
 
 
 Tensors = dict[str, Any]
+_INDEX = re.compile("0|[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class LayerTensors:
         Copies from and to an accelerator run on a stream of their own, from and to pinned memory.
         """
         if tier == "host":
-            homes = tuple(_device_of(layer) for layer in self.layers)
+            homes = tuple(device_of(layer) for layer in self.layers)
             if self.devices or not any(home.startswith("cuda") for home in homes):
                 return self
             layers, events = _copied(self, ["cpu"] * len(homes))
@@ -63,7 +66,7 @@ class LayerTensors:
         for index, layer in enumerate(self.layers):
             for name, value in layer.items():
                 (found if torch.is_tensor(value) else plain)[f"{index}.{name}"] = value
-        devices = self.devices or tuple(_device_of(layer) for layer in self.layers)
+        devices = self.devices or tuple(device_of(layer) for layer in self.layers)
         payload = json.dumps({"layers": len(self.layers), "devices": devices, "plain": plain})
         tensors = {name: tensor.cpu() for name, tensor in found.items()}
         data: bytes = safetensors.torch.save(tensors, metadata={"unit": record, "payload": payload})
@@ -71,27 +74,43 @@ class LayerTensors:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LayerTensors:
-        """Reads `to_bytes` back, onto the devices of the capture.
+        """Reads `to_bytes` back, into host memory; `moved_to("device")` brings it where it was captured.
+
+        What it holds is as its file says, which may be anything: see `Layout`.
 
         Raises:
             DamagedFileError: the bytes are not such a file.
         """
+        payload = parse_json(Header.parse(data, len(data)).metadata.get("payload", ""))
+        if not isinstance(payload, dict):
+            raise DamagedFileError("it does not say what its states are")
+        count, devices, plain = payload.get("layers"), payload.get("devices"), payload.get("plain")
+        if (
+            not is_count(count)
+            or not isinstance(devices, list)
+            or len(devices) != count
+            or not isinstance(plain, dict)
+        ):
+            raise DamagedFileError("it does not say how many layers it has, or where they were")
         try:
             tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            payload = json.loads(header["__metadata__"]["payload"])
-        except (SafetensorError, ValueError, KeyError) as error:
+        # torch and safetensors say all of these of shapes and types that do not go together
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             raise DamagedFileError(f"it holds no states: {error}") from error
-        del tensors["tokens"]
-        layers: tuple[Tensors, ...] = tuple({} for _ in range(payload["layers"]))
-        for key, value in [*payload["plain"].items(), *tensors.items()]:
+        tensors.pop("tokens", None)
+        layers: tuple[Tensors, ...] = tuple({} for _ in devices)
+        for key, value in [*plain.items(), *tensors.items()]:
             index, _, name = key.partition(".")
+            if not _INDEX.fullmatch(index) or int(index) >= len(layers):
+                raise DamagedFileError(f"it names {key[:40]!r}, which is in none of its {len(layers)} layers")
+            if name in layers[int(index)]:
+                raise DamagedFileError(f"it names {key[:40]!r} twice")
             layers[int(index)][name] = value
-        away = any(torch.device(device).type != "cpu" for device in payload["devices"])
-        return cls(layers, tuple(payload["devices"])).moved_to("device") if away else cls(layers)
+        return cls(layers, tuple(devices) if any(device != "cpu" for device in devices) else ())
 
 
-def _device_of(layer: Tensors) -> str:
+def device_of(layer: Tensors) -> str:
+    """Where a layer's tensors are; "cpu" for a layer without any."""
     return next((str(value.device) for value in layer.values() if torch.is_tensor(value)), "cpu")
 
 

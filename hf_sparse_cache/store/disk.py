@@ -2,83 +2,95 @@
 
 A state's file names the KV files it builds on by their checksums, and every file is proved when it is read, so nothing
 damaged, lost or swapped is ever used. Files are written and read with no lock held. Whatever the file system does, the
-store goes on without the unit: it is never worth more than a prefill.
+store goes on without the unit: it is never worth more than a prefill. What else lies in the folder is left alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
+import threading
+import weakref
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ..planning.cuts import Tokens
+from ..errors import DamagedFileError, printable
 from . import files
 from .eviction import LRU
+from .headers import RefusedFileError
 from .ledger import Ledger
+from .seal import Seal
 from .tier import Demote, Tier
-from .tree import Checkpoint, KVSegment, Payload
-from .unit import Span, Unit, movable, shared_chain
+from .tree import KVSegment, Payload
+from .unit import Expected, Span, Unit, shared_chain
+from .unit_files import Found, Packing, StoredFile, UnitFiles, UnitReader, find
 
 
-FORMAT = 1  # of the files; another number is not read
-NO_TOKENS = np.zeros(0, dtype=np.int32)
-
-
-@dataclass(frozen=True, eq=False)
-class StoredFile:
-    """The payload of this tier: a file and its size."""
-
-    path: Path
-    nbytes: int
+_SPACE_FOLDER = re.compile(r"[0-9a-f]{32}")
 
 
 class DiskTier(Tier):
-    """Units whose payloads are files. Build it with `open`."""
+    """Units whose payloads are files. Build it with `open`.
+
+    Args:
+        folder: holds a folder for each space.
+        max_memory: bytes of all files, unfinished ones too; None for no limit.
+        seal: what proves the files, and whether they are encrypted.
+    """
 
     name = "disk"
     durable = True
 
-    def __init__(self, folder: Path, max_memory: int | None, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, max_memory: int | None, seal: Seal = files.CHECKSUMS) -> None:
         super().__init__(Ledger(max_memory, LRU()))
         self.folder = folder
-        self.read_only = read_only  # a saved cache is not changed by reading it
+        self.seal = seal
+        self._expected: weakref.WeakValueDictionary[str, Expected] = weakref.WeakValueDictionary()
+        self._lock_file: weakref.finalize[[int], DiskTier] | None = None
+        self._start()
+
+    def _start(self) -> None:
         self.ledger.freed = []
         self._stuck: list[StoredFile] = []  # files that could not be deleted: they still take their room
-        self._lock_file: int | None = None
+        self._aside: list[StoredFile] = []  # of another key or version: not read, and the first to go
+        self._named: set[Path] = set()  # files that a warning has named
+        self._sweeping = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path, max_memory: int | None) -> DiskTier | None:
+    def open(cls, folder: Path, max_memory: int | None, seal: Seal = files.CHECKSUMS) -> DiskTier | None:
         """Takes over a folder with what it holds; None, with one warning, when it cannot be used."""
-        tier = cls(folder, max_memory)
+        tier = cls(folder, max_memory, seal)
         try:
             files.private_folder(folder)
-            tier._lock_file = files.take_over(folder)
-            if tier._lock_file is None:
+            lock = files.lock_of(folder)
+            if lock.name != files.LOCKS[0]:
+                tier.warn("lock", f"{folder / files.LOCKS[0]} is no file, so {lock.name} stands for it")
+            descriptor = files.take_over(folder)
+            if descriptor is None:
                 tier.warn("open", f"The disk tier {folder} is in use by another process, so this one has none")
                 return None
-            for space_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-                tier.load(space_folder)
+            tier._lock_file = weakref.finalize(tier, os.close, descriptor)
+            tier.load()
         except OSError as error:
+            tier.release()
             tier.warn("open", f"The disk tier {folder} cannot be used: {error}")
             return None
+        except BaseException:
+            tier.release()
+            raise
         return tier
 
     def after_fork(self) -> None:
         """The folder stays the parent's."""
         super().after_fork()
-        self.ledger.freed = []
+        self._start()
         self.release()
 
     def release(self) -> None:
         """Lets another process take the folder over."""
         if self._lock_file is not None:
-            os.close(self._lock_file)
+            self._lock_file()
             self._lock_file = None
 
     # -- into the folder ----------------------------------------------------------------------------------------------
@@ -112,90 +124,132 @@ class DiskTier(Tier):
                     return True
                 chain = shared_chain(match, unit.spans)
                 stack.enter_context(self.ledger.holding(chain[-1] if chain else None))
-            contents = _contents(unit, chain)
+            contents = self._contents(unit, chain)
             need = sum(map(len, contents.values()))
             if not self._claim(need):
                 return False
             written: list[StoredFile] = []
             entered = False
             try:
-                folder = files.private_folder(self.folder_of(unit.space))
+                folder = self._made_folder(unit.space)
                 for name, data in contents.items():
                     files.write(folder / name, data)
                     written.append(StoredFile(folder / name, len(data)))
                 with self.lock:
-                    self.ledger.reserved_bytes -= need
-                    need = 0
-                    entered = self._enter(unit, chain, written)
+                    entered = self._enter(unit, chain, written, need)
             finally:
                 if not entered:
                     with self.lock:
                         self.ledger.reserved_bytes -= need
-                    self._unlink(written)
+                    self._discard(written)
         if not entered:
             return None
         self.sweep()
         return True
 
-    def _enter(self, unit: Unit, chain: list[KVSegment], written: list[StoredFile]) -> bool:
-        """Puts written files in the books; False when the chain that they build on is no longer as it was."""
+    def _contents(self, unit: Unit, chain: list[KVSegment]) -> dict[str, bytes]:
+        """The files of a unit by name, its state last; those of `chain` are there already."""
+        packing = Packing(self.seal)
+        names = [_file(segment.payload).path.name for segment in chain]
+        contents: dict[str, bytes] = {}
+        for span in unit.spans[len(chain) :]:
+            name, contents[name] = packing.kv(unit.kv[span], span, unit.space)
+            names.append(name)
+        name, contents[name] = packing.state(unit, names)
+        return contents
+
+    def _enter(self, unit: Unit, chain: list[KVSegment], written: list[StoredFile], need: int) -> bool:
+        """Puts written files in the books, which is what `need` bytes were reserved for; False when the chain that
+        they build on is no longer as it was.
+        """
         if len(shared_chain(self.match(unit.tokens, unit.space), unit.spans)) != len(chain):
             return False
         new = dict(zip(unit.spans[len(chain) :], written, strict=False))
         filed = Unit(unit.space, unit.tokens, unit.position, written[-1], unit.spans, new, unit.hits)
+        self.ledger.reserved_bytes -= need
         stored = self.put(filed, urgent=True)
-        return stored is not None and stored.state is written[-1]
+        if stored is None or stored.state is not written[-1]:
+            self.ledger.reserved_bytes += need
+            return False
+        return True
 
     def _claim(self, need: int) -> bool:
         """Reserves room for files about to be written, deleting others first."""
         with self.lock:
             again, self._stuck = self._stuck, []
-            self.ledger.reserved_bytes -= sum(item.nbytes for item in again)
-        self._unlink([*again, *self._taken_out()])
+            while self._aside and self._over(need - sum(item.nbytes for item in again)):
+                again.append(self._aside.pop(0))
+            self._give_up(again)
+        self.sweep()
         with self.lock:
             if self._stuck and self._over(need):
                 return False  # evicting would only lose more: the folder does not let go of anything
-            if not self.ledger.make_room(need).granted:
-                return False
-            self.ledger.reserved_bytes += need
+            granted = self.ledger.make_room(need).granted
+            self.ledger.reserved_bytes += need if granted else 0
         self.sweep()
         with self.lock:
-            if not (self._stuck and self._over(0)):
-                return True
-            self.ledger.reserved_bytes -= need
-            return False
+            if granted and self._stuck and self._over(0):
+                self.ledger.reserved_bytes -= need
+                return False
+            return granted
 
     def _over(self, need: int) -> bool:
         return self.max_memory is not None and self.used_bytes + self.reserved_bytes + need > self.max_memory
 
     def folder_of(self, space: str) -> Path:
         """Where the files of a space lie: a folder of its own, named by a hash."""
-        return self.folder / hashlib.blake2b(space.encode(), digest_size=16).hexdigest()
+        return self.folder / hashlib.blake2b(space.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
-    def _taken_out(self) -> list[StoredFile]:
-        """The files of what was evicted, which nothing knows any more."""
-        with self.lock:
-            trash, self.ledger.freed = [_file(payload) for payload in self.ledger.freed or ()], []
-            self.ledger.trim()
-            return trash
+    def _made_folder(self, space: str) -> Path:
+        folder = self.folder_of(space)
+        if files.kind_of(folder) not in (None, "a folder"):
+            raise OSError(f"{folder} is {files.kind_of(folder)}, not a folder that was made here")
+        return files.private_folder(folder)
 
-    def _unlink(self, trash: list[StoredFile]) -> None:
-        for item in () if self.read_only else trash:
-            try:
-                files.remove(item.path)
-            except OSError as error:
-                with self.lock:
-                    self.ledger.reserved_bytes += item.nbytes
-                    self._stuck.append(item)
-                self.warn("remove", f"{item.path} could not be deleted, and still counts: {error}")
+    # -- out of the folder for good -----------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Deletes the files of what was evicted; called without the lock."""
-        self._unlink(self._taken_out())
+        """Deletes the files of what was evicted; called without the lock.
+
+        When it returns, all that left the books before it was called is gone, whichever thread deletes it.
+        """
+        with self._sweeping:
+            with self.lock:
+                doomed, self.ledger.freed = [_file(payload) for payload in self.ledger.freed or ()], []
+                self.ledger.trim()
+            for item in doomed:
+                self._unlink(item)
+
+    def _discard(self, doomed: list[StoredFile]) -> None:
+        with self.lock:
+            self.ledger.freed = [*(self.ledger.freed or ()), *doomed]
+        self.sweep()
+
+    def _give_up(self, counted: list[StoredFile]) -> None:
+        """Dooms files that were counted without being in the books."""
+        self.ledger.reserved_bytes -= sum(item.nbytes for item in counted)
+        self.ledger.freed = [*(self.ledger.freed or ()), *counted]
+
+    def _unlink(self, item: StoredFile) -> None:
+        try:
+            files.remove(item.path)
+        except DamagedFileError as error:
+            if item.path not in self._named:
+                self.warn("foreign", f"{printable(error)}, and stays")
+        except OSError as error:
+            with self.lock:
+                self.ledger.reserved_bytes += item.nbytes
+                self._stuck.append(item)
+            self.warn("remove", f"{item.path} could not be deleted, and still counts: {error}")
 
     def clear(self, space: str | None = None) -> None:
         """Deletes what is stored of one space, or everything."""
         super().clear(space)
+        with self.lock:
+            folder = None if space is None else self.folder_of(space)
+            gone = [item for item in self._aside if folder in (None, item.path.parent)]
+            self._aside = [item for item in self._aside if item not in gone]
+            self._give_up(gone)
         self.sweep()
 
     def drop(self, space: str | None) -> None:
@@ -212,82 +266,86 @@ class DiskTier(Tier):
         """Reads and proves a unit; drops it, with one warning a kind, when that fails."""
         if self.reader is None:
             return None
-        culprit = _file(unit.state)
-        chain = {span: _file(payload) for span, payload in unit.kv.items()}
+        kv = {span: _file(payload) for span, payload in unit.kv.items()}
+        stored = UnitFiles(unit.space, unit.tokens[: unit.position], _file(unit.state), kv)
         try:
-            data = files.read(culprit.path)
-            record, tokens = files.record_of(data)
-            expected = [[*span, file.path.name] for span, file in chain.items()]
-            same = record["space"] == unit.space and record["kv"] == expected and np.array_equal(tokens, unit.tokens)
-            if not same:
-                raise files.DamagedFileError(f"{culprit.path} belongs to another prompt than its folder says")
-            state, kv = self.reader(data), {}
-            for span in spans:
-                culprit = chain[span]
-                kv[span] = self.reader(files.read(culprit.path))
-        except (OSError, ValueError, KeyError) as error:
-            self.warn("read", f"A stored state is lost, as {culprit.path} cannot be used: {error}")
+            read = UnitReader(self.reader, self.seal, self._expected.get(unit.space)).read(stored, spans)
+        except DamagedFileError as error:
+            culprit = next(file for file in (stored.state, *kv.values()) if file.path == error.path)
+            self._named.add(culprit.path)
+            self.warn("read", f"A stored state is lost, as {culprit.path} cannot be used: {printable(error)}")
             self.lose(culprit)
             return None
         with suppress(OSError):
-            os.utime(_file(unit.state).path)  # the next start keeps the order of use
-        return Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)
+            os.utime(stored.state.path, follow_symlinks=False)  # the next start keeps the order of use
+        return Unit(unit.space, unit.tokens, unit.position, read.state, unit.spans, read.kv, unit.hits)
+
+    def expect(self, space: str, like: Expected) -> None:
+        """Learns what the states of a space must be; as long as `like` lives, none that is not is brought up."""
+        self._expected[space] = like
 
     def lose(self, culprit: StoredFile) -> None:
         """Drops every checkpoint that needs a file, and the file."""
         self.ledger.lose(culprit)
         self.sweep()
 
-    def load(self, folder: Path) -> list[Checkpoint]:
-        """Finds the units of one folder again, least recently used first; deletes what nothing needs.
+    def load(self) -> None:
+        """Finds the units of all spaces again, least recently used first; deletes what nothing needs.
 
         Raises:
             OSError: the folder cannot be listed.
         """
-        sizes, leftovers = files.units_in(folder)
-        self._unlink([StoredFile(path, 0) for path in leftovers])  # of a process that was killed
-        found: list[tuple[float, str, dict[str, Any], Tokens]] = []
-        for name in (name for name in sizes if name.startswith("state-")):
-            path = folder / name
-            try:
-                record, tokens = files.peek(path)
-                if record["format"] != FORMAT or record["position"] != len(tokens) or len(tokens) == 0:
-                    raise files.DamagedFileError(f"it has format {record['format']}, not {FORMAT}, or lacks tokens")
-                if any(kv_name not in sizes for _, _, kv_name in record["kv"]):
-                    raise files.DamagedFileError("keys and values it builds on are gone")
-                found.append((path.stat().st_mtime, name, record, tokens))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self.warn("load", f"A stored state is lost, as {path} cannot be used: {error}")
-        payloads = {name: StoredFile(folder / name, size) for name, size in sizes.items()}
-        loaded: list[Checkpoint | None] = []
-        for _, name, record, tokens in sorted(found, key=lambda item: item[:2]):
-            spans = [(start, end) for start, end, _ in record["kv"]]
-            new = {(start, end): payloads[kv_name] for start, end, kv_name in record["kv"]}
-            chain = shared_chain(self.match(tokens, record["space"]), spans)
-            if any(segment.payload is not new[segment.start, segment.end] for segment in chain):
-                continue  # left over from before its keys and values were written anew
-            unit = Unit(record["space"], tokens, len(tokens), payloads[name], spans, new)
-            loaded.append(self.put(unit, urgent=True))
-        self._taken_out()
-        used = {id(payload) for payload in self.ledger.payloads()}
-        self._unlink([payload for payload in payloads.values() if id(payload) not in used])
-        return [item for item in loaded if item is not None and id(item.state) in used]
+        folders = [found for path in sorted(self.folder.iterdir()) if (found := self._found(path)) is not None]
+        for unit in sorted((unit for found in folders for unit in found.units), key=lambda unit: unit.used):
+            self._load_unit(unit)
+        with self.lock:
+            self.ledger.freed, used = [], {id(payload) for payload in self.ledger.payloads()}
+            self.ledger.trim()
+        for found in folders:
+            unused = [item for item in found.stored.values() if id(item) not in used]
+            # What is kept for another key or version may need any of them.
+            kept = any(isinstance(reason, RefusedFileError) for reason in found.lost.values())
+            self._discard([*found.unfinished, *([] if kept else unused)])
+            for item in unused if kept else ():
+                self._put_aside(item)
 
+    def _found(self, path: Path) -> Found | None:
+        """What lies in one folder, if it is that of a space."""
+        if not _SPACE_FOLDER.fullmatch(path.name):
+            return None
+        try:
+            if files.kind_of(path) != "a folder":
+                raise DamagedFileError(f"it is {files.kind_of(path)}, not a folder that was made here")
+            found = find(path, self.seal)
+        except (OSError, DamagedFileError) as error:
+            self._lost(path, error)
+            return None
+        for unit in [unit for unit in found.units if self.folder_of(unit.space) != path]:
+            found.units.remove(unit)
+            found.lost[unit.state.path] = DamagedFileError("it lies in the folder of another model or namespace")
+        for lost, reason in found.lost.items():
+            self._lost(lost, reason)
+        return found
 
-def _contents(unit: Unit, chain: list[KVSegment]) -> dict[str, bytes]:
-    """The files of a unit by name, its state last; those of `chain` are there already."""
-    spans = unit.spans
-    names = [_file(segment.payload).path.name for segment in chain]
-    contents: dict[str, bytes] = {}
-    for span in spans[len(chain) :]:
-        data = movable(unit.kv[span]).to_bytes(json.dumps({"format": FORMAT, "span": span}), NO_TOKENS)
-        names.append(files.new_name("kv", data))
-        contents[names[-1]] = data
-    kv = [[*span, name] for span, name in zip(spans, names, strict=True)]
-    record = {"format": FORMAT, "space": unit.space, "position": unit.position, "kv": kv}
-    data = movable(unit.state).to_bytes(json.dumps(record), unit.tokens)
-    contents[files.new_name("state", data)] = data
-    return contents
+    def _load_unit(self, unit: UnitFiles) -> None:
+        spans = list(unit.kv)
+        chain = shared_chain(self.match(unit.tokens, unit.space), spans)
+        # Else it is left over from before its keys and values were written anew.
+        if all(segment.payload is unit.kv[segment.start, segment.end] for segment in chain):
+            self.put(Unit(unit.space, unit.tokens, len(unit.tokens), unit.state, spans, unit.kv), urgent=True)
+
+    def _put_aside(self, item: StoredFile) -> None:
+        """Keeps a file that is not for this store, as long as there is room."""
+        if self._over(item.nbytes):
+            self._discard([item])
+            return
+        with self.lock:
+            self.ledger.reserved_bytes += item.nbytes
+            self._aside.append(item)
+
+    def _lost(self, path: Path, reason: Exception) -> None:
+        self._named.add(path)
+        self.warn("load", f"A stored state is lost, as {printable(path)} cannot be used: {printable(reason)}")
 
 
 def _file(payload: Payload) -> StoredFile:

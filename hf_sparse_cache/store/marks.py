@@ -21,6 +21,10 @@ class Marks:
         if not any(np.array_equal(prefix, other) for other in known):
             known.append(prefix.copy())
 
+    def prefixes(self, space: str) -> list[Tokens]:
+        """The announced prefixes of a space."""
+        return list(self._prefixes.get(space, ()))
+
     def lengths(self, ids: Tokens, space: str) -> list[int]:
         """Lengths of the announced prefixes that this prompt begins with, ascending."""
         return sorted(

@@ -21,6 +21,7 @@ from .eviction import Eviction, make_eviction
 from .host import HostTier
 from .ledger import Ledger
 from .marks import Marks
+from .seal import Seal
 from .tier import Demote, Shown, Tier
 from .tree import Account, Checkpoint, Node
 from .unit import Bound, Unit, unit_of
@@ -50,9 +51,14 @@ class CheckpointStore(Shown):
         host_memory: bytes of a second tier in host memory, for models on an accelerator; None for no such tier.
         disk_memory: bytes of a tier on disk, found again by the next process; None for no such tier.
         disk_dir: its folder; default `sparse_cache` under HF_HOME. One process uses it at a time.
+        key: a secret of at least 16 bytes that authenticates every file, those of `save_pretrained` too; default the
+            environment variable HF_SPARSE_CACHE_KEY, or none. Whoever can write the folder and has no key can then no
+            longer put states there.
+        encrypt: whether files are encrypted with the key too; needs the package `cryptography`.
 
     Raises:
-        ValueError: if a size cannot be read or the eviction's name is unknown.
+        ValueError: if a size cannot be read, the eviction's name is unknown, or the key is too short.
+        ImportError: if `cryptography` is needed and not installed.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class CheckpointStore(Shown):
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
         disk_dir: str | Path | None = None,
+        key: str | bytes | None = None,
+        encrypt: bool = False,
     ) -> None:
         if max_remembered_tokens is not None and max_remembered_tokens < 1:
             raise ValueError(f"max_remembered_tokens must be at least 1 or None, got {max_remembered_tokens}")
@@ -72,7 +80,8 @@ class CheckpointStore(Shown):
         order = make_eviction(eviction) if isinstance(eviction, str) else eviction
         memory = Tier(Ledger(parse_bytes(max_memory), order, limits, max_remembered_tokens))
         super().__init__(memory.ledger)
-        self.tiers: list[Tier] = [memory, *_lower_tiers(host_memory, disk_memory, disk_dir)]
+        self.seal = Seal.of(key, encrypt)
+        self.tiers: list[Tier] = [memory, *_lower_tiers(host_memory, disk_memory, disk_dir, self.seal)]
         self._journeys: list[_Journey] = []
         forks.starts_clean(self)
 
@@ -307,7 +316,7 @@ class CheckpointStore(Shown):
 
 
 def _lower_tiers(
-    host_memory: int | str | None, disk_memory: int | str | None, disk_dir: str | Path | None
+    host_memory: int | str | None, disk_memory: int | str | None, disk_dir: str | Path | None, seal: Seal
 ) -> list[Tier]:
     """The tiers that a store asks for, the faster one first, without a disk that cannot be used.
 
@@ -323,7 +332,7 @@ def _lower_tiers(
         from .disk import DiskTier  # which a store in memory never needs
 
         folder = default_folder() if disk_dir is None else Path(disk_dir).expanduser()
-        disk = DiskTier.open(folder, parse_bytes(disk_memory, "disk_memory"))
+        disk = DiskTier.open(folder, parse_bytes(disk_memory, "disk_memory"), seal)
         tiers += [disk] if disk is not None else []
     return tiers
 

@@ -15,7 +15,7 @@ from ..planning.cuts import Tokens
 from .eviction import Eviction
 from .ledger import Ledger
 from .tree import Checkpoint, Forest, Match
-from .unit import MovablePayload, Span, Unit
+from .unit import Expected, MovablePayload, Span, Unit
 
 
 logger = logging.getLogger(__name__)
@@ -160,6 +160,9 @@ class Tier(Shown):
             with self.ledger.taken(checkpoint) as unit:
                 if unit is not None:  # not sent off meanwhile
                     yield checkpoint, unit
+
+    def expect(self, space: str, like: Expected) -> None:
+        """Learns what the states of a space must be; a tier in memory knows, as it got them from the model."""
 
     def resize(self, max_memory: int | None, demote: Demote | None = None) -> None:
         """Changes the budget; sends checkpoints off down to it, as far as nothing is pinned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..planning.cuts import Tokens
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
@@ -39,6 +39,26 @@ class MovablePayload(Payload, Protocol):
 
     def to_bytes(self, record: str, tokens: Tokens) -> bytes:
         """A safetensors file: its tensors, the tensor `tokens`, and `record` as the metadata `unit`."""
+
+
+class Expected(Protocol):
+    """What is known of a model's states before a file is read (see `models.layout`)."""
+
+    @property
+    def has_kv(self) -> bool:
+        """Whether any layer keeps keys and values of every token."""
+
+    def state_bytes(self, position: int) -> int:
+        """Most bytes of the tensors of a state."""
+
+    def kv_bytes(self, start: int, end: int) -> int:
+        """Most bytes of the tensors of a span of keys and values."""
+
+    def check_state(self, payload: Any, position: int) -> None:
+        """Raises DamagedFileError unless it can be this model's state after `position` tokens."""
+
+    def check_kv(self, payload: Any, start: int, end: int) -> None:
+        """Raises DamagedFileError unless these can be this model's keys and values of a span."""
 
 
 @dataclass

@@ -1,0 +1,200 @@
+"""What a file says of itself: JSON and safetensors headers from files that anybody may have written.
+
+Every number is bounded by the file's own size before anything of that size is made, and whatever is wrong is a
+`DamagedFileError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import DamagedFileError
+from ..planning.cuts import Tokens
+
+
+MAX_HEADER_BYTES = 100_000_000  # as safetensors itself has it
+MAX_POSITION = 2**26
+
+
+class RefusedFileError(DamagedFileError):
+    """A file may be whole, and is not to be read with this key, or by this version."""
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Reads strict JSON: no NaN or infinity, no key twice, no lone surrogates, nothing nested without end.
+
+    Raises:
+        DamagedFileError: it is anything else.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text, parse_constant=_not_a_number, parse_float=_finite, object_pairs_hook=_unique)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"it is not plain JSON ({error})") from error
+    return value
+
+
+def _not_a_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
+
+
+def is_count(value: object, most: int = 2**62) -> bool:
+    """Whether a value from JSON is a whole number from 0 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        entries: dtype, shape and place of each tensor, by name.
+        metadata: strings by name.
+        start: where the tensors begin in the file.
+    """
+
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+
+    @classmethod
+    def parse(cls, head: bytes, size: int, whole: bool = True) -> Header:
+        """Reads the header at the beginning of a file of `size` bytes.
+
+        Args:
+            whole: whether the file must be of the size that its header promises.
+
+        Raises:
+            DamagedFileError: it is none, or promises another file than this one.
+        """
+        length = header_bytes(head, size)
+        value = parse_json(head[8 : 8 + length])
+        if not isinstance(value, dict):
+            raise DamagedFileError("its header is no object")
+        metadata = value.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(item, str) for item in metadata.values()):
+            raise DamagedFileError("its header's metadata are not strings")
+        start = 8 + length
+        end = max((_end_of(name, entry) for name, entry in value.items()), default=0)
+        if whole and start + end != size:
+            raise DamagedFileError(f"it has {size} bytes, its header promises {start + end}")
+        return cls(value, metadata, start)
+
+    def place(self, name: str, dtype: str, item_bytes: int) -> tuple[int, int]:
+        """Where the bytes of a one-dimensional tensor begin and end in the file.
+
+        Raises:
+            DamagedFileError: there is no such tensor, or it is of another kind.
+        """
+        entry = self.entries.get(name)
+        if entry is None or entry.get("dtype") != dtype:
+            raise DamagedFileError(f"its header names no tensor {name!r} of type {dtype}")
+        begin, end = entry["data_offsets"]
+        if entry.get("shape") != [(end - begin) // item_bytes] or (end - begin) % item_bytes:
+            raise DamagedFileError(f"the shape of its tensor {name!r} is not its size")
+        return self.start + begin, self.start + end
+
+    def record(self) -> dict[str, Any]:
+        """What the file says it is.
+
+        Raises:
+            DamagedFileError: nothing of this library.
+        """
+        record = parse_json(self.metadata["unit"]) if "unit" in self.metadata else None
+        if not isinstance(record, dict) or not is_count(record.get("format")):
+            raise DamagedFileError("its header does not describe a unit")
+        return record
+
+
+def header_bytes(head: bytes, size: int) -> int:
+    """The length of a header from the first 8 bytes of a file.
+
+    Raises:
+        DamagedFileError: no file of `size` bytes has such a header.
+    """
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        raise DamagedFileError(f"its first 8 bytes promise a header of {length} bytes, in a file of {size}")
+    return length
+
+
+def _end_of(name: str, entry: Any) -> int:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(is_count, offsets))
+        or offsets[0] > offsets[1]
+    ):
+        raise DamagedFileError(f"its header gives no place for the tensor {name[:40]!r}")
+    return int(offsets[1])
+
+
+def tokens_from(data: bytes) -> Tokens:
+    """Token ids from the bytes of a tensor `tokens`, int32."""
+    return np.frombuffer(data, dtype="<i4").astype(np.int32)
+
+
+def canonical(data: bytes) -> bytes:
+    """A safetensors file with its header in one order: equal content gives equal bytes."""
+    length = int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]))
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """What the file of a state says: whose it is, and which files hold the keys and values below it.
+
+    Attributes:
+        kv: start, end and file name of each span, gapless from 0 to the position, or none.
+    """
+
+    format: int
+    space: str
+    tokens: Tokens
+    kv: tuple[tuple[int, int, str], ...]
+
+    @classmethod
+    def parse(cls, record: dict[str, Any], tokens: Tokens) -> StateRecord:
+        """Checks a record against the tokens that stand beside it.
+
+        Raises:
+            DamagedFileError: a field is missing or cannot be.
+        """
+        space, position, kv = record.get("space"), record.get("position"), record.get("kv")
+        if not isinstance(space, str) or not is_count(position, MAX_POSITION) or not isinstance(kv, list):
+            raise DamagedFileError("its record lacks its space, its position or its keys and values")
+        if position != len(tokens) or not len(tokens):
+            raise DamagedFileError(f"it says position {position} and holds {len(tokens)} tokens")
+        end = 0
+        for item in kv:
+            if not (isinstance(item, list) and len(item) == 3 and item[0] == end and isinstance(item[2], str)):
+                raise DamagedFileError(f"its keys and values are not gapless at {end}")
+            if not is_count(item[0]) or not is_count(item[1], MAX_POSITION) or item[1] <= end:
+                raise DamagedFileError(f"its keys and values are not gapless at {end}")
+            end = item[1]
+        if kv and end != position:
+            raise DamagedFileError(f"its keys and values end at {end}, not at its position {position}")
+        return cls(record["format"], space, tokens, tuple((start, end, name) for start, end, name in kv))

@@ -1,0 +1,227 @@
+"""One unit as files: how it is packed, found in a folder again, and proved when it is read.
+
+A state's file says its space and position, holds its tokens, and names the files of the keys and values below it.
+Names end in checksums, so nothing damaged, lost or swapped is ever used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from ..errors import DamagedFileError
+from ..planning.cuts import Tokens
+from . import files
+from .headers import RefusedFileError, StateRecord, canonical, is_count
+from .seal import Seal
+from .tree import Payload
+from .unit import Expected, MovablePayload, Span, Unit, movable
+
+
+FORMAT = 2  # of the files
+READ_FORMATS = (1, 2)  # 1 does not name the space of keys and values, and knows no key
+NO_TOKENS = np.zeros(0, dtype=np.int32)
+_FRAME_BYTES = 2**20  # of a file beyond its tensors and tokens: header, names of keys and values, encryption
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFile:
+    """A file and its size: the payload of a tier on disk."""
+
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How payloads become files: what proves them, and how they are named."""
+
+    seal: Seal
+    name: Callable[[str, bytes, Seal], str] = files.new_name
+
+    def kv(self, payload: Payload, span: Span, space: str) -> tuple[str, bytes]:
+        """Name and bytes of the file of one span of keys and values."""
+        return self._file("kv", movable(payload).to_bytes, {"space": space, "span": list(span)}, NO_TOKENS)
+
+    def state(self, unit: Unit, names: Sequence[str]) -> tuple[str, bytes]:
+        """Name and bytes of the file of a state, which builds on the files `names`, one for each span of the unit."""
+        kv = [[*span, name] for span, name in zip(unit.spans, names, strict=True)]
+        about = {"space": unit.space, "position": unit.position, "kv": kv}
+        return self._file("state", movable(unit.state).to_bytes, about, unit.tokens[: unit.position])
+
+    def marks(self, prefixes: Sequence[Tokens], space: str) -> tuple[str, bytes]:
+        """Name and bytes of the file of announced prefixes."""
+        about = {"space": space, "lengths": [len(prefix) for prefix in prefixes]}
+        return self._file("marks", _only_tokens, about, np.concatenate([NO_TOKENS, *prefixes]))
+
+    def _file(
+        self, kind: str, to_bytes: Callable[[str, Tokens], bytes], about: dict[str, Any], tokens: Tokens
+    ) -> tuple[str, bytes]:
+        record = {"format": FORMAT, **about, **({"keyed": True} if self.seal.keyed else {})}
+        data = self.seal.closed(canonical(to_bytes(json.dumps(record), tokens)), record, tokens)
+        return self.name(kind, data, self.seal), data
+
+
+def _only_tokens(record: str, tokens: Tokens) -> bytes:
+    data: bytes = safetensors.numpy.save({"tokens": tokens}, {"unit": record})
+    return data
+
+
+@dataclass(frozen=True)
+class UnitFiles:
+    """One unit on disk.
+
+    Attributes:
+        used: when it was last used or written, in seconds since the epoch.
+        kv: the file of each of its spans, from 0 upwards.
+    """
+
+    space: str
+    tokens: Tokens
+    state: StoredFile
+    kv: dict[Span, StoredFile]
+    used: float = 0.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What of ours a folder holds.
+
+    Attributes:
+        units: least recently used first.
+        stored: every file that has a unit's name, by name.
+        unfinished: what a process that was killed left.
+        lost: files that look like a unit's and are none that can be used, with the reason.
+    """
+
+    units: list[UnitFiles]
+    stored: dict[str, StoredFile]
+    unfinished: list[StoredFile]
+    lost: dict[Path, Exception]
+
+
+def find(folder: Path, seal: Seal) -> Found:
+    """Looks for units in a folder. Only their headers and tokens are read.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    listing = files.units_in(folder)
+    stored = {name: StoredFile(folder / name, size) for name, size in listing.units.items()}
+    unfinished = [StoredFile(path, size) for path, size in listing.unfinished.items()]
+    odd = {path: DamagedFileError(f"it is {files.kind_of(path)} that was not written here") for path in listing.odd}
+    found = Found([], stored, unfinished, {**odd})
+    for name in (name for name in stored if files.is_name(name, "state")):
+        try:
+            found.units.append(_unit(stored[name], stored, seal))
+        except (OSError, DamagedFileError) as error:
+            found.lost[folder / name] = error
+    found.units.sort(key=lambda unit: (unit.used, unit.state.path.name))
+    return found
+
+
+def _unit(state: StoredFile, stored: dict[str, StoredFile], seal: Seal) -> UnitFiles:
+    record = state_record(*files.peek(state.path, seal))
+    if any(not files.is_name(name, "kv") or name not in stored for _, _, name in record.kv):
+        raise DamagedFileError("keys and values it builds on are gone")
+    kv = {(start, end): stored[name] for start, end, name in record.kv}
+    return UnitFiles(record.space, record.tokens, state, kv, state.path.stat().st_mtime)
+
+
+@dataclass(frozen=True)
+class UnitReader:
+    """Reads what `find` found.
+
+    Attributes:
+        make: a payload from the bytes of a plain file, in host memory.
+        expected: what the payloads must be; None where nothing is known of them.
+    """
+
+    make: Callable[[bytes], MovablePayload]
+    seal: Seal
+    expected: Expected | None = None
+
+    def read(self, unit: UnitFiles, spans: Sequence[Span]) -> Unit:
+        """Reads and proves a unit's state and the keys and values of some of its spans.
+
+        Raises:
+            DamagedFileError: a file, named by its `path`, cannot be used.
+        """
+        state = self._payload(unit.state, partial(self._state, unit), self._most(len(unit.tokens), None))
+        kv = {
+            span: self._payload(unit.kv[span], partial(self._kv, unit.space, span), self._most(0, span))
+            for span in spans
+        }
+        return Unit(unit.space, unit.tokens, len(unit.tokens), state, list(unit.kv), kv)
+
+    def _payload(self, file: StoredFile, make: Callable[[bytes], MovablePayload], most: int | None) -> MovablePayload:
+        try:
+            return make(files.read(file.path, self.seal, most)).moved_to("device")
+        except (OSError, ValueError) as error:
+            refused = DamagedFileError(str(error))
+            refused.path = file.path
+            raise refused from error
+
+    def _most(self, position: int, span: Span | None) -> int | None:
+        if self.expected is None:
+            return None
+        tensors = self.expected.state_bytes(position) if span is None else self.expected.kv_bytes(*span)
+        return tensors + _FRAME_BYTES + 256 * position
+
+    def _state(self, unit: UnitFiles, data: bytes) -> MovablePayload:
+        record = state_record(*files.record_of(data))
+        named = tuple((*span, file.path.name) for span, file in unit.kv.items())
+        if record.space != unit.space or record.kv != named or not np.array_equal(record.tokens, unit.tokens):
+            raise DamagedFileError("it belongs to another prompt than its folder says")
+        payload = self.make(data)
+        if self.expected is not None:
+            if bool(unit.kv) != self.expected.has_kv:
+                raise DamagedFileError("it has keys and values where the model has none, or none where it has them")
+            self.expected.check_state(payload, len(unit.tokens))
+        return payload
+
+    def _kv(self, space: str, span: Span, data: bytes) -> MovablePayload:
+        record, _ = files.record_of(data)
+        if record["format"] not in READ_FORMATS or record.get("span") != list(span):
+            raise DamagedFileError(f"it holds other keys and values than those of the tokens {span[0]} to {span[1]}")
+        if record["format"] > 1 and record.get("space") != space:
+            raise DamagedFileError("its keys and values belong to another model or namespace")
+        payload = self.make(data)
+        if self.expected is not None:
+            self.expected.check_kv(payload, *span)
+        return payload
+
+
+def state_record(record: dict[str, Any], tokens: Tokens) -> StateRecord:
+    """Checks the record of a state's file, of any format that is read.
+
+    Raises:
+        DamagedFileError: it is none.
+    """
+    if record["format"] not in READ_FORMATS:
+        raise RefusedFileError(f"it has format {record['format']}, and formats {READ_FORMATS} are read")
+    return StateRecord.parse(record, tokens)
+
+
+def read_marks(path: Path, space: str, seal: Seal) -> list[Tokens]:
+    """The announced prefixes in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        DamagedFileError: it is not such a file, or of another space.
+    """
+    record, tokens = files.record_of(files.read(path, seal))
+    lengths = record.get("lengths")
+    if record.get("space") != space:
+        raise DamagedFileError("its marks belong to another model or namespace")
+    if not isinstance(lengths, list) or not all(map(is_count, lengths)) or sum(lengths) != len(tokens):
+        raise DamagedFileError(f"its marks do not add up to its {len(tokens)} tokens")
+    ends = np.cumsum(lengths).tolist()
+    return [tokens[end - length : end] for length, end in zip(lengths, ends, strict=True)]
