@@ -18,9 +18,3 @@ class DamagedFileError(ValueError):
     """
 
     path: Path | None = None
-
-
-def printable(text: object) -> str:
-    """Text from a file or a name as a message may show it, with what a terminal would obey escaped."""
-    escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
-    return "".join(escaped)

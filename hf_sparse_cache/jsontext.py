@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,11 +17,15 @@ def parse(text: bytes | str, where: str) -> Any:
         where: the file, or the line of one, for errors.
 
     Raises:
-        ValueError: it is not JSON in UTF-8, it is nested too deep, it has a key twice, or a number that is none.
+        ValueError: it is not JSON in UTF-8, it is nested too deep, it has a key twice, a number that is none, or
+            half a character.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_number)
+        value = json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite)
+        if "\\u" in decoded:  # half of a surrogate pair can only be written so
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError(f"{where} is not JSON that can be read: it is nested too deep; mend it") from None
     except ValueError as error:
@@ -58,6 +63,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} comes twice")
     return found
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:40]} is beyond all numbers")
+    return value
 
 
 def _no_number(name: str) -> NoReturn:

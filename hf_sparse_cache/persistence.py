@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .errors import DamagedFileError, printable
+from .checks import printable
+from .errors import DamagedFileError
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .models.server import Server
@@ -119,7 +120,7 @@ class _Target:
             try:
                 files.remove(path)
             except (OSError, DamagedFileError) as error:
-                logger.warning(f"A file of an earlier save stays in the folder: {printable(error)}")
+                logger.warning(f"A file of an earlier save stays in the folder: {printable(str(error))}")
 
     def _file(self, name: str, data: bytes) -> str:
         path = self._folder / name
@@ -250,7 +251,9 @@ class _Source:
         """Names the first file that cannot be used, once."""
         for path, reason in list(self._lost.items())[:1]:
             more = f"; and {len(self._lost) - 1} more files are left out" if len(self._lost) > 1 else ""
-            logger.warning(f"A stored state is lost, as {printable(path)} cannot be used: {printable(reason)}{more}.")
+            logger.warning(
+                f"A stored state is lost, as {printable(str(path))} cannot be used: {printable(str(reason))}{more}."
+            )
 
     def _lose(self, path: Path, error: Exception) -> None:
         self._lost.setdefault(path, str(error))

@@ -5,7 +5,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import DamagedFileError, printable
+from ..checks import printable
+from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..stats import counted, format_bytes
 from ..store.files import kind_of
@@ -117,7 +118,7 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
         about, namespace = _describe(space)
         folders = sorted({item.folder for item in own})
         if folders != [folder]:
-            screen.say(f"In {', '.join(map(printable, folders))}:")
+            screen.say(f"In {', '.join(map(str, folders))}:")
         states, kv = sum(item.state_bytes for item in own), sum(item.kv_bytes for item in own)
         screen.say(
             f"{about['model']} ({_listed(about['dtype'])}, grid {about['grid']}, namespace '{namespace}'): "
@@ -168,8 +169,8 @@ def _listed(value: Any) -> str:
 def _safe(value: Any) -> Any:
     """A value from a file without anything that a terminal would obey."""
     if isinstance(value, list):
-        return [printable(item) for item in value]
-    return value if isinstance(value, int) else printable(value)
+        return [printable(str(item)) for item in value]
+    return value if isinstance(value, int) else printable(str(value))
 
 
 def _time(used: float) -> str:

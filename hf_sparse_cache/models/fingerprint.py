@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import printable
+from ..checks import printable
 from ..forks import ForkSafeLock
 from .binding import Binding
 from .inputs import input_device

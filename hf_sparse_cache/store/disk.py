@@ -15,7 +15,8 @@ import weakref
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from ..errors import DamagedFileError, printable
+from ..checks import printable
+from ..errors import DamagedFileError
 from . import files
 from .eviction import LRU
 from .headers import RefusedFileError
@@ -235,7 +236,7 @@ class DiskTier(Tier):
             files.remove(item.path)
         except DamagedFileError as error:
             if item.path not in self._named:
-                self.warn("foreign", f"{printable(error)}, and stays")
+                self.warn("foreign", f"{printable(str(error))}, and stays")
         except OSError as error:
             with self.lock:
                 self.ledger.reserved_bytes += item.nbytes
@@ -273,7 +274,7 @@ class DiskTier(Tier):
         except DamagedFileError as error:
             culprit = next(file for file in (stored.state, *kv.values()) if file.path == error.path)
             self._named.add(culprit.path)
-            self.warn("read", f"A stored state is lost, as {culprit.path} cannot be used: {printable(error)}")
+            self.warn("read", f"A stored state is lost, as {culprit.path} cannot be used: {printable(str(error))}")
             self.lose(culprit)
             return None
         with suppress(OSError):
@@ -345,7 +346,9 @@ class DiskTier(Tier):
 
     def _lost(self, path: Path, reason: Exception) -> None:
         self._named.add(path)
-        self.warn("load", f"A stored state is lost, as {printable(path)} cannot be used: {printable(reason)}")
+        self.warn(
+            "load", f"A stored state is lost, as {printable(str(path))} cannot be used: {printable(str(reason))}"
+        )
 
 
 def _file(payload: Payload) -> StoredFile:

@@ -7,12 +7,12 @@ Every number is bounded by the file's own size before anything of that size is m
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from .. import jsontext
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 
@@ -26,36 +26,15 @@ class RefusedFileError(DamagedFileError):
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Reads strict JSON: no NaN or infinity, no key twice, no lone surrogates, nothing nested without end.
+    """Reads strict JSON (see `jsontext`).
 
     Raises:
         DamagedFileError: it is anything else.
     """
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, parse_constant=_not_a_number, parse_float=_finite, object_pairs_hook=_unique)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"it is not plain JSON ({error})") from error
-    return value
-
-
-def _not_a_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands in it twice")
-    return found
+        return jsontext.parse(data, "it")
+    except ValueError as error:
+        raise DamagedFileError(str(error).removesuffix("; mend it")) from error
 
 
 def is_count(value: object, most: int = 2**62) -> bool:
