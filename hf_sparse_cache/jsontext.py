@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ def parse(text: bytes | str, where: str) -> Any:
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_number)
         if "\\u" in decoded:  # half of a surrogate pair can only be written so
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -63,12 +62,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} comes twice")
     return found
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(value := float(digits)):
-        raise ValueError(f"{digits[:40]} is beyond all numbers")
-    return value
 
 
 def _no_number(name: str) -> NoReturn:
