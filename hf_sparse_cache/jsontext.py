@@ -16,15 +16,11 @@ def parse(text: bytes | str, where: str) -> Any:
         where: the file, or the line of one, for errors.
 
     Raises:
-        ValueError: it is not JSON in UTF-8, it is nested too deep, it has a key twice, a number that is none, or
-            half a character.
+        ValueError: it is not JSON in UTF-8, it is nested too deep, it has a key twice, or a number that is none.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_number)
-        if "\\u" in decoded:  # half of a surrogate pair can only be written so
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_number)
     except RecursionError:
         raise ValueError(f"{where} is not JSON that can be read: it is nested too deep; mend it") from None
     except ValueError as error:

@@ -26,15 +26,18 @@ class RefusedFileError(DamagedFileError):
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Reads strict JSON (see `jsontext`).
+    """Reads strict JSON (see `jsontext`), of text that UTF-8 can hold.
 
     Raises:
         DamagedFileError: it is anything else.
     """
     try:
-        return jsontext.parse(data, "it")
+        value = jsontext.parse(data, "it")
+        if b"\\u" in (data.encode() if isinstance(data, str) else data):
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair has no UTF-8
     except ValueError as error:
         raise DamagedFileError(str(error).removesuffix("; mend it")) from error
+    return value
 
 
 def is_count(value: object, most: int = 2**62) -> bool:
