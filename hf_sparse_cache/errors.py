@@ -1,6 +1,12 @@
-"""Errors with a name of their own."""
+"""Errors with a name of their own, and how to tell that an allocation failed."""
 
+import re
 from pathlib import Path
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|alloc_failed|not enough memory", re.I
+)
 
 
 class UnsupportedModelError(ValueError):
@@ -18,3 +24,14 @@ class DamagedFileError(ValueError):
     """
 
     path: Path | None = None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, and nothing else.
+
+    On a CPU, torch raises a plain `RuntimeError`, as it does for pinned memory and in CUDA's libraries; only its words
+    tell it from a fault.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None

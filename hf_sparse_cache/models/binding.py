@@ -16,7 +16,7 @@ from ..planning.cuts import Positions, Tokens, cut_positions
 from . import states
 from .cost import prefill_cost
 from .families import Family, family_of, unwrapped
-from .inputs import as_ids
+from .inputs import as_ids, check_ids
 from .live import LiveCache
 from .states import StateSize
 
@@ -87,9 +87,11 @@ class Binding:
         """One prompt, given as ids or as a string, as int32 of shape `(length,)`.
 
         Raises:
-            ValueError: The shape is another, or it is a string and there is no tokenizer.
+            ValueError: They are no ids of this model, or it is a string and there is no tokenizer.
         """
-        return as_ids(ids, self.tokenizer)[0].to("cpu", torch.int32).numpy()
+        given = as_ids(ids, self.tokenizer)
+        check_ids(given, self.model.get_input_embeddings().num_embeddings, "ids")
+        return given[0].to("cpu", torch.int32).numpy()
 
     def cuts(self, tokens: Tokens) -> Positions:
         """The cuts that follow from the prompt's own tokens alone."""

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from ..checks import shown, text
+
 
 # Keywords that do not change what a prefill computes, or are checked on their own.
 _PLAIN = frozenset(
@@ -91,7 +93,7 @@ def unpadded_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
     return rows
 
 
-def check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:
+def check_ids(input_ids: torch.Tensor, vocabulary: int, name: str = "input_ids") -> None:
     """Refuse ids for which the model has no embedding, before anything runs.
 
     Raises:
@@ -100,7 +102,7 @@ def check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:
     low, high = (int(bound) for bound in torch.aminmax(input_ids))
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"input_ids contains {low if low < 0 else high}, outside the model's vocabulary 0..{vocabulary - 1}. "
+            f"{name} contains {low if low < 0 else high}, outside the model's vocabulary 0..{vocabulary - 1}. "
             "Was the prompt made with another model's tokenizer?"
         )
 
@@ -121,14 +123,19 @@ def as_ids(prompt: torch.Tensor | str, tokenizer: Any, name: str = "ids") -> tor
         name: the argument's name, for errors.
 
     Raises:
-        ValueError: The shape is another, or it is a string and there is no tokenizer.
+        ValueError: The shape is another, they are no integers, or it is a string and there is no tokenizer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"{name} holds a string, but there is no tokenizer: SparsePrefixCache(model, tokenizer).")
-        prompt = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    given = torch.as_tensor(prompt)
+        prompt = tokenizer(text(name, prompt, "give text in UTF-8"), return_tensors="pt")["input_ids"]
+    try:
+        given = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} is {shown(prompt)}; give token ids of shape (length,) or (1, length).") from error
     ids = given[None] if given.dim() == 1 else given
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"{name} holds a tensor of shape {tuple(given.shape)}; give (length,) or (1, length).")
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"{name} holds a tensor of {given.dtype}; give integer token ids, as a tokenizer does.")
     return ids

@@ -33,6 +33,10 @@ class LiveCache(DynamicCache):
         )
         self._scan_forgets = mamba1.needs_hook(config.get_text_config(decoder=True).model_type)
 
+    def start_anew(self, fresh: "LiveCache") -> None:
+        """Take the place of a fresh cache for the same model: nothing that was half done is left."""
+        self.__dict__.update(fresh.__dict__)
+
     @property
     def is_compileable(self) -> bool:
         # Layers of fixed size alone would send generate() down its auto-compile path, with 4-D masks.

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from transformers.utils import logging
 
+from ..errors import out_of_memory
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions
 from ..request import Request
 from . import states
@@ -43,6 +44,7 @@ def prefill_row(
     request: Request,
     kwargs: dict[str, Any],
     position_dims: tuple[int, ...] = (),
+    capture: bool = True,
 ) -> tuple[Any, Timing]:
     """Bring a fresh live cache to the end of one prompt.
 
@@ -54,6 +56,7 @@ def prefill_row(
         request: the prompt's open request: what to restore and what to capture.
         kwargs: further keywords for the model, the same for every segment.
         position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
+        capture: whether there is memory for what the request wants to keep.
 
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
@@ -65,7 +68,7 @@ def prefill_row(
         states.restore(live, state, spans)
     restore_seconds = time.perf_counter() - clock
     capture_seconds = 0.0
-    planned = set(request.planned)
+    planned = set(request.planned) if capture else set()
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     start = live.length = request.resumed_tokens
     forward = _uncompiled(model)
@@ -90,7 +93,9 @@ def prefill_row(
             try:
                 kv = partial(states.capture_kv, live) if live.full_attention_layers else None
                 request.add(end, states.capture_state(live), kv)
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 logger.warning_once(f"No memory to capture a checkpoint; the request goes on without it: {error}")
             capture_seconds += time.perf_counter() - clock
     return output, Timing(capture_seconds, restore_seconds)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
 
 from .. import forks
+from ..errors import out_of_memory
 from ..explain import WEIGHTS_CHANGED, frequent, remedy
 from ..planning.cuts import Positions, Tokens, with_free_cuts
 from ..planning.policies import NoCheckpoints, Policy
-from ..request import open_request
-from ..stats import Recorder, RequestInfo
+from ..request import Request, open_request
+from ..stats import Recorder, RequestInfo, format_bytes
 from ..store.store import CheckpointStore
 from . import prefill
 from .binding import Binding
@@ -25,6 +26,7 @@ from .space import Space
 
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
 
 class Server:
@@ -89,7 +91,8 @@ class Server:
             self.on_prefill(caches[-1])
         if alone:
             return outputs[0]
-        return prefill.join_rows(self.binding.family.cache_name, live, caches, outputs, order, input_ids.shape[1])
+        name, width = self.binding.family.cache_name, input_ids.shape[1]
+        return self._with_room(live, lambda _: prefill.join_rows(name, live, caches, outputs, order, width))
 
     def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
@@ -98,22 +101,33 @@ class Server:
         started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
         space, changed = self.space.now(told=True)
-        cuts = self.cuts(tokens, space)
-        opened = time.perf_counter()
         limit = self.binding.config.max_checkpoints
-        with open_request(self.store, self.policy, tokens, cuts, space=space, max_checkpoints=limit) as request:
-            output, timing = prefill.prefill_row(self.binding, live, ids, cuts, request, kwargs, position_dims)
-            served = time.perf_counter()
+
+        def attempt(capture: bool) -> tuple[Any, Request, dict[str, float]]:
+            begun = time.perf_counter()
+            cuts = self.cuts(tokens, space)
+            opened = time.perf_counter()
+            with open_request(self.store, self.policy, tokens, cuts, space=space, max_checkpoints=limit) as request:
+                output, timing = prefill.prefill_row(
+                    self.binding, live, ids, cuts, request, kwargs, position_dims, capture
+                )
+                served = time.perf_counter()
+            return (
+                output,
+                request,
+                {
+                    "match_seconds": opened - begun + request.match_seconds,
+                    "plan_seconds": request.plan_seconds + time.perf_counter() - served,
+                    "capture_seconds": timing.capture_seconds,
+                    "restore_seconds": timing.restore_seconds,
+                },
+            )
+
+        looked = time.perf_counter() - started
+        output, request, seconds = self._with_room(live, attempt)
+        seconds["match_seconds"] += looked
         info = request.info(WEIGHTS_CHANGED if changed and not request.resumed_tokens else "")
-        closed = time.perf_counter()
-        self._note(
-            info,
-            prefill_seconds=closed - started,
-            match_seconds=opened - started + request.match_seconds,
-            plan_seconds=request.plan_seconds + closed - served,
-            capture_seconds=timing.capture_seconds,
-            restore_seconds=timing.restore_seconds,
-        )
+        self._note(info, prefill_seconds=time.perf_counter() - started, **seconds)
         return output
 
     def cuts(self, tokens: Tokens, space: str, marked: int = 0) -> Positions:
@@ -126,6 +140,27 @@ class Server:
         return with_free_cuts(cuts, free | ({marked} if marked else set()), len(tokens))
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _with_room(self, live: LiveCache, attempt: Callable[[bool], T]) -> T:
+        """What `attempt` returns; where memory runs out, what is stored goes, and it is tried once more.
+
+        Args:
+            live: what it fills, which begins anew then: nothing half done is ever used.
+            attempt: told whether there is memory to capture as well.
+        """
+        try:
+            return attempt(True)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+        # Behind the block, where the traceback no longer holds what the first attempt had allocated.
+        live.start_anew(self.binding.live_cache())
+        logger.warning(
+            f"A prefill ran out of memory ({said}). {format_bytes(self.store.give_back())} of stored states were "
+            "given back, and it runs once more without storing any; a smaller max_memory leaves it room."
+        )
+        return attempt(False)
 
     def _note(self, info: RequestInfo, **seconds: float) -> None:
         """Count one finished request; say so, once, when none of the first ones resumed anything."""

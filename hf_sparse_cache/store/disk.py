@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ..checks import printable
-from ..errors import DamagedFileError
+from ..errors import DamagedFileError, out_of_memory
 from . import files
 from .eviction import LRU
 from .headers import RefusedFileError
@@ -100,7 +100,9 @@ class DiskTier(Tier):
         """Writes a unit; False, with one warning a kind, when the file system does not let it."""
         try:
             return self.write(unit)
-        except (OSError, MemoryError, RuntimeError) as error:  # of memory, torch says RuntimeError
+        except Exception as error:
+            if not isinstance(error, OSError) and not out_of_memory(error):
+                raise
             self.warn("write", f"A state could not be written to {self.folder}: {error}")
             return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from ..errors import out_of_memory
 from .eviction import LRU
 from .ledger import Ledger
 from .tier import Demote, Tier
@@ -31,7 +32,9 @@ class HostTier(Tier):
                     return False
                 missing = self.ledger.missing_spans(unit.tokens, unit.spans, unit.space, hold)
                 kv = {span: movable(unit.kv[span]).moved_to(self.name) for span in missing}
-            except (MemoryError, RuntimeError) as error:  # torch reports a lack of pinned memory as a RuntimeError
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
                 return False
             moved = Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)

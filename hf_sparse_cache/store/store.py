@@ -15,6 +15,7 @@ from itertools import dropwhile
 from pathlib import Path
 
 from .. import forks
+from ..errors import out_of_memory
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
 from ..stats import counted, parse_bytes
 from .eviction import Eviction, make_eviction
@@ -186,6 +187,25 @@ class CheckpointStore(Shown):
         memory = self.tiers[0]
         memory.resize(parse_bytes(max_memory), self._demotion(memory))
 
+    def give_back(self) -> int:
+        """Sends off all that no open request uses and no mark keeps, as the model is short of memory.
+
+        Returns:
+            Bytes that came free.
+        """
+        memory, before = self.tiers[0], self.used_bytes
+        demote = self._demotion(memory)
+        for checkpoint in memory.stored():
+            with memory.lock:
+                if not checkpoint.stored or checkpoint.pins:
+                    continue
+                if demote is None:
+                    memory.evict(checkpoint)
+                    continue
+                memory.ledger.pin(checkpoint)
+            demote(checkpoint)
+        return before - self.used_bytes
+
     def clear(self, space: str | None = None) -> None:
         """Forgets one space or all: prompts, marks and checkpoints that no open request uses, in every tier."""
         self._forget(space, lambda tier, space: tier.clear(space))
@@ -256,7 +276,9 @@ class CheckpointStore(Shown):
             missing = self.ledger.missing_spans(ids, unit.spans, space, hold)
             try:
                 fetched = tier.fetch(unit, list(missing))
-            except (MemoryError, RuntimeError) as error:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 tier.warn("fetch", f"A state could not be brought up from the {tier.name} tier: {error}")
                 return True  # it is still there; this request does without
             if fetched is None:
