@@ -62,12 +62,8 @@ class Manifest:
         """Names of all its files."""
         return {*(self.units or ()), *self.parts}
 
-    def write(self, folder: Path, seal: Seal) -> None:
-        """Puts it in the place of the one that is there, or leaves that as it is.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+    def text(self, seal: Seal) -> bytes:
+        """What to write into the folder, signed where there is a key."""
         content: dict[str, Any] = {
             "version": VERSION,
             "fingerprint": self.fingerprint,
@@ -79,8 +75,7 @@ class Manifest:
         }
         if seal.keyed:
             content["signature"] = seal.checksum(_plain(content))
-        text = json.dumps(content, indent=2, sort_keys=True)
-        files.write(folder / NAME, text.encode(), replace=True)
+        return json.dumps(content, indent=2, sort_keys=True).encode()
 
     @classmethod
     def read(cls, folder: Path, seal: Seal | None) -> Self:

@@ -46,14 +46,17 @@ def save(server: Server, save_directory: str | Path, seal: Seal) -> int:
     files.private_folder(folder)
     target = _Target(folder, Packing(seal, files.same_name), manifest.space)
     own, _ = server.space.now()
+    text = b""
     try:
         for tier in reversed(server.store.tiers):  # the slowest first: what is used most comes last
             for _, unit in tier.units(own):
                 target.put(tier, unit)
         target.put_marks(server.store.marks.prefixes(own))
-        replace(manifest, units=target.units, parts=target.parts).write(folder, seal)
+        text = replace(manifest, units=target.units, parts=target.parts).text(seal)
+        files.write(folder / MANIFEST, text, replace=True)
     except BaseException:
-        target.undo()
+        if not _holds(folder / MANIFEST, text):  # else the new one is in its place, and needs them
+            target.undo()
         raise
     target.tidy(before)
     return len(target.units)

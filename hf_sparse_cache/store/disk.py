@@ -305,7 +305,7 @@ class DiskTier(Tier):
             self.ledger.freed, used = [], {id(payload) for payload in self.ledger.payloads()}
             self.ledger.trim()
         for found in folders:
-            unused = [item for item in found.stored.values() if id(item) not in used]
+            unused = [item for item in found.stored.values() if id(item) not in used and self._provable(item.path)]
             # What is kept for another key or version may need any of them.
             kept = any(isinstance(reason, RefusedFileError) for reason in found.lost.values())
             self._discard([*found.unfinished, *([] if kept else unused)])
@@ -329,6 +329,16 @@ class DiskTier(Tier):
         for lost, reason in found.lost.items():
             self._lost(lost, reason)
         return found
+
+    def _provable(self, path: Path) -> bool:
+        """Whether a file is ours; else it is left alone, and named like all that looks like a unit and is none."""
+        try:
+            if files.is_ours(path):
+                return True
+            self._lost(path, DamagedFileError("it is not a file that was written here"))
+        except OSError as error:
+            self._lost(path, error)
+        return False
 
     def _load_unit(self, unit: UnitFiles) -> None:
         spans = list(unit.kv)
