@@ -20,6 +20,7 @@ from .models import generation
 from .models.binding import Binding
 from .models.handle import Handle
 from .models.inputs import why_uncached
+from .models.proof import Proof
 from .models.server import Server
 from .models.tensors import LayerTensors
 from .planning.policies import Policy, make_policy
@@ -45,6 +46,7 @@ class SparsePrefixCache(Handle):
         max_memory, max_checkpoints, exactness, grid, namespace: see `SparseCacheConfig`.
         policy: where checkpoints go: a name (see `policies`) or a `Policy` object.
         store: a `CheckpointStore` to share with other handles; it has a budget of its own, in place of `max_memory`.
+        prove: prove on a short prompt, once for each model object, that its states can be continued (see "Exactness").
         config: all settings at once, in place of the keywords.
 
     Raises:
@@ -65,6 +67,7 @@ class SparsePrefixCache(Handle):
         policy: str | Policy = "learned",
         store: CheckpointStore | None = None,
         namespace: str = "",
+        prove: bool = True,
         config: SparseCacheConfig | None = None,
     ) -> None:
         if not isinstance(policy, str):
@@ -86,8 +89,10 @@ class SparsePrefixCache(Handle):
         self._check_budget()
         for tier in self.store.tiers:
             tier.reader = LayerTensors.from_bytes
+        proof = Proof(binding, prove)
+        proof.require()
         attachment = generation.attachment(binding)
-        super().__init__(Server(binding, self.store, self.policy, Recorder()), attachment)
+        super().__init__(Server(binding, self.store, self.policy, Recorder(), proof), attachment)
         # Before anything is replaced, so that nothing stays replaced when the handle is collected or cannot be made.
         self._finalizer = weakref.finalize(self, attachment.end)
         attachment.make()
@@ -98,6 +103,7 @@ class SparsePrefixCache(Handle):
         """Totals since the handle was made, and what its store holds of its namespace now, in the fastest tier."""
         held = self.store.account(self.config.namespace)
         return self.server.recorder.totals(
+            proved=self.server.proof.holds,
             checkpoints=held.checkpoints,
             checkpoint_bytes=held.checkpoint_bytes,
             kv_bytes=held.kv_bytes,
@@ -131,7 +137,9 @@ class SparsePrefixCache(Handle):
         decode = None if self.tokenizer is None else self.tokenizer.decode
         costs = Costs(self.size.state_bytes, self.size.kv_bytes_per_token, self.server.binding.smaller_grid)
         found = explain(self.store, tokens, self.server.cuts(tokens, space), space, costs, decode)
-        unsupported = why_uncached(self.model, torch.from_numpy(tokens)[None], None, {})
+        unsupported = why_uncached(self.model, torch.from_numpy(tokens)[None], None, {}) or self.server.why_not(
+            len(tokens)
+        )
         if unsupported:
             reason = f"call not supported: {unsupported}"
         elif changed and not found.resumed_tokens:

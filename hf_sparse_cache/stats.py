@@ -47,6 +47,7 @@ class CacheStats:
         plan_seconds: time spent on deciding what to capture, and on learning from the prompt.
         capture_seconds, restore_seconds: time spent cloning states and KV out of, and into, live caches; making room
             for what is captured counts as capture.
+        proved: whether it was proved on the model, as it is now, that its states can be continued.
     """
 
     requests: int = 0
@@ -63,6 +64,7 @@ class CacheStats:
     plan_seconds: float = 0.0
     capture_seconds: float = 0.0
     restore_seconds: float = 0.0
+    proved: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,7 +103,7 @@ class Recorder:
         with self._lock:
             return list(self._recent)
 
-    def totals(self, **stored: int) -> CacheStats:
+    def totals(self, **stored: Any) -> CacheStats:
         """The sums so far, with what the store holds now filled in."""
         return replace(self._totals, **stored)
 

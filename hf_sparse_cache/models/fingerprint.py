@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import os
 import platform
 import uuid
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,9 +19,10 @@ import transformers
 
 from ..checks import printable
 from ..forks import ForkSafeLock
+from . import survey as surveys
 from .binding import Binding
 from .inputs import input_device
-from .weights import identity, parts_of, plain_parts
+from .weights import Identity, contents, identity, plain_parts
 
 
 # Packages whose kernels replace torch's own in these models; another version may round differently.
@@ -29,14 +32,30 @@ KERNEL_PACKAGES = (
 _FORMAT = 1  # of what a space is named by; with another number nothing stored before is matched
 _SHOWN = 200  # characters of a value in a message
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")
-_HASHED = {"modules": "modules, adapters or hooks"}
+_HASHED = {
+    "weights": "weights",
+    "config": "config",
+    "modules": "modules, adapters or hooks",
+    "settings": "settings of modules, or adapters",
+}
 _THIS_PROCESS = uuid.uuid4().hex  # stands for code attached to a model, which no other process can know
+# Switches of torch that choose other kernels, as they are unless somebody has set them.
+_SWITCHES: list[tuple[str, bool, Callable[[], bool]]] = [
+    ("no flash attention", True, torch.backends.cuda.flash_sdp_enabled),
+    ("no memory-efficient attention", True, torch.backends.cuda.mem_efficient_sdp_enabled),
+    ("no plain attention kernel", True, torch.backends.cuda.math_sdp_enabled),
+    ("deterministic algorithms", False, torch.are_deterministic_algorithms_enabled),
+    ("no mkldnn", True, lambda: bool(torch.backends.mkldnn.enabled)),
+    ("no cudnn", True, lambda: bool(torch.backends.cudnn.enabled)),
+    ("no TF32 in cudnn", True, lambda: bool(torch.backends.cudnn.allow_tf32)),
+    ("denormals flushed", False, lambda: bool(torch.tensor(1e-40).mul(1.0) == 0)),
+]
 _lock = ForkSafeLock()
 _digests: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
 _spaces: weakref.WeakKeyDictionary[Binding, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
-def space_of(binding: Binding, weights: str, durable: bool) -> str:
+def space_of(binding: Binding, weights: Identity, durable: bool) -> str:
     """Where a model's prompts live in a store, which is `durable` when it outlives the process.
 
     In a store that dies with the process the weights are named by `weights`, at no cost; in one with a disk tier, and
@@ -44,7 +63,9 @@ def space_of(binding: Binding, weights: str, durable: bool) -> str:
     """
     if not durable:
         segmentation = f"grid {binding.grid}, cut ids {binding.cut_ids}, {binding.config.exactness}"
-        return f"{weights}, {segmentation}, {_modes(binding.model)}\x1f{binding.config.namespace}"
+        exactness, on_cpu = binding.config.exactness, input_device(binding.model).type == "cpu"
+        threads = torch.get_num_threads() if on_cpu and exactness != "numerical" else "any"
+        return f"{weights}, {segmentation}, threads {threads}, {_modes(binding.model)}\x1f{binding.config.namespace}"
     key = (weights, torch.get_num_threads(), _modes(binding.model))
     known = _spaces.get(binding)
     if known is None or known[0] != key:
@@ -64,11 +85,13 @@ def describe(binding: Binding) -> dict[str, Any]:
         ValueError: weights are offloaded and cannot be read.
     """
     model, config = binding.model, binding.model.config
+    found = surveys.survey(model)
     return {
         "format": _FORMAT,
         "model": type(model).__name__,
         "weights": weights_digest(model),
-        "modules": _modules_digest(model),
+        "modules": _modules_digest(config, found),
+        **({} if _follows_from_config(model, found) else {"settings": _settings_digest(found)}),
         "config": _digest(json.dumps(config_values(config), sort_keys=True, default=str)),
         "dtype": sorted({str(tensor.dtype) for tensor in model.parameters()}),
         "attention": str(getattr(config, "_attn_implementation", None)),
@@ -90,7 +113,8 @@ def _modes(model: Any) -> str:
     """Switches of the process under which the same weights compute something else."""
     kind = input_device(model).type  # offloaded weights say "meta"
     autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
-    return f"autocast {autocast}, matmul precision {torch.get_float32_matmul_precision()}"
+    unusual = [name for name, usual, switch in _SWITCHES if switch() != usual]
+    return ", ".join([f"autocast {autocast}, matmul precision {torch.get_float32_matmul_precision()}", *unusual])
 
 
 def config_values(config: Any) -> dict[str, Any]:
@@ -106,10 +130,7 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         before, now = (str(side.get(name, "absent")) for side in (saved, current))
         if before == now:  # as a number and as its text
             before, now = (json.dumps(side.get(name, "absent"), default=str) for side in (saved, current))
-        hashed = name in ("weights", "config", "modules")
-        phrase = (
-            f"other {_HASHED.get(name, name)}" if hashed else f"{name} {before[:_SHOWN]} instead of {now[:_SHOWN]}"
-        )
+        phrase = f"other {_HASHED[name]}" if name in _HASHED else f"{name} {before[:_SHOWN]} instead of {now[:_SHOWN]}"
         found.append(printable(phrase))
     return found
 
@@ -135,27 +156,20 @@ def _text(description: dict[str, Any], name: str) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """BLAKE2b over every parameter and buffer: name, dtype, shape and all bytes. Cached until the weights change.
+    """BLAKE2b over every weight that no adapter brings: name, dtype, shape and all bytes. Cached until one changes.
 
     It reads everything once, at about 1 GB/s a core. A sample would be cheaper, and blind to a small edit of a few
     weights, which is exactly what an adapter or a merge may be.
 
     Raises:
-        ValueError: weights are offloaded and cannot be read.
+        ValueError: weights are offloaded, or packed, and cannot be read.
     """
-    name = identity(model)
+    name = identity(model).weights
     with _lock:
         known = _digests.get(model)
         if known is not None and known[0] == name:
             return known[1]
-    named = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
-    tensors = [(key, part) for key, tensor in named if not tensor.is_meta for part in plain_parts(tensor)]
-    offloaded = [key for key, tensor in named if tensor.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"The model's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), so states cannot be "
-            "tied to them beyond this process. Load the whole model into memory, or use a store without a disk tier."
-        )
+    tensors = _readable(model)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         parts = list(pool.map(lambda item: _tensor_digest(*item), tensors))
     digest = _digest("".join(parts))
@@ -164,22 +178,60 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest
 
 
-def _modules_digest(model: torch.nn.Module) -> str:
-    """The classes of all modules, the adapters that are active and how, and the hooks and replaced forwards."""
-    words = []
-    for trait in parts_of(model)[1]:
-        if isinstance(trait, type):
-            words.append(f"{trait.__module__}.{trait.__qualname__}")
-        elif isinstance(trait, str) or trait is None or trait == ():
-            words.append(str(trait or ""))
-        else:
-            words.append(f"{_THIS_PROCESS} {trait!r}")
-    return _digest("\n".join(words))
+def _readable(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, then what modules keep as plain attributes, packed weights unpacked."""
+    weights = surveys.survey(model).weights
+    known = {id(weight) for weight in weights.values()}
+    named = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
+    named = [(key, tensor) for key, tensor in named if id(tensor) in known]
+    offloaded = [key for key, tensor in named if tensor.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"The model's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), so states cannot be "
+            "tied to them beyond this process. Load the whole model into memory, or use a store without a disk tier."
+        )
+    tensors = [(key, part) for key, tensor in named for part in plain_parts(tensor)]
+    listed = {id(tensor) for _, tensor in named}
+    for path, weight in sorted(weights.items()):
+        if id(weight) not in listed:
+            parts = list(contents(weight))
+            if not parts:
+                raise ValueError(
+                    f"The weights packed in {path} cannot be read, so states cannot be tied to them beyond this "
+                    "process. Use a store without a disk tier."
+                )
+            tensors.extend((path, part) for part in parts)
+    return tensors
+
+
+def _modules_digest(config: Any, found: surveys.Survey) -> str:
+    """The classes of all modules, and the hooks and replaced forwards, which no other process can know."""
+    implementations = (getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation"))
+    words = [*(str(name or "") for name in implementations), *found.code]
+    return _digest("\n".join([*words, *([_THIS_PROCESS] if found.foreign else [])]))
+
+
+def _follows_from_config(model: Any, found: surveys.Survey) -> bool:
+    """Whether a model has the settings that its configuration gives to a new one, so that they need no words."""
+    if found.opaque or found.adapters:
+        return False
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            fresh = surveys.survey(type(model)(copy.deepcopy(model.config)).eval())
+    except Exception:  # a class that cannot be built without data: its settings are named
+        return False
+    return fresh.settings == found.settings
+
+
+def _settings_digest(found: surveys.Survey) -> str:
+    """The modules' own settings, configurations, and the active adapters by content."""
+    return _digest("\n".join([*found.settings, *([_THIS_PROCESS] if found.opaque else [])]))
 
 
 @torch.no_grad()
 def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+    plain = tensor.detach().int_repr() if tensor.is_quantized else tensor.detach()
+    flat = plain.contiguous().reshape(-1).view(torch.uint8).cpu()
     found = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     found.update(flat.numpy().data)
     return found.hexdigest()

@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers.generation.utils import GenerationMode
 
-from . import mamba1
+from . import mamba1, rope
 from .attachment import Attachment, Replacement
 from .binding import Binding
 from .handle import Handle
 from .inputs import why_uncached
 from .live import LiveCache
+from .watch import ChangedPrefillError
 
 
 _CACHE_NAMES = ("past_key_values", "cache_params")
@@ -85,12 +86,19 @@ def _prefill(
     if live is None or not isinstance(live.handle, Handle):
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
     server, live.handle = live.handle.server, None
-    why_not = why_uncached(model, input_ids, generation_config, model_kwargs)
-    if why_not:
-        server.uncached(input_ids, why_not)
-        return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
-    with mamba1.held(model):
-        return server.serve(live, input_ids, model_kwargs)
+    why_not = why_uncached(model, input_ids, generation_config, model_kwargs) or server.why_not(input_ids.shape[1])
+    if not why_not:
+        try:
+            with mamba1.held(model):
+                return server.serve(live, input_ids, model_kwargs)
+        except ChangedPrefillError as error:
+            why_not = str(error)
+            model_kwargs = {
+                name: server.live_cache() if value is live else value for name, value in model_kwargs.items()
+            }
+    server.uncached(input_ids, why_not)
+    rope.as_loaded(model)
+    return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 _REPLACEMENTS: dict[str, Replacement] = {

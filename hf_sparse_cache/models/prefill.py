@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..errors import out_of_memory
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions
 from ..request import Request
-from . import states
+from . import states, watch
 from .binding import Binding
 from .lazy_kv import settle
 from .live import LiveCache
@@ -61,7 +61,7 @@ def prefill_row(
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
     """
-    model, row = binding.model, ids[None]
+    row = ids[None]
     clock = time.perf_counter()
     if request.checkpoint is not None:
         state, spans = cast(LayerTensors, request.checkpoint.state), cast(list[LayerTensors], request.kv_payloads())
@@ -69,25 +69,12 @@ def prefill_row(
     restore_seconds = time.perf_counter() - clock
     capture_seconds = 0.0
     planned = set(request.planned) if capture else set()
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     start = live.length = request.resumed_tokens
-    forward = _uncompiled(model)
     output = None
     ahead = cuts[(cuts >= start + MIN_SUFFIX_TOKENS) & (cuts < len(ids))].tolist()
     for end in (*ahead, len(ids)):
-        inputs = model.prepare_inputs_for_generation(
-            row[:, :end],
-            next_sequence_length=end - start,
-            is_first_iteration=True,
-            attention_mask=None,
-            **{binding.family.cache_name: live},
-            **kwargs,
-            **({"position_ids": _positions(start, end, row, position_dims)} if takes_positions else {}),
-        )
-        output = forward(**inputs, return_dict=True)
-        if start == request.resumed_tokens:
-            settle(live.layers)
-        start = live.length = end
+        output = segment(binding, live, row[:, :end], kwargs, position_dims)
+        start = end
         if end in planned:
             clock = time.perf_counter()
             try:
@@ -99,6 +86,41 @@ def prefill_row(
                 logger.warning_once(f"No memory to capture a checkpoint; the request goes on without it: {error}")
             capture_seconds += time.perf_counter() - clock
     return output, Timing(capture_seconds, restore_seconds)
+
+
+def segment(
+    binding: Binding, live: LiveCache, row: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...] = ()
+) -> Any:
+    """Run the tokens of a row `(1, end)` that a live cache has not consumed yet, in one forward.
+
+    Raises:
+        ChangedPrefillError: What reached the layers is not these tokens, or not these alone.
+    """
+    model, start, end = binding.model, live.length, row.shape[1]
+    asked = {"input_ids": row[:, start:]}
+    if _takes_positions(model):
+        asked["position_ids"] = _positions(start, end, row, position_dims)
+    inputs = model.prepare_inputs_for_generation(
+        row,
+        next_sequence_length=end - start,
+        is_first_iteration=True,
+        attention_mask=None,
+        **{binding.family.cache_name: live},
+        **kwargs,
+        **{name: value for name, value in asked.items() if name != "input_ids"},
+    )
+    watch.check_inputs(model, inputs, asked, live)
+    output = _uncompiled(model)(**inputs, return_dict=True)
+    settle(live.layers)
+    live.length = end
+    watch.check_filled(live, end)
+    return output
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether the model's forward takes `position_ids`; a forward put in its place may not say so."""
+    forwards = (model.forward, type(model).forward)
+    return any("position_ids" in inspect.signature(forward).parameters for forward in forwards)
 
 
 def join_rows(

@@ -22,7 +22,10 @@ from . import prefill
 from .binding import Binding
 from .inputs import check_ids, input_device, unpadded_rows
 from .live import LiveCache
+from .proof import Proof
+from .rope import length_limit
 from .space import Space
+from .weights import identity
 
 
 logger = logging.get_logger(__name__)
@@ -37,12 +40,21 @@ class Server:
         store: what is kept.
         policy: where checkpoints go.
         recorder: counts the requests.
+        proof: what is proved of the binding.
         space: where the model's prompts live in the store.
         on_prefill: called with the live cache at the end of each prefill; `check_exactness` looks at the states there.
     """
 
-    def __init__(self, binding: Binding, store: CheckpointStore, policy: Policy, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        binding: Binding,
+        store: CheckpointStore,
+        policy: Policy,
+        recorder: Recorder,
+        proof: Proof | None = None,
+    ) -> None:
         self.binding, self.store, self.policy, self.recorder = binding, store, policy, recorder
+        self.proof = Proof(binding) if proof is None else proof
         self.space = Space(binding, store)
         self.on_prefill: Callable[[LiveCache], None] | None = None
         forks.starts_clean(self)
@@ -56,6 +68,13 @@ class Server:
     def live_cache(self) -> LiveCache:
         """The live cache for a request that begins."""
         return self.binding.live_cache()
+
+    def why_not(self, tokens: int) -> str:
+        """Why a prompt of so many tokens cannot be served on this model as it is, "" when it can."""
+        limit = length_limit(self.binding.model)
+        if limit and tokens >= limit:
+            return f"the frequencies of this model's RoPE depend on the length of a prompt, from {limit} tokens on"
+        return identity(self.binding.model).by_call or self.proof.shortcoming()
 
     def uncached(self, input_ids: torch.Tensor | None, why: str) -> None:
         """Record a request that runs as if there were no handle, and say so once."""

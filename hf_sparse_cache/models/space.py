@@ -10,7 +10,7 @@ from ..store.store import CheckpointStore
 from . import fingerprint, states
 from .binding import Binding
 from .layout import Layout
-from .weights import identity
+from .weights import Identity, identity, verified
 
 
 logger = logging.get_logger(__name__)
@@ -26,13 +26,16 @@ class Space:
     def __init__(self, binding: Binding, store: CheckpointStore) -> None:
         self._binding, self._store = binding, store
         self._lock = threading.Lock()
-        self._weights, self._name, self._changed = identity(binding.model), "", False
+        self._changed, self._names = False, set[str]()
+        # A new handle reads the weights anew, because what it finds in a shared store was made with them as they were.
+        self._weights, self._name = verified(binding.model), ""
         self.layout = self._fresh_layout()
 
     def now(self, told: bool = False) -> tuple[str, bool]:
         """Its name for the weights as they are, and whether they changed since a request was `told`.
 
-        What was stored of weights that are gone is dropped.
+        What was stored of weights that are gone is dropped. What was stored under other settings, such as another
+        adapter, stays, since they may come back.
         """
         weights = identity(self._binding.model)
         with self._lock:
@@ -41,14 +44,21 @@ class Space:
             new = self._name
             if new != old:  # of other weights, or under another autocast
                 self.layout = self._fresh_layout()
+            changed = self._changed or str(before) != str(weights)
+            self._changed = changed and not told
+            gone = self._names if before.weights != weights.weights else set()
+            self._names = {new, *(self._names - gone)}
         for tier in self._store.tiers:
             tier.expect(new, self.layout)
-            changed = self._changed or before != weights
-            self._changed = changed and not told
-        if before != weights:
-            self._store.drop(old)
+        if before.weights != weights.weights:
+            for name in gone - {new}:
+                self._store.drop(name)
             logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
         return new, changed
+
+    def still(self) -> bool:
+        """Whether the model is what it was at the latest `now`, so that what was computed since then is of it."""
+        return str(identity(self._binding.model)) == str(self._weights)
 
     def latest(self) -> str:
         """The space of the latest prompt. Unlike `now` it notices nothing, and it never reads all weights."""
@@ -64,5 +74,5 @@ class Space:
         binding = self._binding
         return Layout(lambda: states.probe(binding.model, binding.live_cache(), binding.family.cache_name))
 
-    def _name_for(self, weights: str) -> str:
+    def _name_for(self, weights: Identity) -> str:
         return fingerprint.space_of(self._binding, weights, durable=self._store.outlives_process)

@@ -7,7 +7,7 @@ fresh live cache, keys and values by their layer's first update (see `lazy_kv`).
 is refused, never guessed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,15 @@ from .tensors import Tensors
 class Part:
     """One kind of state in a layer: what is fixed in size, what grows, and how a batch is made of rows.
 
-    `restore` returns the layer that takes the place of the one it is given, which may be the same.
+    `restore` returns the layer that takes the place of the one it is given, which may be the same; `tensors` names the
+    layer's attributes that the part takes care of.
     """
 
     fixed: Callable[[Any], Tensors]
     span: Callable[[Any, int, int], Tensors]
     restore: Callable[[Any, Tensors, Sequence[Tensors]], Any]
     stack: Callable[[Any, Sequence[Any], int], None]
+    tensors: tuple[str, ...]
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
@@ -189,10 +191,13 @@ PROBE_TOKENS = 2  # one would be a decode step
 # Of what grows with the tokens, also within a sliding window: the dimension that counts them.
 TOKEN_DIMS = {"keys": -2, "values": -2, "indexer_keys": 1, "indexer_position_ids": -1}
 
-_RECURRENT = Part(_recurrent_fixed, _no_span, _recurrent_restore, _recurrent_stack)
-_FULL = Part(_no_fixed, _full_span, _full_restore, _full_stack)
-_WINDOW = Part(_window_fixed, _no_span, _window_restore, _window_stack)
-_INDEXER = Part(_no_fixed, _indexer_span, _indexer_restore, _indexer_stack)
+_RECURRENT = Part(
+    _recurrent_fixed, _no_span, _recurrent_restore, _recurrent_stack, ("conv_states", "recurrent_states")
+)
+_FULL = Part(_no_fixed, _full_span, _full_restore, _full_stack, ("keys", "values"))
+# The length of the window is also kept as a tensor, which never changes.
+_WINDOW = Part(_window_fixed, _no_span, _window_restore, _window_stack, ("keys", "values", "_sliding_window_tensor"))
+_INDEXER = Part(_no_fixed, _indexer_span, _indexer_restore, _indexer_stack, ("indexer_keys", "indexer_position_ids"))
 
 _BY_NAME: dict[str, tuple[Part, ...]] = {
     "LinearAttentionLayer": (_RECURRENT,),
@@ -237,6 +242,43 @@ def capture_kv(cache: Cache, start: int, end: int) -> LayerTensors:
     return LayerTensors(
         tuple(_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers)
     )
+
+
+def lengths(layer: Any, tokens: int) -> Iterator[tuple[str, int, int]]:
+    """What a layer keeps for each token: its name, the tokens it is there for, and for how many it should be.
+
+    Args:
+        layer: of a batch-1 cache.
+        tokens: how many have been computed.
+    """
+    parts = _parts(layer)
+    window = tokens if _WINDOW not in parts else min(tokens, layer.sliding_window - 1)
+    if (_FULL in parts or _WINDOW in parts) and layer.is_initialized:
+        yield "keys", layer.keys.shape[-2], window
+        yield "values", layer.values.shape[-2], window
+    if _WINDOW in parts and layer.is_initialized:
+        yield "a window", layer.cumulative_length, tokens
+    if _INDEXER in parts and layer.is_indexer_initialized:
+        yield "an index", layer.indexer_keys.shape[1], tokens
+
+
+def unruled(cache: Cache) -> str:
+    """Where a cache keeps tensors for which there is no rule, in words; "" where it does not."""
+    for index, layer in enumerate(cache.layers):
+        known = {name for part in _parts(layer) for name in part.tensors}
+        for name, value in vars(layer).items():
+            if name not in known and _has_tensor(value):
+                return f"layer {index} ({type(layer).__name__}) keeps tensors in {name}, for which there is no rule"
+    kept = (name for name, value in vars(cache).items() if name != "layers" and _has_tensor(value))
+    return next((f"the cache keeps tensors in {name}, outside its layers" for name in kept), "")
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_tensor(inner) for inner in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return any(_has_tensor(inner) for inner in value)
+    return torch.is_tensor(value)
 
 
 def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors]) -> None:

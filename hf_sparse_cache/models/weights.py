@@ -1,125 +1,194 @@
 """Notice that a model is no longer the one whose states are stored, cheaply enough to look before every match.
 
-Seen are in-place updates (an optimizer step, `load_state_dict`), replaced tensors and modules (adapters, casts,
-moves), adapters that are switched, scaled or merged, hooks, and the choice of attention and expert implementations.
+Seen are in-place updates (an optimizer step, `load_state_dict`), replaced tensors and modules (casts, moves), adapters
+that are attached, switched, scaled or merged, hooks and what they depend on, modules' own settings, configurations.
 Tensors are told apart by identity, address and version counter. Writing through `.data` leaves all three as they are,
-so a few values of every tensor in main memory are compared as well; an edit that misses them all is not seen.
+so values of every tensor in main memory are compared as well, a share of them at every look (see `samples`).
+
+A model's name has three parts. The first stands for its weights, numbered in this process: it changes for good. The
+other two are settings (with the active adapters) and code, by content: who switches back finds the old name again.
 """
+
+from __future__ import annotations
 
 import itertools
 import weakref
 from collections.abc import Iterator
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..forks import ForkSafeLock
+from . import survey as surveys
+from .samples import Samples, checksum
 
 
 _lock = ForkSafeLock()
 _serial = itertools.count()
-_known: weakref.WeakKeyDictionary[torch.nn.Module, "_Watch"] = weakref.WeakKeyDictionary()
-# What PEFT keeps on its layers besides tensors.
-_ADAPTER_TRAITS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-_SAMPLES = 8
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_known: weakref.WeakKeyDictionary[torch.nn.Module, _Watch] = weakref.WeakKeyDictionary()
+# Values that cannot change in place, kept so that their addresses are not used again.
+_PLAIN = (int, float, complex, str, bytes, tuple, torch.Tensor, torch.ScriptObject)
 
 
-def identity(model: torch.nn.Module) -> str:
-    """A name for this model object with these weights, in this process; a change of weights gives a new name."""
+class Identity(NamedTuple):
+    """A name for a model object as it is, in this process.
+
+    Attributes:
+        weights, settings, code: what it is made of.
+        foreign: in words, code attached to it that is not transformers'; "" when there is none.
+        by_call: why the call that is being made cannot be cut; "" when it can.
+        packed: whether weights are packed, so that each piece rounds its activations by a scale of its own.
+    """
+
+    weights: str
+    settings: str
+    code: str
+    foreign: str = ""
+    by_call: str = ""
+    packed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.weights}, settings {self.settings}, code {self.code}"
+
+
+def identity(model: torch.nn.Module) -> Identity:
+    """A model's name; whatever changes what it computes gives another."""
     with _lock:
         watch = _known.get(model)
-        if watch is not None and watch.still_holds(model):
-            return watch.name
-        fresh = _Watch(model)
-        # Offloaded weights come and go as other objects and stay the same model.
-        fresh.name = watch.name if watch is not None and watch.same_as(fresh) else f"model-{next(_serial)}"
-        _known[model] = fresh
-        return fresh.name
+        if watch is None or not watch.still_holds(model):
+            watch = _known[model] = _Watch(model, watch)
+        return watch.identity
+
+
+def verified(model: torch.nn.Module) -> Identity:
+    """A model's name after all its weights were read, so that an edit which left no trace has given it another."""
+    with _lock:
+        before = _known.get(model)
+        watch = _known[model] = _Watch(model, before)
+        found = watch.checksum()
+        if watch.known_sum not in (found, None) or (watch.known_sum is None and watch.inherited):
+            watch.renew()
+        watch.known_sum = found
+        return watch.identity
 
 
 class _Watch:
-    """The tensors of a model at one moment. It keeps them alive until the next look, or the end of the model."""
+    """A model at one moment. It keeps the weights alive until the next look, or the end of the model."""
 
-    name = ""
+    identity: Identity
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._tensors, self._traits = parts_of(model)
-        self._plain = [plain for tensor in self._tensors for plain in plain_parts(tensor)]
+    def __init__(self, model: torch.nn.Module, before: _Watch | None) -> None:
+        found = surveys.survey(model)
+        self._weights, self._mutable = found.weights, found.mutable
+        self._own = frozenset(map(id, model.modules()))
+        self._tensors, self._marks = _glance(model)
+        attributes = (value for module in model.modules() for value in vars(module).values())
+        self._kept = [value for value in attributes if isinstance(value, _PLAIN)]
+        self._told = surveys.read(self._mutable, self._own)
+        watched = [*found.weights.values(), *found.adapters.values()]
+        self._plain = [part for each in watched for part in plain_parts(each)]
         self._versioned = [tensor for tensor in self._plain if not tensor.is_inference()]
         self._versions, self._addresses = _counters(self._versioned), _pointers(self._plain)
-        self._views = _samples(self._plain)
-        self._values = _read(self._views)
+        self._samples = Samples(self._plain)
+        # Offloaded weights come and go as other objects and stay the same model.
+        self.inherited = before is not None and before._same_weights(self)
+        self.known_sum: str | None = before.known_sum if before is not None and self.inherited else None
+        weights = before.identity.weights if before is not None and self.inherited else f"model-{next(_serial)}"
+        settings, code = surveys.digest(found.settings), surveys.digest(found.code)
+        foreign = found.foreign[0] if found.foreign else ""
+        packed = any(isinstance(weight, torch.ScriptObject) for weight in found.weights.values())
+        self.identity = Identity(weights, settings, code, foreign, found.by_call, packed)
+
+    def renew(self) -> None:
+        """Give the weights another name."""
+        self.identity = self.identity._replace(weights=f"model-{next(_serial)}")
+
+    def checksum(self) -> str:
+        """Of all weights that no adapter brings, and that are in memory."""
+        words = (f"{path}{checksum(part)}" for path, each in self._weights.items() for part in contents(each))
+        return surveys.digest(sorted(words))
 
     def still_holds(self, model: torch.nn.Module) -> bool:
-        """Whether the model has the very same tensor objects, unchanged."""
-        tensors, traits = parts_of(model)
+        """Whether the model has the very same tensors, settings and code, unchanged."""
+        tensors, marks = _glance(model)
         return (
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
-            and traits == self._traits
+            and marks == self._marks
             and _counters(self._versioned) == self._versions
             and _pointers(self._plain) == self._addresses
-            and _read(self._views) == self._values
+            and self._samples.hold()
+            and surveys.read(self._mutable, self._own) == self._told
         )
 
-    def same_as(self, later: "_Watch") -> bool:
-        """Whether nothing but tensors that hold no data came or went."""
-        return (
-            len(self._plain) == len(later._plain)
-            and all(map(is_, self._plain, later._plain))
-            and self._traits == later._traits
-            and self._versions == later._versions
-            and self._addresses == later._addresses
-            and self._values == later._values
-        )
+    def _same_weights(self, later: _Watch) -> bool:
+        """Whether a later look finds the same weights, wherever they hold data."""
+        if self._weights.keys() != later._weights.keys():
+            return False
+        pairs = ((one, later._weights[path]) for path, one in self._weights.items())
+        if not all(one is other or (_away(one) or _away(other)) for one, other in pairs):
+            return False
+        states = [dict(zip(map(id, watch._plain), watch._addresses, strict=True)) for watch in (self, later)]
+        versions = [dict(zip(map(id, watch._versioned), watch._versions, strict=True)) for watch in (self, later)]
+        unmoved = all(states[0][each] == states[1][each] for each in states[0].keys() & states[1].keys())
+        untouched = all(versions[0][each] == versions[1][each] for each in versions[0].keys() & versions[1].keys())
+        return unmoved and untouched and self._samples.all_hold()
 
 
-def parts_of(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
-    """Every parameter and buffer (some None), and all else that changes what the model computes."""
+def _away(weight: Any) -> bool:
+    return torch.is_tensor(weight) and weight.is_meta
+
+
+def _glance(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+    """Every parameter and buffer (some None), and the addresses of all else that modules hold."""
     tensors: list[Any] = []
-    config: Any = getattr(model, "config", None)
-    traits: list[Any] = [getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")]
+    held = torch.nn.modules.module
+    hooks = (*held._global_forward_hooks.values(), *held._global_forward_pre_hooks.values())
+    marks: list[Any] = list(map(id, hooks))
     stack: list[torch.nn.Module] = [model]
     while stack:
         module = stack.pop()
-        held = module.__dict__
-        traits.append(type(module))
-        stack.extend(child for child in held["_modules"].values() if child is not None)
-        tensors.extend(held["_parameters"].values())
-        tensors.extend(held["_buffers"].values())
-        if "_active_adapter" in held or "merged_adapters" in held:
-            traits.append(repr([held.get(name) for name in _ADAPTER_TRAITS]))
-        if "forward" in held and not (module is model and _only_compiled(module)):
-            traits.append(id(held["forward"]))  # itself it would keep the model alive
-        if held["_forward_hooks"] or held["_forward_pre_hooks"]:
-            traits.extend(_foreign_hooks(module))
-    return tensors, traits
+        attributes = module.__dict__
+        marks.append(type(module))
+        marks.extend(map(id, attributes.values()))
+        stack.extend(child for child in attributes["_modules"].values() if child is not None)
+        tensors.extend(attributes["_parameters"].values())
+        tensors.extend(attributes["_buffers"].values())
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+            marks.extend(map(id, surveys.foreign_hooks(module)))
+    return tensors, marks
 
 
-def _only_compiled(model: torch.nn.Module) -> bool:
-    """Whether `model.forward` is its own forward, compiled: prefills do not use that (see `prefill`)."""
-    original = getattr(model.__dict__["forward"], "_torchdynamo_orig_callable", None)
-    return getattr(original, "__func__", None) is type(model).forward
-
-
-def _foreign_hooks(module: torch.nn.Module) -> tuple[int, ...]:
-    """Numbers of the hooks that may change values; those of transformers only look."""
-    hooks = [*module._forward_hooks.items(), *module._forward_pre_hooks.items()]
-    return tuple(key for key, hook in hooks if not getattr(hook, "__module__", "").startswith("transformers."))
-
-
-def plain_parts(tensor: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """The tensors with data in a parameter: itself, or the parts of a quantised one; none while offloaded."""
-    if tensor is None or tensor.is_meta:
+def plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors with data in a weight: itself, or the parts of a quantised one, and what it carries."""
+    if not torch.is_tensor(tensor) or tensor.is_meta:
         return
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_parts(getattr(tensor, name))
     else:
         yield tensor
+    for carried in vars(tensor).values():  # such as the scales of packed 4-bit weights
+        values = vars(carried).values() if hasattr(carried, "__dict__") and not torch.is_tensor(carried) else [carried]
+        for value in values:
+            yield from plain_parts(value)
+
+
+def contents(weight: Any) -> Iterator[torch.Tensor]:
+    """The tensors with data in a weight, packed ones unpacked, which copies them."""
+    if isinstance(weight, torch.ScriptObject):
+        yield from _tensors_in(weight.__getstate__())
+    else:
+        yield from plain_parts(weight)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors_in(inner)
 
 
 def _counters(tensors: list[torch.Tensor]) -> list[int]:
@@ -128,18 +197,3 @@ def _counters(tensors: list[torch.Tensor]) -> list[int]:
 
 def _pointers(tensors: list[torch.Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
-
-
-def _samples(tensors: list[torch.Tensor]) -> list[list[Any]]:
-    """The bits of a few values of every tensor in main memory, as views, in one list for each size of value."""
-    views: dict[int, list[Any]] = {size: [] for size in _BITS}
-    for tensor in tensors:
-        size = tensor.element_size()
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() and size in views:
-            values = tensor.detach().view(-1).view(_BITS[size]).numpy()
-            views[size].append(values[:: -(-len(values) // _SAMPLES)])
-    return [same_size for same_size in views.values() if same_size]
-
-
-def _read(views: list[list[Any]]) -> list[bytes]:
-    return [np.concatenate(same_size).tobytes() for same_size in views]

@@ -1,0 +1,91 @@
+"""Edits that leave no trace, such as writing through `.data`: noticed by looking at values, a few at every look.
+
+Every row of every tensor in main memory has at least one value in the sample, at a column that differs from row to
+row, and small tensors have all of theirs. A look compares a fixed share of the sample, the next one at the next look,
+so that all of it comes by in turn. `checksum` reads everything, for the moments at which a turn is too long to wait.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Values of a tensor that are in the sample, at least, and at most in one portion; portions compared at one look.
+_LEAST, _PORTION, _PORTIONS = 2048, 8192, 128
+_GOLDEN = 0x9E3779B1
+
+
+class Samples:
+    """The sampled values of some tensors, as they are when this is made."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._portions: list[tuple[Any, Any, bytes]] = []
+        for tensor in tensors:
+            flat = _flat(tensor)
+            if flat is not None:
+                where = _places(tensor.numel(), tensor.shape[-1] if tensor.dim() > 1 else 1)
+                for start in range(0, len(where), _PORTION):
+                    portion = where[start : start + _PORTION]
+                    self._portions.append((flat, portion, flat.take(portion).tobytes()))
+        self._next = 0
+
+    def hold(self) -> bool:
+        """Whether the next share of the sample is as it was."""
+        count = len(self._portions)
+        if not count:
+            return True
+        start, self._next = self._next, (self._next + _PORTIONS) % count
+        turn = range(start, start + min(_PORTIONS, count))
+        return all(self._holds(index % count) for index in turn)
+
+    def all_hold(self) -> bool:
+        """Whether all of the sample is as it was."""
+        return all(map(self._holds, range(len(self._portions))))
+
+    def _holds(self, index: int) -> bool:
+        flat, portion, values = self._portions[index]
+        return bool(flat.take(portion).tobytes() == values)
+
+
+def _flat(tensor: torch.Tensor) -> Any:
+    """The bits of a tensor in main memory as one line of numbers, without a copy; None where there is no such view."""
+    size = tensor.element_size()
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized or size not in _BITS:
+        return None
+    if not tensor.is_contiguous() or not tensor.numel():
+        return None
+    return tensor.detach().view(-1).view(_BITS[size]).numpy()
+
+
+def _places(count: int, width: int) -> Any:
+    """Where the sample of a tensor of `count` values in rows of `width` lies: one place in each of equal stretches."""
+    if count <= _LEAST:
+        return np.arange(count)
+    rows = count // width
+    each = max(1, min(width, -(-_LEAST // rows)))  # values of a row
+    ends = np.arange(each + 1) * width // each
+    starts, lengths = ends[:-1], np.diff(ends)
+    serial = np.arange(rows * each, dtype=np.int64).reshape(rows, each)
+    columns = starts + (serial * _GOLDEN >> 7) % lengths
+    return (np.arange(rows, dtype=np.int64)[:, None] * width + columns).reshape(-1)
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> str:
+    """A number that any edit of one row or one column changes, from every bit of a tensor, at the speed of memory."""
+    bits = tensor.detach()
+    if bits.is_quantized:
+        bits = bits.int_repr()
+    bits = bits.contiguous().reshape(-1).view(torch.uint8)
+    whole = bits.numel() // 8 * 8
+    words = bits[:whole].view(torch.int64)
+    width = max(1, int(words.numel() ** 0.5))
+    square = words[: words.numel() // width * width].view(-1, width)
+    rest = [words[square.numel() :], bits[whole:].to(torch.int64)]
+    parts = [square.sum(0), square.sum(1), *rest]
+    line = torch.cat([part.reshape(-1) for part in parts])
+    weights = torch.arange(1, 2 * len(line) + 1, 2, device=line.device) * _GOLDEN
+    return f"{tensor.dtype}{tuple(tensor.shape)}{int((line * weights).sum()) & (2**64 - 1):x}"

@@ -1,0 +1,273 @@
+"""All that decides what a model computes, looked up module by module: its weights, its settings, its code.
+
+Weights are parameters, buffers, tensors and packed weights that are plain attributes. Settings are the modules' own
+numbers and words, configurations, and the adapters that are active, by content. Code is classes, replaced forwards and
+hooks; of these the ones that transformers, accelerate and PEFT put there themselves are not foreign.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .attachment import Override
+from .rope import set_by_forward
+from .samples import checksum
+from .telling import STANDARD, Teller
+
+
+# Components of a path that a library puts there when it wraps a module whose weights stay what they are.
+_WRAPPED = frozenset({"base_layer", "original_module"})
+# Module containers that hold one entry for each adapter.
+_CONTAINERS = ("ModuleDict", "ParameterDict", "BufferDict")
+# What whole models keep besides what `PreTrainedModel` names, of no consequence to a prefill.
+_ABOUT_MODELS = frozenset(
+    {"generation_config", "warnings_issued", "name_or_path", "hf_device_map", "peft_config", "all_tied_weights_keys",
+     "_is_hf_initialized", "_hf_peft_config_loaded", "hf_quantizer", "_output_capturing_hooks_installed"}
+)  # fmt: skip
+# What accelerate keeps for the modules that it moves between devices.
+_ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
+_FIXED = (
+    bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.BuiltinFunctionType
+)  # fmt: skip
+
+
+@dataclass
+class Survey:
+    """What was found.
+
+    Attributes:
+        weights: by path, everything that no adapter brings; wrappers leave no trace in a path.
+        adapters: by path, tensors of the adapters that are active.
+        settings, code: told as text.
+        foreign: in words, code that neither transformers nor accelerate put there.
+        by_call: why the call that is being made cannot be cut, when something was put on the model for it alone.
+        opaque: whether some of it means nothing in another process.
+        mutable: how to reach values that can change without being replaced.
+    """
+
+    weights: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, torch.Tensor] = field(default_factory=dict)
+    settings: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    by_call: str = ""
+    opaque: bool = False
+    mutable: list[Any] = field(default_factory=list)
+
+
+def survey(model: torch.nn.Module) -> Survey:
+    """Look at everything."""
+    found = Survey()
+    teller = Teller(frozenset(map(id, model.modules())))
+    configs: dict[int, Any] = {}
+    for place in _places(model):
+        module, held = place.module, vars(place.module)
+        kind = type(module)
+        found.code.append(f"{kind.__module__}.{kind.__qualname__}")
+        _add_tensors(found, place)
+        _add_code(found, place, teller, at_top=module is model)
+        found.settings.append(str(module.training))
+        for name, value in held.items():
+            if name in STANDARD or name in _ACCELERATE or _is_silent(module, name, value):
+                continue
+            if isinstance(value, PreTrainedConfig):
+                configs[id(value)] = value
+            elif torch.is_tensor(value) or isinstance(value, torch.ScriptObject):
+                if not set_by_forward(module, name):
+                    found.weights[f"{place.path}{name}"] = value
+            elif not set_by_forward(module, name):
+                kept = place.active_part(value)
+                found.settings.append(f"{name}={teller.tell(kept)}")
+                if not _is_fixed(value):
+                    found.mutable.append((weakref.ref(module), name))
+    found.settings.extend(teller.tell(config) for config in configs.values())
+    found.mutable.extend(configs.values())
+    for path, tensor in sorted(found.adapters.items()):
+        found.settings.append(f"{path}{'away' if tensor.is_meta else checksum(tensor)}")
+    found.opaque = teller.opaque
+    return found
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value cannot change without being replaced."""
+    return isinstance(value, _FIXED) or (isinstance(value, tuple) and all(map(_is_fixed, value)))
+
+
+def _is_silent(module: torch.nn.Module, name: str, value: Any) -> bool:
+    """Whether an attribute of a whole model is there for loading, saving and `generate()` alone."""
+    whole = isinstance(module, PreTrainedModel)
+    return whole and (
+        name in _ABOUT_MODELS or hasattr(PreTrainedModel, name) or isinstance(value, types.MethodType | Override)
+    )
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module of the model.
+
+    Attributes:
+        path: from the top, with a dot at the end, without wrappers.
+        adapters: names of the adapters that the nearest adapter layer knows; empty elsewhere.
+        active: of these the ones in use.
+        of_adapter: whether the module belongs to an adapter.
+    """
+
+    module: torch.nn.Module
+    path: str = ""
+    adapters: frozenset[str] = frozenset()
+    active: frozenset[str] = frozenset()
+    of_adapter: bool = False
+
+    def is_container(self, value: Any) -> bool:
+        """Whether something holds one entry an adapter."""
+        return bool(self.adapters) and bool(len(value)) and self.adapters.issuperset(value)
+
+    def active_part(self, value: Any) -> Any:
+        """Of a dictionary with one entry an adapter, those in use; anything else as it is."""
+        if isinstance(value, dict) and self.is_container(value):
+            return {name: value[name] for name in value if name in self.active}
+        return value
+
+
+def _places(model: torch.nn.Module) -> Iterator[_Place]:
+    stack = [_Place(model)]
+    while stack:
+        place = stack.pop()
+        container = type(place.module).__name__ in _CONTAINERS and place.of_adapter
+        if not container:
+            place = _with_adapters(place)
+        yield place
+        for name, child in vars(place.module)["_modules"].items():
+            if child is None or (container and name in place.adapters and name not in place.active):
+                continue
+            path = place.path if name in _WRAPPED else f"{place.path}{name}."
+            of_adapter = place.of_adapter or _holds_adapters(place, child)
+            known = (place.adapters, place.active) if of_adapter else (frozenset[str](), frozenset[str]())
+            stack.append(_Place(child, path, *known, of_adapter))
+
+
+def _with_adapters(place: _Place) -> _Place:
+    """A place with what its module says about adapters, if it is such a layer."""
+    module = place.module
+    held = vars(module)
+    if "_active_adapter" not in held and "merged_adapters" not in held:
+        return place
+    children = [child for child in held["_modules"].values() if type(child).__name__ in _CONTAINERS]
+    names = frozenset(key for child in children for key in _keys(child))
+    given = getattr(module, "_active_adapter", ())
+    active = {given} if isinstance(given, str) else set(given or ())
+    if getattr(module, "_disable_adapters", False):
+        active = set()
+    return _Place(module, place.path, names, frozenset(active & names), place.of_adapter)
+
+
+def _holds_adapters(place: _Place, child: torch.nn.Module) -> bool:
+    return type(child).__name__ in _CONTAINERS and place.is_container(_keys(child))
+
+
+def _keys(container: Any) -> list[str]:
+    held = vars(container)
+    keys = [*held["_modules"], *held["_parameters"], *held["_buffers"]]
+    return keys or list(held.get("_keys", ()))
+
+
+def _add_tensors(found: Survey, place: _Place) -> None:
+    held = vars(place.module)
+    container = type(place.module).__name__ in _CONTAINERS and place.of_adapter
+    for tensors in (held["_parameters"], held["_buffers"]):
+        for name, tensor in tensors.items():
+            if tensor is None or set_by_forward(place.module, name):
+                continue
+            if not place.of_adapter:
+                found.weights[f"{place.path}{name}"] = tensor
+            elif not container or name in place.active:
+                found.adapters[f"{place.path}{name}"] = tensor
+
+
+# -- code -------------------------------------------------------------------------------------------------------------
+
+
+def _add_code(found: Survey, place: _Place, teller: Teller, *, at_top: bool) -> None:
+    module, held = place.module, vars(place.module)
+    where = f"{type(module).__name__} {place.path.rstrip('.')}".strip()
+    if "forward" in held and not (at_top and _only_compiled(module)):
+        if _moves_devices(module):
+            found.code.append("accelerate")
+        else:
+            found.code.append(teller.tell(held["forward"]))
+            found.foreign.append(f"the forward put in the place of that of {where}")
+            found.mutable.append((weakref.ref(module), "forward"))
+    hooks = [*foreign_hooks(module), *(_global_hooks() if at_top else ())]
+    if any(map(_counts_from_the_end, hooks)):
+        found.by_call = "an activated LoRA begins at a token that it counts from the end of the prompt"
+    hooks = [hook for hook in hooks if not _of_one_call(hook)]
+    if hooks:
+        found.code.extend(teller.tell(hook) for hook in hooks)
+        found.foreign.append(f"the hook on {where}")
+        found.mutable.append((weakref.ref(module), ""))
+
+
+def foreign_hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that may change values; those of transformers only look."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith("transformers.")]
+
+
+def _of_one_call(hook: Any) -> bool:
+    """Whether PEFT put a hook on the model for one call, to say which adapter is for which row, and from where on."""
+    module = getattr(getattr(hook, "func", None), "__module__", None) or ""
+    return isinstance(hook, functools.partial) and module.startswith("peft.")
+
+
+def _counts_from_the_end(hook: Any) -> bool:
+    offsets = getattr(hook, "keywords", {}).get("alora_offsets") if _of_one_call(hook) else None
+    return any(offset is not None for offset in offsets or ())
+
+
+def _global_hooks() -> list[Callable[..., Any]]:
+    held = torch.nn.modules.module
+    return [*held._global_forward_hooks.values(), *held._global_forward_pre_hooks.values()]
+
+
+def _only_compiled(model: torch.nn.Module) -> bool:
+    """Whether `model.forward` is its own forward, compiled: prefills do not use that (see `prefill`)."""
+    original = getattr(vars(model)["forward"], "_torchdynamo_orig_callable", None)
+    return getattr(original, "__func__", None) is type(model).forward
+
+
+def _moves_devices(module: torch.nn.Module) -> bool:
+    """Whether a forward was replaced by accelerate alone, which moves tensors between devices and changes no value."""
+    held = vars(module)
+    original = getattr(held.get("_old_forward"), "__func__", None)
+    ours = type(held.get("_hf_hook")).__module__.startswith("accelerate.")
+    return ours and original is type(module).forward
+
+
+def read(mutable: list[Any], own: frozenset[int]) -> list[str]:
+    """Values that can change without being replaced, told anew; `own` as for `Teller`."""
+    return [Teller(own).tell(_current(*each) if isinstance(each, tuple) else each) for each in mutable]
+
+
+def _current(place: weakref.ref[torch.nn.Module], name: str) -> Any:
+    """What a module has now under a name, or the hooks on it."""
+    module = place()
+    if module is None:
+        return None
+    return vars(module).get(name) if name else [*foreign_hooks(module), *_global_hooks()]
+
+
+def digest(words: list[str]) -> str:
+    """A short name for what was told."""
+    return hashlib.blake2b("\n".join(words).encode(errors="surrogatepass"), digest_size=8).hexdigest()
