@@ -14,6 +14,8 @@ import torch
 
 # What the forward of such a module sets anew.
 _SET_BY_FORWARD = ("inv_freq", "max_seq_len_cached", "attention_scaling")
+# What a multimodal model keeps of the prompt it saw last.
+_OF_A_PROMPT = "rope_deltas"
 
 
 def length_limit(model: torch.nn.Module) -> int:
@@ -24,7 +26,7 @@ def length_limit(model: torch.nn.Module) -> int:
 
 def set_by_forward(module: torch.nn.Module, name: str) -> bool:
     """Whether an attribute of a module is set by its forward, from the length of what it is given."""
-    return name.endswith(_SET_BY_FORWARD) and any(_by_length(module))
+    return name == _OF_A_PROMPT or (name.endswith(_SET_BY_FORWARD) and any(_by_length(module)))
 
 
 def as_loaded(model: torch.nn.Module) -> None:
