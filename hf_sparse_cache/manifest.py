@@ -97,7 +97,7 @@ class Manifest:
             )
         try:
             with files.open_regular(path) as file:
-                content = parse_json(file.read(_MAX_BYTES))
+                content = parse_json(file.read(_MAX_BYTES), constants=True)
             return cls._checked(content, seal)
         except DamagedFileError as error:
             refused = DamagedFileError(f"{path} is damaged or not a saved cache's: {error}. {_REMEDY}")
