@@ -18,6 +18,7 @@ from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.models import attachment, calls, mamba1, versions
 from hf_sparse_cache.models.families import CACHE_NAMES, cache_name_of
+from hf_sparse_cache.tools.builtin import load
 
 
 GRID, PROMPT = 32, 100
@@ -407,6 +408,17 @@ def test_keywords_that_do_not_change_the_prefill(name: str) -> None:
         assert cache.last_request is None or cache.last_request.resumed_tokens > 0, cache.last_request.reason
         if name not in ("token_type_ids", "pixel_values"):
             assert cache.stats().requests == 2
+
+
+def test_stop_strings() -> None:
+    """They need the tokenizer, which has no part in the prefill."""
+    text = "A state is a summary of everything read so far. " * 20
+    model, tokenizer = load("jamba-3m", [text])
+    with handle(model, tokenizer=tokenizer) as cache:
+        for question in ("One?", "Two?"):
+            inputs = tokenizer(text + question, return_tensors="pt")
+            model.generate(**inputs, past_key_values=cache, tokenizer=tokenizer, stop_strings=["zq"], **GREEDY)
+        assert cache.last_request.resumed_tokens > 0, cache.last_request.reason
 
 
 def test_adapters_by_row() -> None:
