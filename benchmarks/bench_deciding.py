@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.models import binding, prefill
+from hf_sparse_cache.models import binding, prefill, server
 from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.planning.policies import Policy, make_policy
 from hf_sparse_cache.request import Request, open_request
@@ -75,7 +75,7 @@ class Clock:
         """Every request of this process is timed meanwhile."""
         with (
             mock.patch.object(binding, "cut_positions", self.timed("cuts", binding.cut_positions)),
-            mock.patch.object(Request, "__init__", self.timed("match and plan", Request.__init__)),
+            mock.patch.object(server, "open_request", self.timed("match and plan", server.open_request)),
             mock.patch.object(Request, "add", self.timed("add", Request.add)),
             mock.patch.object(Request, "close", self.timed("close", Request.close)),
             mock.patch.object(prefill.states, "capture_kv", self.copies(prefill.states.capture_kv)),

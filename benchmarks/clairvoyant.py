@@ -14,7 +14,8 @@ import numpy as np
 from hf_sparse_cache.planning.cuts import Tokens
 from hf_sparse_cache.planning.policies import Policy, Prompt
 from hf_sparse_cache.planning.views import Floats
-from hf_sparse_cache.store.tree import Checkpoint, Forest, Node
+from hf_sparse_cache.store.forest import Forest
+from hf_sparse_cache.store.tree import Checkpoint, Node
 from hf_sparse_cache.store.value import Scored
 
 

@@ -77,6 +77,7 @@ def main() -> None:
                     request.add(position, Array(STATE_BYTES), lambda a, b: Array(KV_BYTES * (b - a)))
             resumed, total = resumed + request.resumed_tokens, total + len(ids)
             assert all(tier.used_bytes + tier.reserved_bytes <= (tier.max_memory or 0) for tier in store.tiers)
+            store.verify()
             resident.append(resident_bytes())
         store.close(flush=False)
     quarter = len(resident) // 4

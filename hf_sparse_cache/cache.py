@@ -108,6 +108,7 @@ class SparsePrefixCache(Handle):
             checkpoint_bytes=held.checkpoint_bytes,
             kv_bytes=held.kv_bytes,
             evictions=held.evictions,
+            tree_bytes=self.store.ledger.tree_bytes(self.config.namespace),
         )
 
     @property

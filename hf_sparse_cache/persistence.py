@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,14 +241,14 @@ class _Source:
         if any(file.path in self._lost for file in (unit.state, *unit.kv.values())):
             return False
         spans = list(unit.kv)
-        with ExitStack() as hold:
-            missing = store.ledger.missing_spans(unit.tokens, spans, space, hold)
+        with store.ledger.footing(unit.tokens, space) as footing:
+            missing = store.ledger.missing_spans(footing, spans)
             try:
                 read = self.reader.read(unit, missing)
             except DamagedFileError as error:
                 self._lose(error.path or unit.state.path, error)
                 return False
-            return store.put(replace(read, space=space), urgent=True) is not None
+            return store.put(replace(read, space=space), footing, urgent=True) is not None
 
     def warn(self) -> None:
         """Names the first file that cannot be used, once."""

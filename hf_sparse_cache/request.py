@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -28,16 +27,18 @@ from typing import Self
 import numpy as np
 
 from .explain import cause
-from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
-from .planning.policies import Policy, Prompt
+from .planning.cuts import Positions, Tokens
+from .planning.policies import Policy
 from .planning.policy import placed
 from .stats import RequestInfo
 from .store.store import CheckpointStore
-from .store.tree import Checkpoint, Payload
+from .store.tree import Payload
 from .store.unit import Span, Unit
+from .store.visit import Visit
 
 
 KVCapture = Callable[[int, int], Payload]
+_INT32 = np.iinfo(np.int32)
 
 
 class Request:
@@ -55,78 +56,25 @@ class Request:
         plan_seconds: time spent deciding what to capture.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        policy: Policy,
-        ids: Tokens,
-        cuts: Positions,
-        space: str,
-        max_checkpoints: int | None,
-    ) -> None:
-        started = time.perf_counter()
-        self._store, self._policy, self._ids, self._cuts, self._space = store, policy, ids, cuts, space
-        self._held = ExitStack()
+    def __init__(self, store: CheckpointStore, policy: Policy, visit: Visit, reason: str) -> None:
+        self._store, self._policy, self._visit = store, policy, visit
+        self._prompt = visit.prompt
+        self._marked: set[int] = set()
         self._closed = False
-        self.prompt_tokens = len(ids)
+        self.reason = reason
+        self.match_seconds = self.plan_seconds = 0.0
+        self.prompt_tokens, self.overlap_tokens = len(visit.prompt.ids), visit.prompt.overlap
+        self.resumed_tokens, self.checkpoint = visit.prompt.resumed, visit.checkpoint
+        self.planned: list[int] = []
         self.captured: list[int] = []
-        store.lift(ids, space)
-        ledger = store.ledger
-        with ledger.lock:
-            ledger.clock += 1
-            match = ledger.match(ids, space)
-            self.overlap_tokens = match.overlap
-            usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
-            stored = match.checkpoints(usable)
-            self.checkpoint: Checkpoint | None = stored[-1] if stored else None
-            self.resumed_tokens = self.checkpoint.position if self.checkpoint else 0
-            if self.checkpoint is not None:
-                ledger.pin(self.checkpoint)
-                self.checkpoint.hits += 1
-                self.checkpoint.last_used = ledger.clock
-                if self.checkpoint.kv is not None:
-                    self._held.enter_context(ledger.holding(self.checkpoint.kv))
-            marked = ledger.marks.positions(ids, cuts, space)
-            for checkpoint in stored:  # a tier below may have brought it after it was announced
-                if checkpoint.position in marked:
-                    ledger.keep(checkpoint, space)
-            ledger.passed(match, self.checkpoint, space)
-            self.reason = cause(match, self.checkpoint, usable, cuts)
-            state_bytes = ledger.checkpoint_bytes / max(ledger.checkpoint_count, 1)
-            kv_bytes = ledger.kv_bytes / max(ledger.kv_tokens, 1)
-            need, limit = 0.0, ledger.max_memory
-            if limit is not None:
-                need = state_bytes + kv_bytes * (len(ids) - self.resumed_tokens) + ledger.used_bytes - limit
-                need = max(need, 0.05 * limit) if need > 0 else 0.0
-            terms = ledger.eviction.terms(match.path, match.overlap, need, self.checkpoint)
-            ends = np.asarray([node.end for node in match.path], dtype=np.int64)
-            passes = np.asarray([node.passes for node in match.path], dtype=np.int64)
-            self._prompt = Prompt(
-                ids,
-                cuts,
-                match.overlap,
-                self.resumed_tokens,
-                ends,
-                passes,
-                max_checkpoints,
-                latest=match.path[-1].latest if match.path else None,
-                terms=terms,
-                state_bytes=state_bytes,
-                kv_bytes_per_token=kv_bytes,
-                resumed_bytes=self.checkpoint.nbytes if self.checkpoint else 0,
-            )
-        matched = time.perf_counter()
-        self.match_seconds = matched - started
-        try:
-            with policy.lock:
-                wanted = placed(policy, self._prompt)
-        except BaseException:
-            self._release()
-            raise
-        fresh = _among(self._prompt.open_cuts, wanted, max_checkpoints)
-        self._marked = {position for position in marked if position > self.resumed_tokens}
-        self.planned: list[int] = sorted({*fresh, *self._marked})
-        self.plan_seconds = time.perf_counter() - matched
+
+    def plan(self) -> None:
+        """Asks the policy where to capture; marks come on top of it."""
+        with self._policy.lock:
+            wanted = placed(self._policy, self._prompt)
+        fresh = _among(self._prompt.open_cuts, wanted, self._prompt.limit)
+        self._marked = {position for position in self._visit.marked if position > self.resumed_tokens}
+        self.planned = sorted({*fresh, *self._marked})
 
     def info(self, reason: str = "") -> RequestInfo:
         """What happened, for those who count; `reason` in place of its own."""
@@ -141,12 +89,7 @@ class Request:
 
     def kv_payloads(self) -> list[Payload]:
         """The KV segments below `checkpoint`, shallow to deep; empty when cold or without full attention."""
-        payloads: list[Payload] = []
-        segment = self.checkpoint.kv if self.checkpoint is not None else None
-        while segment is not None:
-            payloads.append(segment.payload)
-            segment = segment.parent
-        return payloads[::-1]
+        return [] if self.checkpoint is None else [segment.payload for segment in self.checkpoint.chain()]
 
     def add(self, position: int, state: Payload, kv: KVCapture | None = None) -> bool:
         """Stores a checkpoint at one cut of the prompt.
@@ -165,25 +108,31 @@ class Request:
         """
         if self._closed:
             raise ValueError(f"add({position}) on a closed request; call it inside the with block")
-        index = int(np.searchsorted(self._cuts, position))
-        if index == len(self._cuts) or self._cuts[index] != position:
+        cuts = self._prompt.cuts
+        index = int(np.searchsorted(cuts, position))
+        if index == len(cuts) or cuts[index] != position:
             raise ValueError(f"position={position} is not a cut of this prompt; choose one of its cuts")
         spans: list[Span] = []
         new: dict[Span, Payload] = {}
         if kv is not None:
-            ends = self._cuts[: index + 1].tolist()
-            spans = list(zip([0, *ends[:-1]], ends, strict=True))
-            missing = self._store.ledger.missing_spans(self._ids, spans, self._space, self._held)
-            new = {span: kv(*span) for span in missing}
+            spans = self._spans(position)
+            new = {span: kv(*span) for span in self._store.ledger.missing_spans(self._visit.footing, spans)}
         share = self._prompt.share(position, self.planned)
         refund = self._prompt.refund(position) if not self.captured else 0.0
-        # Held, because later checkpoints of this prompt chain to its KV even if it is evicted by then.
-        unit = Unit(self._space, self._ids, position, state, spans, new, share=share, refund=refund)
-        stored = self._store.put(unit, hold=self._held, keep=position in self._marked)
-        if stored is None:
+        unit = Unit(self._visit.space, self._prompt.ids, position, state, spans, new, share=share, refund=refund)
+        # The footing holds its KV: later checkpoints of this prompt chain to it even if it is evicted by then.
+        if self._store.put(unit, self._visit.footing, keep=position in self._marked) is None:
             return False
         self.captured.append(position)
         return True
+
+    def _spans(self, position: int) -> list[Span]:
+        """The KV spans up to a cut: those of the chain that the request resumed from, and cut to cut behind it."""
+        chain = self.checkpoint.chain() if self.checkpoint is not None and position > self.resumed_tokens else []
+        cuts = self._prompt.cuts
+        first, last = np.searchsorted(cuts, [chain[-1].end if chain else 0, position], side="right").tolist()
+        ends = [*(segment.end for segment in chain), *cuts[first:last].tolist()]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def continued(self, output: Tokens, cuts: Positions) -> list[int]:
         """Goes on with what the model generated, as if its states had been kept while it was decoded.
@@ -199,8 +148,9 @@ class Request:
             Positions to capture, ascending, none of them before the end of the prompt. A limit of new checkpoints
             counts anew for the output.
         """
-        self._ids, self._cuts = np.concatenate([self._ids, output.astype(np.int32, copy=False)]), cuts
-        self._prompt = replace(self._prompt, ids=self._ids, cuts=cuts, shape=None, forecast=None)
+        ids = np.concatenate([self._prompt.ids, output.astype(np.int32, copy=False)])
+        self._prompt = replace(self._prompt, ids=ids, cuts=cuts, shape=None, forecast=None)
+        self._store.ledger.go_on(self._visit, self._prompt)
         with self._policy.lock:
             wanted = placed(self._policy, self._prompt)
         behind = cuts[np.searchsorted(cuts, self.prompt_tokens) :]
@@ -212,21 +162,15 @@ class Request:
         if self._closed:
             return
         try:
-            with self._store.lock:
-                path = self._store.remember(self._ids, self._space)
-                for node in path:
-                    node.latest = self._prompt.shape
-                self._store.eviction.settled(path, self._prompt.forecast, self._store.clock)
-            with self._policy.lock:
-                self._policy.observe(self._prompt)
+            if self._store.ledger.settle(self._visit):
+                with self._policy.lock:
+                    self._policy.observe(self._prompt)
         finally:
             self._release()
 
     def _release(self) -> None:
         self._closed = True
-        self._held.close()
-        if self.checkpoint is not None:
-            self._store.ledger.unpin(self.checkpoint)
+        self._store.leave(self._visit)
 
     def __enter__(self) -> Self:
         return self
@@ -266,11 +210,28 @@ def open_request(
         max_checkpoints: most new checkpoints for this prompt; None leaves it to the policy.
 
     Raises:
-        ValueError: if `ids` is not a one-dimensional array of integers or `max_checkpoints` is negative.
+        ValueError: if `ids` is not a one-dimensional array of integers in the range of int32, or `max_checkpoints` is
+            negative.
     """
     ids = np.ascontiguousarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"ids must be integers of shape (N,), got {ids.dtype} {ids.shape}; pass one prompt")
+    if ids.dtype != np.int32 and len(ids) and not (_INT32.min <= ids.min() and ids.max() <= _INT32.max):
+        wrong = int(ids.max() if ids.max() > _INT32.max else ids.min())
+        raise ValueError(f"ids must lie in the range of int32, got {wrong}; pass the ids of a tokenizer")
     if max_checkpoints is not None and max_checkpoints < 0:
         raise ValueError(f"max_checkpoints must be at least 0 or None, got {max_checkpoints}")
-    return Request(store, policy, ids.astype(np.int32, copy=False), cuts, space, max_checkpoints)
+    started = time.perf_counter()
+    visit = store.open(ids.astype(np.int32, copy=False), cuts, space)
+    try:
+        visit.prompt.limit = max_checkpoints
+        with store.lock:
+            reason = cause(visit.match, visit.checkpoint, visit.usable, cuts)
+        request = Request(store, policy, visit, reason)
+        request.match_seconds = (matched := time.perf_counter()) - started
+        request.plan()
+        request.plan_seconds = time.perf_counter() - matched
+    except BaseException:
+        store.leave(visit)
+        raise
+    return request

@@ -42,6 +42,7 @@ class CacheStats:
         checkpoint_bytes: bytes of their fixed-size states.
         kv_bytes: bytes of the KV segments they need.
         evictions: checkpoints evicted so far.
+        tree_bytes: bytes of what is remembered of prompts besides: their tokens, and the nodes of the tree.
         prefill_seconds: wall time of all prefills, with everything below in it.
         match_seconds: time spent on finding what is stored.
         plan_seconds: time spent on deciding what to capture, and on learning from the prompt.
@@ -59,6 +60,7 @@ class CacheStats:
     checkpoint_bytes: int = 0
     kv_bytes: int = 0
     evictions: int = 0
+    tree_bytes: int = 0
     prefill_seconds: float = 0.0
     match_seconds: float = 0.0
     plan_seconds: float = 0.0

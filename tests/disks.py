@@ -50,6 +50,7 @@ def serve(store: CheckpointStore, first: int, positions: tuple[int, ...] = (4,))
             if position > request.resumed_tokens:
                 request.add(position, Blob(10, (first, position)), lambda a, b: Blob(KV * (b - a), (ids[0], b)))
         assert store.used_bytes <= (store.max_memory or 0)
+    store.verify()
     for tier in store.tiers:
         assert tier.max_memory is None or tier.used_bytes + tier.reserved_bytes <= tier.max_memory
     return request.resumed_tokens

@@ -29,6 +29,8 @@ def run(store: CheckpointStore, ids: list[int], positions: list[int], kv: int = 
         for position in positions:
             if position > request.resumed_tokens:
                 request.add(position, Blob(10), (lambda a, b: Blob(kv * (b - a))) if kv else None)
+            store.verify()
+    store.verify()
     return request
 
 

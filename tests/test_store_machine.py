@@ -157,6 +157,7 @@ class StoreMachine(RuleBasedStateMachine):
     def same_bytes(self) -> None:
         if not hasattr(self, "store"):
             return
+        self.store.verify()
         tier: NaiveStore | None = self.naive
         for real in self.store.tiers:
             assert tier is not None

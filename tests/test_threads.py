@@ -46,6 +46,7 @@ def test_eight_threads_and_constant_eviction(family: str, tmp_path: Path, stores
         run_threads([threading.Thread(target=work, args=(first,)) for first in range(8)])
         assert not wrong
         assert cache.stats().requests == len(prompts) + 8 * rounds
+        stores[0].verify()
         for tier in stores[0].tiers:
             assert tier.used_bytes <= (tier.max_memory or 0) and tier.reserved_bytes == 0
             assert not any(checkpoint.pins for _, _, checkpoint in tier.checkpoints())

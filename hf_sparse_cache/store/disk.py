@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import weakref
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from ..checks import printable
@@ -26,6 +26,7 @@ from .tier import Demote, Tier
 from .tree import KVSegment, Payload
 from .unit import Expected, Span, Unit, shared_chain
 from .unit_files import Found, Packing, StoredFile, UnitFiles, UnitReader, find
+from .visit import Footing
 
 
 _SPACE_FOLDER = re.compile(r"[0-9a-f]{32}")
@@ -120,14 +121,13 @@ class DiskTier(Tier):
 
     def _write(self, unit: Unit) -> bool | None:
         """Writes a unit's files; None when another thread changed the chain that it was to build on."""
-        with ExitStack() as stack:
+        with self.ledger.footing(unit.tokens, unit.space) as footing:
             with self.lock:
                 match = self.match(unit.tokens, unit.space)
                 if any(item.position == unit.position for item in match.checkpoints(unit.position)):
                     return True
-                chain = shared_chain(match, unit.spans)
-                stack.enter_context(self.ledger.holding(chain[-1] if chain else None))
-            contents = self._contents(unit, chain)
+                self.ledger.missing_spans(footing, unit.spans)  # what is there stays while it is written
+            contents = self._contents(unit, footing.shared(unit.spans))
             need = sum(map(len, contents.values()))
             if not self._claim(need):
                 return False
@@ -139,7 +139,7 @@ class DiskTier(Tier):
                     files.write(folder / name, data)
                     written.append(StoredFile(folder / name, len(data)))
                 with self.lock:
-                    entered = self._enter(unit, chain, written, need)
+                    entered = self._enter(unit, footing, written, need)
             finally:
                 if not entered:
                     with self.lock:
@@ -161,16 +161,17 @@ class DiskTier(Tier):
         name, contents[name] = packing.state(unit, names)
         return contents
 
-    def _enter(self, unit: Unit, chain: list[KVSegment], written: list[StoredFile], need: int) -> bool:
-        """Puts written files in the books, which is what `need` bytes were reserved for; False when the chain that
-        they build on is no longer as it was.
+    def _enter(self, unit: Unit, footing: Footing, written: list[StoredFile], need: int) -> bool:
+        """Puts written files in the books, which is what `need` bytes were reserved for; False when another thread
+        was faster with some of them.
         """
-        if len(shared_chain(self.match(unit.tokens, unit.space), unit.spans)) != len(chain):
+        missing = self.ledger.missing_spans(footing, unit.spans)
+        if len(missing) != len(written) - 1:
             return False
-        new = dict(zip(unit.spans[len(chain) :], written, strict=False))
+        new = dict(zip(missing, written, strict=False))
         filed = Unit(unit.space, unit.tokens, unit.position, written[-1], unit.spans, new, unit.hits)
         self.ledger.reserved_bytes -= need
-        stored = self.put(filed, urgent=True)
+        stored = self.put(filed, None, footing, urgent=True)
         if stored is None or stored.state is not written[-1]:
             self.ledger.reserved_bytes += need
             return False
@@ -210,6 +211,10 @@ class DiskTier(Tier):
         return files.private_folder(folder)
 
     # -- out of the folder for good -----------------------------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """Deletes the files of what was evicted."""
+        self.sweep()
 
     def sweep(self) -> None:
         """Deletes the files of what was evicted; called without the lock.

@@ -31,6 +31,10 @@ class Eviction:
         """A checkpoint is gone."""
         del self._order[checkpoint]
 
+    def known(self) -> list[Checkpoint] | None:
+        """Every checkpoint in the books, for those who check them; None where a subclass keeps others."""
+        return list(self._order) if type(self).stored is Eviction.stored else None
+
     def passed(self, path: Sequence[Node], overlap: int, resumed: Checkpoint | None, now: int) -> None:
         """Request number `now` walked `path`, shared `overlap` tokens with it and resumed at `resumed`."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 from ..errors import out_of_memory
 from .eviction import LRU
 from .ledger import Ledger
 from .tier import Demote, Tier
+from .tree import Checkpoint
 from .unit import Span, Unit, movable
 
 
@@ -25,12 +24,12 @@ class HostTier(Tier):
 
     def accept(self, unit: Unit, demote: Demote | None = None) -> bool:
         """Copies a unit; False for one that lives here already: a model on the CPU has no use for a host tier."""
-        with ExitStack() as hold:
+        with self.ledger.footing(unit.tokens, unit.space) as footing:
             try:
                 state = movable(unit.state).moved_to(self.name)
                 if state is unit.state:
                     return False
-                missing = self.ledger.missing_spans(unit.tokens, unit.spans, unit.space, hold)
+                missing = self.ledger.missing_spans(footing, unit.spans)
                 kv = {span: movable(unit.kv[span]).moved_to(self.name) for span in missing}
             except Exception as error:
                 if not out_of_memory(error):
@@ -38,9 +37,15 @@ class HostTier(Tier):
                 self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
                 return False
             moved = Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)
-            stored = self.put(moved, demote, urgent=True)
-        self.ledger.trim()
+            stored = self.put(moved, demote, footing, urgent=True)
+        self.tidy()
         return stored is not None
+
+    def brought_up(self, checkpoint: Checkpoint) -> None:
+        """Moved, not copied: host memory is for what the device does not hold."""
+        with self.lock:
+            if checkpoint.stored and not checkpoint.pins:
+                self.ledger.evict(checkpoint, demoted=True)
 
     def fetch(self, unit: Unit, spans: list[Span]) -> Unit | None:
         """A pinned checkpoint's unit on the model's device, with the KV of `spans`."""

@@ -12,26 +12,30 @@ class Marks:
     """Announced prefixes by space, and the checkpoints kept for them. Used under the store's lock."""
 
     def __init__(self) -> None:
-        self._prefixes: dict[str, list[Tokens]] = {}
+        # By space and length; bytes are compared in full, and found without looking at every other prefix.
+        self._prefixes: dict[str, dict[int, set[bytes]]] = {}
+        self.tokens = 0  # of all announced prefixes
         self.kept: list[tuple[str, Checkpoint]] = []
 
+    def knows(self, prefix: Tokens, space: str) -> bool:
+        """Whether a prefix was announced."""
+        return prefix.tobytes() in self._prefixes.get(space, {}).get(len(prefix), ())
+
     def add(self, prefix: Tokens, space: str) -> None:
-        """Announce a prefix. Announcing it again changes nothing."""
-        known = self._prefixes.setdefault(space, [])
-        if not any(np.array_equal(prefix, other) for other in known):
-            known.append(prefix.copy())
+        """Announce a prefix, int32 `(length,)`. Announcing it again changes nothing."""
+        if not self.knows(prefix, space):
+            self._prefixes.setdefault(space, {}).setdefault(len(prefix), set()).add(prefix.tobytes())
+            self.tokens += len(prefix)
 
     def prefixes(self, space: str) -> list[Tokens]:
-        """The announced prefixes of a space."""
-        return list(self._prefixes.get(space, ()))
+        """The announced prefixes of a space, the shortest first."""
+        known = self._prefixes.get(space, {})
+        return [np.frombuffer(prefix, np.int32) for length in sorted(known) for prefix in sorted(known[length])]
 
     def lengths(self, ids: Tokens, space: str) -> list[int]:
         """Lengths of the announced prefixes that this prompt begins with, ascending."""
-        return sorted(
-            len(prefix)
-            for prefix in self._prefixes.get(space, ())
-            if len(prefix) <= len(ids) and np.array_equal(prefix, ids[: len(prefix)])
-        )
+        known = self._prefixes.get(space, {})
+        return sorted(length for length in known if length <= len(ids) and ids[:length].tobytes() in known[length])
 
     def positions(self, ids: Tokens, cuts: Positions, space: str) -> set[int]:
         """The last cut of each announced prefix that this prompt begins with."""
@@ -42,8 +46,6 @@ class Marks:
         """Drop the announcements of one space, or all; returns the checkpoints that were kept for them."""
         released = [checkpoint for owner, checkpoint in self.kept if space in (None, owner)]
         self.kept = [(owner, checkpoint) for owner, checkpoint in self.kept if space not in (None, owner)]
-        if space is None:
-            self._prefixes.clear()
-        else:
-            self._prefixes.pop(space, None)
+        for name in list(self._prefixes) if space is None else [space]:
+            self.tokens -= sum(length * len(found) for length, found in self._prefixes.pop(name, {}).items())
         return released

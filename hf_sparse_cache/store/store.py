@@ -7,9 +7,10 @@ deeper there brings it up again. A unit is copied before it leaves a tier, with 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import dropwhile
 from pathlib import Path
@@ -26,6 +27,10 @@ from .seal import Seal
 from .tier import Demote, Shown, Tier
 from .tree import Account, Checkpoint, Node
 from .unit import Bound, Unit, unit_of
+from .visit import Footing, Visit
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -46,8 +51,9 @@ class CheckpointStore(Shown):
     Args:
         max_memory: bytes, or a string such as "2GiB"; None for no limit. Never exceeded, also not during an insert.
         eviction: "learned", "lru", "fifo", or an `Eviction` object of your own.
-        max_remembered_tokens: bound on the tokens remembered after their states are gone; the least recently used that
-            no checkpoint needs are forgotten first. None for no bound.
+        max_remembered_tokens: bound on the tokens remembered after their states are gone, at 4 bytes each; the least
+            recently used that no checkpoint needs are forgotten first. The nodes of the tree over them are bounded to
+            as many bytes, or 1 MiB where that is more, and so are the tokens of marks. None for no bound.
         namespace_memory: budgets of single namespaces, by name, within `max_memory`: they bound a tenant's share.
         host_memory: bytes of a second tier in host memory, for models on an accelerator; None for no such tier.
         disk_memory: bytes of a tier on disk, found again by the next process; None for no such tier.
@@ -152,14 +158,35 @@ class CheckpointStore(Shown):
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
+    def open(self, ids: Tokens, cuts: Positions, space: str = "") -> Visit:
+        """Begins a request: brings up what the tiers below have, matches the prompt, pins what it may resume from.
+
+        Args:
+            ids: the prompt's tokens, int32 of shape `(N,)`.
+            cuts: its cuts, ascending.
+            space: nothing of one space is ever matched from another.
+
+        Returns:
+            What was found, and what `put` needs of it; to be given back to `leave`.
+        """
+        self.lift(ids, space)
+        return self.ledger.open(ids, cuts, space)
+
+    def leave(self, visit: Visit) -> None:
+        """Ends a request: what only it pinned or held may go, and goes where the budget is smaller by now."""
+        self.ledger.leave(visit)
+        memory = self.tiers[0]
+        if memory.ledger.over_budget:
+            memory.shrink(self._demotion(memory))
+
     def put(
-        self, unit: Unit, *, hold: ExitStack | None = None, urgent: bool = False, keep: bool = False
+        self, unit: Unit, footing: Footing | None = None, *, urgent: bool = False, keep: bool = False
     ) -> Checkpoint | None:
         """Stores a checkpoint in the fastest tier, sending others off first when memory is short.
 
         Args:
             unit: with the payloads of the spans that are not stored yet.
-            hold: keeps the checkpoint's KV chain from being freed until this stack is closed.
+            footing: on its text, of a caller who goes on from there.
             urgent: a request waits for it, so the eviction is not asked whether something else is worth more.
             keep: it belongs to a mark: just as urgent, and never evicted from then on.
 
@@ -167,7 +194,7 @@ class CheckpointStore(Shown):
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
         """
         memory = self.tiers[0]
-        return memory.put(unit, self._demotion(memory), hold=hold, urgent=urgent, keep=keep)
+        return memory.put(unit, self._demotion(memory), footing, urgent=urgent, keep=keep)
 
     def remember(self, ids: Tokens, space: str = "") -> list[Node]:
         """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
@@ -179,13 +206,26 @@ class CheckpointStore(Shown):
         Args:
             prefix: int32 `(length,)`.
             cuts: the cuts of a longer prompt that begins with it, up to `length`.
+
+        Raises:
+            ValueError: marks would take more tokens than may be remembered.
         """
         self.ledger.mark(prefix, cuts, space)
 
     def resize(self, max_memory: int | str | None) -> None:
-        """Changes the budget; demotes or evicts down to it, as far as nothing is pinned."""
+        """Changes the budget; demotes or evicts down to it, and warns where marks and open requests keep more.
+
+        What open requests keep goes when they close. Nothing else is stored until all fits.
+        """
         memory = self.tiers[0]
         memory.resize(parse_bytes(max_memory), self._demotion(memory))
+        if memory.ledger.over_budget:
+            logger.warning(
+                "max_memory=%r is less than the %d bytes that marks and open requests keep, so nothing else is "
+                "stored; give at least that, or take the marks back with clear().",
+                max_memory,
+                self.used_bytes,
+            )
 
     def give_back(self) -> int:
         """Sends off all that no open request uses and no mark keeps, as the model is short of memory.
@@ -202,17 +242,29 @@ class CheckpointStore(Shown):
                 if demote is None:
                     memory.evict(checkpoint)
                     continue
-                memory.ledger.pin(checkpoint)
+                memory.ledger.take(checkpoint)
             demote(checkpoint)
         return before - self.used_bytes
 
     def clear(self, space: str | None = None) -> None:
-        """Forgets one space or all: prompts, marks and checkpoints that no open request uses, in every tier."""
+        """Forgets one space or all: prompts, marks and checkpoints in every tier; what is in use goes when it is not.
+
+        A request that is open meanwhile goes on, and nothing of it is stored or remembered.
+        """
         self._forget(space, lambda tier, space: tier.clear(space))
 
     def drop(self, space: str) -> None:
-        """Evicts every checkpoint of one space that no open request uses, from memory."""
+        """Evicts every checkpoint of one space from memory; disk keeps them, as weights may come back."""
         self._forget(space, lambda tier, space: tier.drop(space))
+
+    def verify(self) -> None:
+        """Counts everything anew, in every tier: what is stored, remembered, pinned and held.
+
+        Raises:
+            WrongBooksError: the books do not agree with what is there; it names the tier and what differs.
+        """
+        for tier in self.tiers:
+            tier.verify()
 
     def flush(self) -> None:
         """Copies what only memory holds to the disk tier, if there is one, the least recently used first."""
@@ -267,30 +319,28 @@ class CheckpointStore(Shown):
             ids: the text to store it on, at least up to its position; None for no more than that.
             space: where to store it; None for its own.
         """
-        stored = None
-        with tier.ledger.taken(checkpoint) as unit, ExitStack() as hold:
-            if unit is None:
-                return False
-            tier.ledger.resumed(checkpoint, unit)
-            ids, space = unit.tokens if ids is None else ids, unit.space if space is None else space
-            missing = self.ledger.missing_spans(ids, unit.spans, space, hold)
-            try:
-                fetched = tier.fetch(unit, list(missing))
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                tier.warn("fetch", f"A state could not be brought up from the {tier.name} tier: {error}")
-                return True  # it is still there; this request does without
-            if fetched is None:
-                return False
-            arriving = Unit(space, ids, unit.position, fetched.state, unit.spans, fetched.kv, unit.hits)
-            with self._journey(space, self.tiers[:1]):
-                stored = self.put(arriving, urgent=True)
-        if stored is not None and not tier.durable:
-            with tier.lock:  # moved, not copied: host memory is for what the device does not hold
-                if checkpoint.stored and not checkpoint.pins:
-                    tier.ledger.evict(checkpoint, demoted=True)
-                    tier.ledger.trim()
+        with tier.lock:
+            node = checkpoint.node
+            ids = node.path_tokens()[: checkpoint.position] if ids is None else ids
+            space = node.tree.space if space is None else space
+        try:
+            # The footing comes first: once the space is cleared, nothing is stored on it.
+            with self.ledger.footing(ids, space) as footing, tier.ledger.taken(checkpoint) as unit:
+                if unit is None:
+                    return False
+                tier.ledger.resumed(checkpoint, unit)
+                fetched = tier.fetch(unit, list(self.ledger.missing_spans(footing, unit.spans)))
+                if fetched is None:
+                    return False
+                stored = self.put(replace(fetched, tokens=ids, space=space), footing, urgent=True)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            tier.warn("fetch", f"A state could not be brought up from the {tier.name} tier: {error}")
+            return True  # it is still there; this request does without
+        if stored is not None:
+            tier.brought_up(checkpoint)
+        tier.tidy()
         return True
 
     def _demotion(self, tier: Tier) -> Demote | None:
@@ -308,7 +358,7 @@ class CheckpointStore(Shown):
                 kept = any(other.accept(unit, self._demotion(other)) for other in below)
         finally:
             with tier.lock:
-                tier.ledger.unpin(victim)
+                tier.ledger.done_with(victim)
                 if victim.stored and not victim.pins:
                     tier.ledger.evict(victim, demoted=kept)
 

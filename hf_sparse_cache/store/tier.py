@@ -12,10 +12,13 @@ from contextlib import ExitStack
 from threading import RLock
 
 from ..planning.cuts import Tokens
+from .audit import WrongBooksError, audit
 from .eviction import Eviction
+from .forest import Forest
 from .ledger import Ledger
-from .tree import Checkpoint, Forest, Match
+from .tree import Checkpoint, Match
 from .unit import Expected, MovablePayload, Span, Unit
+from .visit import Footing
 
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,11 @@ class Shown:
         """Tokens the trees hold, with or without checkpoints."""
         return self.ledger.forest.tokens
 
+    @property
+    def tree_bytes(self) -> int:
+        """Bytes of what the trees remember: tokens, nodes and descriptions of prompts."""
+        return self.ledger.forest.nbytes
+
     def match(self, ids: Tokens, space: str = "") -> Match:
         """Finds the longest prefix of `ids` that the space remembers, token by token."""
         return self.ledger.match(ids, space)
@@ -116,8 +124,8 @@ class Tier(Shown):
         self,
         unit: Unit,
         demote: Demote | None = None,
+        footing: Footing | None = None,
         *,
-        hold: ExitStack | None = None,
         urgent: bool = False,
         keep: bool = False,
     ) -> Checkpoint | None:
@@ -126,22 +134,21 @@ class Tier(Shown):
         Args:
             unit: with the payloads of the spans that are not stored yet.
             demote: where victims go; None evicts them.
-            hold: keeps the checkpoint's KV chain from being freed until this stack is closed.
+            footing: on its text, of a caller who goes on from there.
             urgent: a request waits for it, so the eviction is not asked whether something else is worth more.
             keep: it belongs to a mark: just as urgent, and never evicted from then on.
 
         Returns:
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
         """
-        with ExitStack() as chain:  # what it builds on must survive the victims that make room for it
+        with ExitStack() as stack:
+            if footing is None:
+                footing = stack.enter_context(self.ledger.footing(unit.tokens, unit.space))
             while True:
                 with self.lock:
-                    entry = self.ledger.insert(unit, chain, urgent=urgent or keep, demotes=demote is not None)
-                    if entry.checkpoint is not None:
-                        if keep:  # under this lock, or another thread takes its room
-                            self.ledger.keep(entry.checkpoint, unit.space)
-                        if hold is not None:
-                            hold.enter_context(self.ledger.holding(entry.checkpoint.kv))
+                    entry = self.ledger.insert(unit, footing, urgent=urgent or keep, demotes=demote is not None)
+                    if keep and entry.checkpoint is not None:  # under this lock, or another thread takes its room
+                        self.ledger.keep(entry.checkpoint, unit.space)
                 if entry.victim is None or demote is None:
                     return entry.checkpoint
                 demote(entry.victim)
@@ -164,10 +171,17 @@ class Tier(Shown):
     def expect(self, space: str, like: Expected) -> None:
         """Learns what the states of a space must be; a tier in memory knows, as it got them from the model."""
 
+    def brought_up(self, checkpoint: Checkpoint) -> None:
+        """A copy of a checkpoint was stored in memory; no longer pinned here."""
+
     def resize(self, max_memory: int | None, demote: Demote | None = None) -> None:
         """Changes the budget; sends checkpoints off down to it, as far as nothing is pinned."""
         with self.lock:
             self.ledger.max_memory = max_memory
+        self.shrink(demote)
+
+    def shrink(self, demote: Demote | None = None) -> None:
+        """Sends checkpoints off down to the budget, as far as nothing is pinned."""
         while True:
             with self.lock:
                 room = self.ledger.make_room(0, demotes=demote is not None)
@@ -176,12 +190,27 @@ class Tier(Shown):
             demote(room.victim)
 
     def clear(self, space: str | None = None) -> None:
-        """Forgets one space or all: prompts, marks and checkpoints that no open request uses."""
+        """Forgets one space or all: prompts, marks and checkpoints, those in use as soon as they are not."""
         self.ledger.clear(space)
 
     def drop(self, space: str | None) -> None:
-        """Evicts every checkpoint of one space that no open request uses, as its weights are gone."""
+        """Evicts every checkpoint of one space, as its weights are gone."""
         self.ledger.drop(space)
+
+    def tidy(self) -> None:
+        """Does what is due after something was evicted; called without the lock."""
+        self.ledger.trim()
+
+    def verify(self) -> None:
+        """Counts everything anew.
+
+        Raises:
+            WrongBooksError: the books do not agree with what is there; it names what differs.
+        """
+        try:
+            audit(self.ledger)
+        except WrongBooksError as error:
+            raise WrongBooksError(f"{self.name}: {error}") from None
 
     def release(self) -> None:
         """Gives back what other processes wait for; a tier in memory has nothing of the kind."""

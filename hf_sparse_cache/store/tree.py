@@ -1,14 +1,13 @@
-"""The radix tree over prompt tokens: what was seen, how often, and where checkpoints and KV segments hang.
+"""What hangs where: nodes of a radix tree over prompt tokens, and the checkpoints and KV segments on them.
 
-A node owns one edge, the tokens `start .. end` of every prompt that passes it. Tokens are compared, never only hashed.
-A node remembers its prompts after their states are gone, so that overlap depths and junctions can still be learned.
+A node owns one edge, the tokens `start .. end` of every prompt that passes it. It remembers its prompts after their
+states are gone, so that overlap depths and junctions can still be learned. `forest` lets nodes come and go.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -68,6 +67,7 @@ class Checkpoint:
 
     __slots__ = (
         "__weakref__",
+        "doomed",
         "held",
         "hits",
         "kv",
@@ -87,6 +87,7 @@ class Checkpoint:
         self.position, self.state, self.node, self.owner = position, state, node, owner
         self.kv: KVSegment | None = None  # the end of its chain; None without full attention
         self.pins = 0
+        self.doomed = False  # goes as soon as nothing pins it: its space was cleared
         self.hits = 0
         self.last_used = now
         self.nbytes = int(state.nbytes)
@@ -141,49 +142,91 @@ class Checkpoint:
         return nearest
 
 
+# What a node and a description take, with their places in dictionaries and in the heap; tokens and arrays apart. Found
+# by counting the objects of trees of many shapes, which a test does again.
+NODE_BYTES = 720
+DESCRIPTION_BYTES = 440
+TOKEN_BYTES = 4
+
+
+@dataclass(eq=False, slots=True)
+class Tree:
+    """The tree of one space, and what it takes.
+
+    Attributes:
+        root: a node without tokens.
+        tokens: remembered tokens, summed over the edges.
+        nodes: edges, and the root.
+        described_bytes: of the policies' descriptions of prompts.
+        leaving: it was cleared, and stays only for what open requests use of it.
+    """
+
+    space: str
+    root: Node = field(init=False)
+    tokens: int = 0
+    nodes: int = 1
+    described_bytes: int = 0
+    leaving: bool = False
+
+    def __post_init__(self) -> None:
+        self.root = Node(np.empty(0, dtype=np.int32), 0, None, self)
+
+    def edges(self) -> Iterator[Node]:
+        """Every node but the root, parents before children."""
+        waiting = [self.root]
+        while waiting:
+            children = waiting.pop().children.values()
+            yield from children
+            waiting.extend(children)
+
+    @property
+    def nbytes(self) -> int:
+        return TOKEN_BYTES * self.tokens + NODE_BYTES * self.nodes + self.described_bytes
+
+
 class Node:
     """One edge of the tree: `tokens` cover the positions `start + 1 .. end` of the path."""
 
     __slots__ = (
         "checkpoints",
         "children",
+        "described",
         "end",
         "last_used",
         "latest",
         "lost",
         "parent",
         "passes",
+        "queued",
         "recent",
         "refused",
         "segments",
-        "space",
         "start",
         "tokens",
+        "tree",
         "waiting",
     )
 
-    def __init__(self, tokens: Tokens, start: int, parent: Node | None, space: str = "") -> None:
-        self.tokens, self.start, self.parent = tokens, start, parent
-        self.space = space  # of a root, the space whose prompts hang on it
+    def __init__(self, tokens: Tokens, start: int, parent: Node | None, tree: Tree) -> None:
+        self.tokens, self.start, self.parent, self.tree = tokens, start, parent, tree
         self.end = start + len(tokens)
         self.children: dict[int, Node] = {}
         self.checkpoints: dict[int, Checkpoint] = {}
         self.segments: dict[tuple[KVSegment | None, int], KVSegment] = {}  # by what each continues, and its end
         self.passes = 0  # prompts that ran along the whole edge
-        self.last_used = 0
+        self.last_used = 0  # request that passed it last
+        self.queued = False  # whether it waits for its turn to be forgotten
         self.recent: Node | None = None  # the child that the latest prompt ran on to, for the eviction
         self.latest: Shape | None = None  # the policies' description of the latest prompt that came this way
+        self.described = 0  # bytes of the description of a prompt that ends here
         self.lost = 0  # shallowest position of this edge whose checkpoint was evicted; 0 when none was
         self.refused = 0  # shallowest position of this edge for whose checkpoint no room was made; 0 when none was
         self.waiting: tuple[int, int] | None = None  # row of the survival tables it waits in, and since which tick
 
     @property
-    def root(self) -> Node:
-        """The root of its tree."""
-        node = self
-        while node.parent is not None:
-            node = node.parent
-        return node
+    def kept(self) -> int:
+        """The deepest position at which it holds something; 0 when it holds nothing."""
+        return max([*self.checkpoints, *(end for _, end in self.segments)], default=0)
 
     def path_tokens(self) -> Tokens:
         """All tokens from the root to this node's end."""
@@ -212,125 +255,3 @@ class Match:
             for position in sorted(node.checkpoints)
             if position <= limit
         ]
-
-
-class Forest:
-    """One tree of tokens a space (a fingerprint and a namespace), under one bound on what is remembered."""
-
-    def __init__(self) -> None:
-        self.roots: dict[str, Node] = {}
-        self.tokens = 0  # remembered tokens, summed over the edges
-        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used, tie, node): what to forget first
-        self._ties = 0
-
-    def walk(self, ids: Tokens, space: str) -> tuple[list[Node], int]:
-        """Follows `ids` as far as the space knows them.
-
-        Returns:
-            The nodes entered, shallow to deep, and the number of tokens shared; the last node may be shared in part.
-        """
-        path: list[Node] = []
-        depth, length = 0, len(ids)
-        node = self.roots.get(space)
-        while node is not None and depth < length:
-            child = node.children.get(int(ids[depth]))
-            if child is None:
-                break
-            path.append(child)
-            span = min(child.end, length) - depth
-            different = child.tokens[:span] != ids[depth : depth + span]
-            first = int(different.argmax())
-            if different[first]:
-                return path, depth + first
-            depth += span
-            if depth < child.end:
-                break
-            node = child
-        return path, depth
-
-    def insert(self, ids: Tokens, space: str, now: int) -> list[Node]:
-        """Makes the path of `ids` exist, with a node that ends exactly where they end, and returns its nodes."""
-        path, depth = self.walk(ids, space)
-        if path and depth < path[-1].end:
-            path[-1] = self._split(path[-1], depth)
-        if depth < len(ids):
-            parent = path[-1] if path else self._root(space)
-            leaf = Node(ids[depth:].astype(np.int32, copy=True), depth, parent)
-            leaf.last_used = now
-            parent.children[int(ids[depth])] = leaf
-            self.tokens += len(leaf.tokens)
-            self.offer(leaf)
-            path.append(leaf)
-        return path
-
-    def nodes(self, space: str) -> Iterator[Node]:
-        """Every node of a space but its root, parents before children."""
-        waiting = [self.roots[space]] if space in self.roots else []
-        while waiting:
-            children = waiting.pop().children.values()
-            yield from children
-            waiting.extend(children)
-
-    def _root(self, space: str) -> Node:
-        if space not in self.roots:
-            self.roots[space] = Node(np.empty(0, dtype=np.int32), 0, None, space)
-        return self.roots[space]
-
-    def _split(self, node: Node, depth: int) -> Node:
-        """Splits an edge at `depth`; checkpoints and segments go to the half that holds their end."""
-        offset = depth - node.start
-        upper = Node(node.tokens[:offset].copy(), node.start, node.parent)
-        upper.passes, upper.last_used, upper.latest = node.passes, node.last_used, node.latest
-        assert node.parent is not None
-        node.parent.children[int(upper.tokens[0])] = upper
-        node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper
-        upper.children[int(node.tokens[0])] = upper.recent = node
-        for position in [p for p in node.checkpoints if p <= depth]:
-            checkpoint = upper.checkpoints[position] = node.checkpoints.pop(position)
-            checkpoint.node = upper
-        for key in [k for k in node.segments if k[1] <= depth]:
-            segment = upper.segments[key] = node.segments.pop(key)
-            segment.node = upper
-        if 0 < node.lost <= depth:
-            upper.lost, node.lost = node.lost, 0
-        if 0 < node.refused <= depth:
-            upper.refused, node.refused = node.refused, 0
-        return upper
-
-    def offer(self, node: Node) -> None:
-        """Lets a leaf be forgotten when its turn comes; harmless for any other node."""
-        if not node.children and node.parent is not None:
-            self._ties += 1
-            heapq.heappush(self._leaves, (node.last_used, self._ties, node))
-
-    def forget_space(self, space: str) -> None:
-        """Drops all tokens of one space, unless an open request still keeps a checkpoint there."""
-        nodes = list(self.nodes(space))
-        if any(node.checkpoints or node.segments for node in nodes):
-            return
-        for node in nodes:
-            self.tokens -= len(node.tokens)
-            node.parent = None  # so that `forget` passes over it
-        self.roots.pop(space, None)
-
-    def forget(self, limit: int) -> None:
-        """Drops the least recently used tokens that no checkpoint needs until at most `limit` are left."""
-        while self.tokens > limit and self._leaves:
-            stamp, _, node = heapq.heappop(self._leaves)
-            if node.children or node.parent is None:
-                continue
-            if node.last_used != stamp:
-                self.offer(node)
-            elif node.checkpoints or node.segments:
-                keep = max([*node.checkpoints, *(end for _, end in node.segments)])
-                self.tokens -= node.end - keep
-                node.tokens, node.end = node.tokens[: keep - node.start].copy(), keep
-            else:
-                parent = node.parent
-                del parent.children[int(node.tokens[0])]
-                parent.recent = None if parent.recent is node else parent.recent
-                node.parent = None
-                self.tokens -= len(node.tokens)
-                self.offer(parent)
-                if parent.parent is None and not parent.children:
-                    del self.roots[parent.space]

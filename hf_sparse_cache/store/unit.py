@@ -116,7 +116,7 @@ def unit_of(checkpoint: Checkpoint) -> Unit:
     node, position = checkpoint.node, checkpoint.position
     kv = {(segment.start, segment.end): segment.payload for segment in checkpoint.chain()}
     tokens = node.path_tokens()[:position]
-    return Unit(node.root.space, tokens, position, checkpoint.state, list(kv), kv, checkpoint.hits)
+    return Unit(node.tree.space, tokens, position, checkpoint.state, list(kv), kv, checkpoint.hits)
 
 
 def holder(path: list[Node], position: int) -> Node:
@@ -124,19 +124,19 @@ def holder(path: list[Node], position: int) -> Node:
     return path[bisect_left(path, position, key=lambda node: node.end)]
 
 
-def chain_of(path: list[Node], spans: Sequence[Span]) -> list[KVSegment]:
-    """The stored segments for the first of `spans`, each chained to the one before."""
+def chain_of(path: list[Node], spans: Sequence[Span], below: Sequence[KVSegment] = ()) -> list[KVSegment]:
+    """The stored segments for the first of `spans`, each chained to the one before, and the first to those `below`."""
     chain: list[KVSegment] = []
-    below: KVSegment | None = None
+    last = below[-1] if below else None
     index = 0
     for start, end in spans:
         while index < len(path) and path[index].end < end:
             index += 1
-        segment = path[index].segments.get((below, end)) if index < len(path) else None
+        segment = path[index].segments.get((last, end)) if index < len(path) else None
         if segment is None or segment.start != start:
             break
         chain.append(segment)
-        below = segment
+        last = segment
     return chain
 
 

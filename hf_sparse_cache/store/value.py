@@ -75,10 +75,17 @@ class Scored(Eviction):
 
     def dropped(self, checkpoint: Checkpoint) -> None:
         """Gives the slot back; the neighbours now save or hold more."""
+        self.items[checkpoint.slot] = None  # type: ignore[call-overload]  # or it lives on, state and all
         self.gains[checkpoint.slot] = np.inf
         self.held[checkpoint.slot] = 0.0
         self._free.append(checkpoint.slot)
         self._weigh_neighbours(checkpoint)
+
+    def known(self) -> list[Checkpoint] | None:
+        """The checkpoints of the slots in use."""
+        if type(self).stored is not Scored.stored:
+            return None
+        return [checkpoint for checkpoint in self.items if checkpoint is not None]
 
     def weigh(self, checkpoint: Checkpoint) -> None:
         """Counts a checkpoint's bytes and gain anew."""
