@@ -106,7 +106,7 @@ def overhead(arguments, model):
     handle = cached(arguments, model).handle
     asked = prompts(arguments.prompts, arguments.tokens)
     # Stock refuses prefill_chunk_size where the model's cache has another name.
-    chunks = handle.family.cache_name == "past_key_values"
+    chunks = handle.server.binding.cache_name != "cache_params"
 
     def make():
         chunked = [Chunked(model, handle.grid)] if chunks else []

@@ -31,7 +31,7 @@ def decode(arguments, model, handle, prompts):
 @torch.no_grad()
 def _steps(model, handle, ids, count, repeat):
     """Seconds of each step without and with the cache."""
-    name, row = handle.family.cache_name, torch.from_numpy(ids).long()[None]
+    name, row = handle.server.binding.cache_name, torch.from_numpy(ids).long()[None]
     stock = DynamicCache(config=model.config.get_text_config(decoder=True))
     model(input_ids=row, use_cache=True, **{name: stock})
     own = handle.server.live_cache()

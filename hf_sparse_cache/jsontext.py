@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def parse(text: bytes | str, where: str) -> Any:
+def parse(text: bytes | str, where: str, *, constants: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: in UTF-8 where it is bytes.
         where: the file, or the line of one, for errors.
+        constants: whether NaN and infinities are read, as Python writes them: the configuration of a model has some.
 
     Raises:
         ValueError: it is not JSON in UTF-8, it is nested too deep, it has a key twice, or a number that is none.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_number)
+        return json.loads(decoded, object_pairs_hook=_object, parse_constant=float if constants else _no_number)
     except RecursionError:
         raise ValueError(f"{where} is not JSON that can be read: it is nested too deep; mend it") from None
     except ValueError as error:

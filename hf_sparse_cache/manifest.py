@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from .checks import shown
 from .config import SparseCacheConfig
 from .errors import DamagedFileError
 from .models import fingerprint
@@ -96,7 +97,7 @@ class Manifest:
             )
         try:
             with files.open_regular(path) as file:
-                content = parse_json(file.read(_MAX_BYTES))
+                content = parse_json(file.read(_MAX_BYTES), constants=True)
             return cls._checked(content, seal)
         except DamagedFileError as error:
             refused = DamagedFileError(f"{path} is damaged or not a saved cache's: {error}. {_REMEDY}")
@@ -109,7 +110,7 @@ class Manifest:
             raise DamagedFileError("it is no JSON object")
         version = content.get("version", 1)
         if version not in (1, VERSION) or isinstance(version, bool):
-            raise DamagedFileError(f"version is {_shown(version)}, and 1 and {VERSION} are read")
+            raise DamagedFileError(f"version is {shown(version)}, and 1 and {VERSION} are read")
         if seal is not None:
             _authenticate(content, seal)
         _settings(content)
@@ -175,9 +176,9 @@ def _settings(content: dict[str, Any]) -> None:
     """Raises DamagedFileError where what a handle would be made with is out of range."""
     for name, kind in (("fingerprint", dict), ("namespace", str), ("settings", dict)):
         if not isinstance(content.get(name), kind):
-            raise DamagedFileError(f"{name} is {_shown(content.get(name, 'missing'))}")
+            raise DamagedFileError(f"{name} is {shown(content.get(name, 'missing'))}")
     if not isinstance(content.get("config", {}), dict):
-        raise DamagedFileError(f"config is {_shown(content['config'])}")
+        raise DamagedFileError(f"config is {shown(content['config'])}")
     described, settings = content["fingerprint"], content["settings"]
     if "format" not in described:
         raise DamagedFileError("fingerprint.format is missing")
@@ -185,11 +186,11 @@ def _settings(content: dict[str, Any]) -> None:
     values["fingerprint.grid"] = described.get("grid")
     for name, value in values.items():
         if value is not None and not is_count(value) and not (name.endswith("memory") and isinstance(value, str)):
-            raise DamagedFileError(f"{name} is {_shown(value)}, not a whole number that can be")
+            raise DamagedFileError(f"{name} is {shown(value)}, not a whole number that can be")
     exactness = described.get("exactness", "bitwise")
     try:
         if "max_checkpoints" not in settings or not isinstance(exactness, str):
-            raise ValueError(f"exactness or max_checkpoints is missing, or of another type: {_shown(exactness)}")
+            raise ValueError(f"exactness or max_checkpoints is missing, or of another type: {shown(exactness)}")
         SparseCacheConfig(
             max_memory=settings.get("max_memory"),
             max_checkpoints=settings["max_checkpoints"],
@@ -205,10 +206,6 @@ def _names(content: dict[str, Any], field_name: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and files.is_name(name) for name in names):
         raise DamagedFileError(f"{field_name} is no list of names of files")
     return names
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:80]
 
 
 def _shortened(phrases: list[str]) -> list[str]:

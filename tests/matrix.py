@@ -30,9 +30,10 @@ POLICY = "balanced"  # short prompts have a checkpoint at every cut, so that reu
 # Families on which every call runs in every test session; the rest run the core calls only.
 REPRESENTATIVE = ("Mamba", "Mamba2", "Jamba", "Zamba2", "Qwen3.5", "LFM3", "Gemma3")
 # Families that the oldest supported transformers does not have.
-NOT_ON_FLOOR = {"KimiLinear", "BailingHybrid", "Qwen4Exp", "GLM5Next", "LFM3", "Inkling2"}
+NOT_ON_FLOOR = {"KimiLinear", "BailingHybrid", "Qwen4Exp", "GLM5Next", "LFM3", "Inkling2", "Inkling2-Loop", "LaraMini"}
 # What upstream itself gets wrong, family -> dtype -> why; such cells are shown, not run.
-BROKEN_UPSTREAM = {"Inkling2": {"float64": "stock routes in float32 and raises on other weights"}}
+_FLOAT32_ROUTER = {"float64": "stock routes in float32 and raises on other weights"}
+BROKEN_UPSTREAM = {"Inkling2": _FLOAT32_ROUTER, "Inkling2-Loop": _FLOAT32_ROUTER}
 
 
 def supported_families() -> list[str]:

@@ -31,6 +31,7 @@ NOT_RUN = "·"
 # What a reader must know about a row beyond its numbers.
 LIMITS = {
     "Inkling2": "load with `from_pretrained(dtype=...)`: its router must stay in float32, or stock raises",
+    "Inkling2-Loop": "load with `from_pretrained(dtype=...)`: its router must stay in float32, or stock raises",
     "Qwen4Exp": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "GLM5Next": "sparse attention picks tokens by score: tied scores may be broken otherwise than in one pass",
     "Zamba2": "states produced by decoding differ from a prefill's and are never stored",

@@ -10,6 +10,7 @@ from tiny_models import build, random_ids
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, UnsupportedModelError
+from hf_sparse_cache.models.families import cache_name_of
 
 
 GRID = 32
@@ -85,8 +86,8 @@ def test_model_is_given_back(model: PreTrainedModel) -> None:
     assert set(model.__dict__) == attributes
     assert {name: getattr(model, name) for name in names} == before
     assert torch.equal(model.generate(question(2), max_new_tokens=4), expected)
-    with pytest.raises(ValueError, match="past_key_values"):
-        model.generate(question(2), past_key_values=second, max_new_tokens=4)
+    with pytest.raises(ValueError, match="past_key_values is a SparsePrefixCache that was detached"):
+        model.generate(question(2), **{cache_name_of(model): second}, max_new_tokens=4)
 
 
 def test_model_is_given_back_when_the_handle_is_collected(jamba: PreTrainedModel) -> None:
@@ -195,8 +196,8 @@ class TestErrors:
         other = build("Jamba", seed=3)
         with handle(other) as cache, handle(model), pytest.raises(ValueError, match="made for another model"):
             model.generate(question(2), past_key_values=cache, max_new_tokens=1)
-        with handle(other) as cache, pytest.raises(ValueError, match="past_key_values"):
-            model.generate(question(2), past_key_values=cache, max_new_tokens=1)
+        with handle(other) as cache, pytest.raises(ValueError, match="past_key_values is a SparsePrefixCache that is"):
+            model.generate(question(2), **{cache_name_of(model): cache}, max_new_tokens=1)
 
     def test_memory_too_small(self, model: PreTrainedModel) -> None:
         with pytest.raises(ValueError, match="max_memory"):

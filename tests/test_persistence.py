@@ -180,6 +180,16 @@ def test_no_pickle() -> None:
         assert "import pickle" not in code and "torch.load(" not in code, path
 
 
+def test_what_every_core_family_saves_is_loaded(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Also where the configuration holds infinities, as the bounds of Mamba-2's time step do."""
+    with handle(model) as cache:
+        cold = logits(model, question(2), cache)
+        saved = cache.save_pretrained(tmp_path)
+    with SparsePrefixCache.from_pretrained(tmp_path, model) as cache:
+        assert torch.equal(logits(model, question(2), cache), cold)
+        assert cache.last_request.resumed_tokens > 0 and len(cache.store) == saved > 0
+
+
 # -- tenants ----------------------------------------------------------------------------------------------------------
 
 NAMES = ["", "a", "a\x1f", "\x1f", "\x1fa", "a\x1fb", "b", '","x":"', "é", "../..", "null"]

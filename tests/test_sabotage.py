@@ -71,7 +71,7 @@ def wrong_places(cache: SparsePrefixCache) -> Iterator[tuple[int, Callable[[obje
 
 def prefilled(bench: Bench, cache: SparsePrefixCache, ids: torch.Tensor) -> object:
     live = cache.server.live_cache()
-    bench.model.generate(ids, max_new_tokens=1, pad_token_id=0, **{cache.family.cache_name: live})
+    bench.model.generate(ids, max_new_tokens=1, pad_token_id=0, **{cache.server.binding.cache_name: live})
     return live
 
 

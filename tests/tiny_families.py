@@ -264,6 +264,35 @@ ROWS = [
         state="conv",
         float64=False,  # the router multiplies float32 activations by its weights
     ),
+    Family(
+        "Inkling2-Loop",
+        "Inkling2LoopForCausalLM",
+        {
+            **SIZE,
+            **INKLING,
+            "num_hidden_layers": 8,
+            "layer_types": [HYBRID_SLIDING, HYBRID] * 4,
+            "unpadded_vocab_size": VOCABULARY,
+            "n_layers_per_attn_res_block": 2,
+            "loop_layer_index_start": 2,
+            "loop_layer_index_end": 6,
+            "loop_gate_rank": 8,
+        },
+        state="conv",
+        float64=False,  # as Inkling2
+    ),
+    Family(
+        "LaraMini",
+        "LaraMiniForCausalLM",
+        {
+            **PLAIN,
+            **DELTA,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 48,
+            "num_hidden_layers": 5,
+            "sliding_window": 16,
+        },
+    ),
     Family("Llama", "LlamaForCausalLM", PLAIN, state="none"),
     Family("Qwen3", "Qwen3ForCausalLM", {**PLAIN, "head_dim": 16}, state="none"),
     Family(

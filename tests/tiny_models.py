@@ -70,7 +70,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[str, object]:
         model._setup_cache(model.config, ids.shape[0], ids.device, model.dtype)
         inputs["past_key_values"] = DynamicCache(config=model.config)
     output = {**inputs, **model(**inputs)}
-    name = next(name for name in ("past_key_values", "cache_params", "state") if output.get(name) is not None)
+    name = next(name for name in ("cache", "past_key_values", "cache_params", "state") if output.get(name) is not None)
     return name, output[name]
 
 

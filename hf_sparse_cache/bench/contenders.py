@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from ..cache import SparsePrefixCache
 from ..models import prefill, states
+from ..models.families import cache_name_of
 from ..models.lazy_kv import settle
 from ..models.live import LiveCache
 from ..models.server import Server
@@ -90,6 +91,7 @@ class DeepCopy(Contender):
         super().__init__(model)
         self._prefixes = prefixes
         self._caches: dict[str, DynamicCache] = {}
+        self._cache_name = cache_name_of(model)
 
     def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
         ids = self.ids(asked)
@@ -101,11 +103,11 @@ class DeepCopy(Contender):
         if not known:
             cache = DynamicCache(config=self.model.config)
             with torch.no_grad():
-                self.model(ids[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self.model(ids[:, :length], **{self._cache_name: cache}, use_cache=True, logits_to_keep=1)
             self._caches[asked.group] = cache
         mine = copy.deepcopy(self._caches[asked.group])
         spent = time.perf_counter() - started
-        served = serve(self.model, ids, max_new_tokens, logits=logits, past_key_values=mine)
+        served = serve(self.model, ids, max_new_tokens, logits=logits, **{self._cache_name: mine})
         return replace(
             served,
             first_token_seconds=served.first_token_seconds + spent,

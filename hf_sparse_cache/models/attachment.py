@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ..forks import ForkSafeLock
@@ -12,9 +13,11 @@ from . import mamba1
 
 # Called with the model, the model's own method, and the call's arguments.
 Replacement = Callable[..., Any]
+# As torch calls it before a forward, with keywords.
+Hook = Callable[[Any, Any, dict[str, Any]], None]
 _lock = ForkSafeLock()
-# id(model) -> attachments to it; the entry goes with the last one, before the model can.
-_attached: dict[int, int] = {}
+# id(model) -> what is replaced on it; the entry goes with the last attachment, before the model can.
+_patches: dict[int, _Patch] = {}
 
 
 class Override:
@@ -30,8 +33,12 @@ class Override:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
-        own = self._previous or getattr(type(model), self._name).__get__(model)
-        return self._replacement(model, own, *args, **kwargs)
+        return self._replacement(model, self._own(model), *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The model's own method, whose signature this one has for those who ask."""
+        return self._own(self._model())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Override:
         model = memo.get(id(self._model()), self._model())
@@ -44,6 +51,9 @@ class Override:
             "This model has a SparsePrefixCache attached; call cache.detach() before pickling it or torch.save."
         )
 
+    def _own(self, model: Any) -> Any:
+        return self._previous or getattr(type(model), self._name).__get__(model)
+
     def give_back(self) -> None:
         """Put back what was there before."""
         model = self._model()
@@ -55,40 +65,67 @@ class Override:
             model.__dict__[self._name] = self._previous
 
 
+class _Patch:
+    """The overrides and the hooks on one model object, shared by its attachments. Made whole or not at all."""
+
+    def __init__(self, model: Any, replacements: Mapping[str, Replacement], before_forward: Hook) -> None:
+        self.users = 0
+        with ExitStack() as undo:
+            for name, replacement in replacements.items():
+                override = Override(model, name, replacement)
+                undo.callback(override.give_back)
+                model.__dict__[name] = override
+            # Its body as well: PEFT calls the model's forward without what is around it, and users the body alone.
+            for module in dict.fromkeys((model, model.base_model)):
+                hook = module.register_forward_pre_hook(before_forward, with_kwargs=True)
+                undo.callback(hook.remove)
+            self._undo = undo.pop_all()
+
+    def end(self) -> None:
+        """Give the model its own methods back."""
+        self._undo.close()
+
+
 class Attachment:
-    """The overrides on one model object, from `make` until `end`. Handles on the same model share them.
+    """What is replaced on one model object, from `make` until `end`. Handles on the same model share it.
 
     Args:
         model: the model object. The Mamba-1 scan of its layers is held as well.
-        replacements: by the name of the method.
+        replacements: methods, by name.
+        before_forward: called before each forward of the model and of its body.
     """
 
-    def __init__(self, model: Any, replacements: Mapping[str, Replacement]) -> None:
-        self._model, self._replacements = model, replacements
+    def __init__(self, model: Any, replacements: Mapping[str, Replacement], before_forward: Hook) -> None:
+        self._model, self._replacements, self._before_forward = model, replacements, before_forward
         self._scan = mamba1.Scan(model)
+        self._undo = ExitStack()
         self.alive = False
 
     def make(self) -> None:
-        """Override the methods, unless another attachment has done so."""
-        with _lock:
-            if _attached.get(id(self._model), 0) == 0:
-                for name, replacement in self._replacements.items():
-                    self._model.__dict__[name] = Override(self._model, name, replacement)
-            _attached[id(self._model)] = _attached.get(id(self._model), 0) + 1
-        self._scan.hold()
-        self.alive = True
+        """Replace everything, unless another attachment has done so; or nothing, when that fails."""
+        try:
+            self._scan.hold()
+            self._undo.callback(self._scan.release)
+            with _lock:
+                patch = _patches.get(id(self._model))
+                if patch is None:
+                    patch = _Patch(self._model, self._replacements, self._before_forward)
+                    _patches[id(self._model)] = patch
+                patch.users += 1
+                self._undo.callback(self._leave, patch)
+            self.alive = True
+        except BaseException:
+            self.end()
+            raise
 
     def end(self) -> None:
-        """Give the model its own methods back once the last attachment has ended."""
-        if not self.alive:
-            return
+        """Give the model back what is its own once the last attachment has ended."""
         self.alive = False
+        self._undo.close()
+
+    def _leave(self, patch: _Patch) -> None:
         with _lock:
-            _attached[id(self._model)] -= 1
-            if _attached[id(self._model)] == 0:
-                del _attached[id(self._model)]
-                for name in self._replacements:
-                    override = self._model.__dict__.get(name)
-                    if isinstance(override, Override):
-                        override.give_back()
-        self._scan.release()
+            patch.users -= 1
+            if patch.users == 0:
+                del _patches[id(self._model)]
+                patch.end()

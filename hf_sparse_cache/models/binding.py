@@ -15,10 +15,11 @@ from ..config import SparseCacheConfig
 from ..planning.cuts import Positions, Tokens, cut_positions
 from . import states
 from .cost import prefill_cost
-from .families import Family, family_of, unwrapped
+from .families import Family, cache_name_of, family_of, unwrapped
 from .inputs import as_ids, check_ids
 from .live import LiveCache
 from .states import StateSize
+from .versions import check_version
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,7 @@ class Binding:
         tokenizer: turns strings into ids; None when there is none.
         config: the settings.
         family: what a prefill in segments must know about such models.
+        cache_name: the keyword under which the model's forward takes its cache.
         text_config: the configuration of the model's text part.
         grid: tokens between regular cuts.
         cut_ids: token ids after which a prompt may also be cut, ascending.
@@ -44,6 +46,7 @@ class Binding:
     tokenizer: Any
     config: SparseCacheConfig
     family: Family
+    cache_name: str
     text_config: Any
     grid: int
     cut_ids: tuple[int, ...]
@@ -57,21 +60,24 @@ class Binding:
         Raises:
             UnsupportedModelError: The model's state cannot be captured exactly.
         """
+        check_version()
         model = unwrapped(model)
         family = family_of(model)
         text_config = model.config.get_text_config(decoder=True)
-        probe = LiveCache(text_config)
+        cache_name = cache_name_of(model)
+        probe = LiveCache(text_config, family.repeated(text_config))
         states.check_layers(probe, type(model).__name__)
         return cls(
             model=model,
             tokenizer=tokenizer,
             config=config,
             family=family,
+            cache_name=cache_name,
             text_config=text_config,
             grid=_grid(model, family, text_config, config.grid),
             cut_ids=tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else (),
             prefill_cost=prefill_cost(model, probe.full_attention_layers),
-            size=states.measure(model, probe, family.cache_name),
+            size=states.measure(model, probe, cache_name),
         )
 
     @property
@@ -81,7 +87,7 @@ class Binding:
 
     def live_cache(self) -> LiveCache:
         """A fresh live cache for one request, or for one row of it."""
-        return LiveCache(self.text_config)
+        return LiveCache(self.text_config, self.family.repeated(self.text_config))
 
     def tokens_of(self, ids: torch.Tensor | str) -> Tokens:
         """One prompt, given as ids or as a string, as int32 of shape `(length,)`.

@@ -3,10 +3,16 @@
 A new family is one row here, once `states` has a rule for its cache layer classes, and one row in the tests.
 """
 
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedModelError
+
+
+# Names that transformers has, or had before 5.24, for the cache that a model is given.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -15,16 +21,16 @@ class Family:
 
     Attributes:
         name: the family's name in documentation.
-        cache_name: the keyword under which `forward` takes the cache.
         kernel_chunk: tokens to which the kernels pad a segment, or the config attribute that holds that number. Grid
             steps are multiples of it.
         default_grid: tokens between cuts that cost next to nothing on this family (rounded up to the kernel chunk).
+        repeated: of a config, the indices of the layers that the first forward adds to its cache once more, in order.
     """
 
     name: str
-    cache_name: str = "past_key_values"
     kernel_chunk: int | str = 1
     default_grid: int = 256
+    repeated: Callable[[Any], Sequence[int]] = lambda config: ()
 
     def chunk(self, config: Any) -> int:
         return self.kernel_chunk if isinstance(self.kernel_chunk, int) else int(getattr(config, self.kernel_chunk))
@@ -32,10 +38,6 @@ class Family:
     def grid(self, config: Any) -> int:
         chunk = self.chunk(config)
         return -(-self.default_grid // chunk) * chunk
-
-
-def _mamba1(name: str) -> Family:
-    return Family(name, cache_name="cache_params")
 
 
 def _mamba2(name: str) -> Family:
@@ -47,11 +49,17 @@ def _delta_rule(name: str) -> Family:
     return Family(name, kernel_chunk=64, default_grid=512)
 
 
+def _loops(config: Any) -> list[int]:
+    # Layers that run several times keep keys, values and conv states of each pass.
+    looped = range(config.loop_layer_index_start, config.loop_layer_index_end)
+    return [*looped] * (config.loop_num_passes - 1)
+
+
 # Keyed by `model_type` of the text config.
 FAMILIES: dict[str, Family] = {
-    "mamba": _mamba1("Mamba"),
-    "falcon_mamba": _mamba1("FalconMamba"),
-    "mamba2": Family("Mamba2", cache_name="cache_params", kernel_chunk="chunk_size"),
+    "mamba": Family("Mamba"),
+    "falcon_mamba": Family("FalconMamba"),
+    "mamba2": Family("Mamba2", kernel_chunk="chunk_size"),
     "jamba": Family("Jamba"),
     "zamba": Family("Zamba"),
     "zamba2": Family("Zamba2", kernel_chunk="chunk_size"),
@@ -73,6 +81,8 @@ FAMILIES: dict[str, Family] = {
     "zaya": Family("Zaya"),
     "inkling_text": Family("Inkling"),
     "inkling2_text": Family("Inkling2"),
+    "inkling2_loop_text": Family("Inkling2-Loop", repeated=_loops),
+    "lara_mini": _delta_rule("LaraMini"),
     "llama": Family("Llama"),
     "qwen3": Family("Qwen3"),
     "gemma3_text": Family("Gemma3"),
@@ -117,3 +127,18 @@ def family_of(model: Any) -> Family:
         f"{kind} (model_type {model_type!r}) is not supported: {why}. Supported are the causal language models of "
         f"{names}. Use this model without SparsePrefixCache."
     )
+
+
+def cache_name_of(model: Any) -> str:
+    """The keyword under which a model's forward takes its cache in the installed transformers.
+
+    Raises:
+        UnsupportedModelError: It takes none.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    name = next((name for name in CACHE_NAMES if name in parameters), None)
+    if name is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.forward takes no cache: it has no parameter {' or '.join(CACHE_NAMES)}."
+        )
+    return name

@@ -1,43 +1,118 @@
-"""How `generate()` is taught to use a handle: three methods overridden on one model object, and given back.
+"""How `generate()` is taught to use a handle: four methods overridden on one model object, and given back.
 
+`generate` takes the handle under any of its names and sees to it that the call is counted, whatever becomes of it.
 `_validate_model_kwargs` lets the handle pass where the model's forward has another name for its cache,
 `_prepare_cache_for_generation` is where every decoding mode begins a request and is given a live cache of its own, and
 `_prefill` is where the prompt is run. Calls without a handle reach the model's own methods untouched.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from transformers.generation.utils import GenerationMode
 
 from . import mamba1, rope
 from .attachment import Attachment, Replacement
 from .binding import Binding
-from .handle import Handle
+from .calls import Call, innermost, lengths, opened, prompt_tokens
+from .families import CACHE_NAMES
+from .handle import Handle, refuse_class
 from .inputs import why_uncached
 from .live import LiveCache
 from .watch import ChangedPrefillError
 
 
-_CACHE_NAMES = ("past_key_values", "cache_params")
-
-
 def attachment(binding: Binding) -> Attachment:
-    """What attaches a handle to its model's `generate()`, not yet made."""
-    return Attachment(binding.model, _REPLACEMENTS)
+    """What attaches a handle to its model, not yet made."""
+    return Attachment(binding.model, _REPLACEMENTS, _before_forward)
 
 
-def _handle_in(model_kwargs: dict[str, Any]) -> Handle | None:
-    given = (model_kwargs.get(name) for name in _CACHE_NAMES)
-    return next((value for value in given if isinstance(value, Handle)), None)
+def _generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    name, handle = _handle_in(kwargs)
+    if handle is None:
+        return own(*args, **kwargs)
+    handle.check_call(model, name)
+    _refuse_implementation(kwargs.get("cache_implementation"))
+    call = Call(handle, prompt_tokens(args, kwargs), own_loop=kwargs.get("custom_generate") is not None)
+    # Under the name that this release has for it, which no other name's deprecation concerns.
+    given = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES}
+    given[handle.server.binding.cache_name] = handle
+    with opened(call):
+        result = own(*args, **given)
+    if inspect.isgenerator(result) or inspect.isasyncgen(result) or inspect.iscoroutine(result):
+        weakref.finalize(result, _close, call).atexit = False  # such a loop has yet to begin
+    else:
+        _close(call)
+    return result
+
+
+def _close(call: Call) -> None:
+    """Count a call that came to its end without having been served, and say why."""
+    if call.counted:
+        return
+    if call.own_loop:
+        _uncached(call, "custom_generate runs the prompt in a loop of its own")
+    else:
+        _uncached(call, f"transformers {transformers.__version__} ran the prompt without announcing it")
+
+
+def _uncached(call: Call, why: str) -> None:
+    call.count()
+    _handle_of(call).server.uncached(call.prompt_tokens, why)
+
+
+def _handle_of(call: Call) -> Handle:
+    assert isinstance(call.handle, Handle)
+    return call.handle
+
+
+def _handle_in(kwargs: dict[str, Any]) -> tuple[str, Handle | None]:
+    """The handle among keywords, and its name there.
+
+    Raises:
+        ValueError: There is another cache beside it, or the class stands in its place.
+    """
+    given = {name: kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None}
+    for name, value in given.items():
+        if isinstance(value, type) and issubclass(value, Handle):
+            refuse_class(name)
+        if isinstance(value, Handle):
+            if any(other is not value for other in given.values()):
+                raise ValueError(f"{' and '.join(given)} are two caches, of which a call can use one: leave one out.")
+            return name, value
+    return "", None
+
+
+def _refuse_implementation(name: str | None) -> None:
+    if name is not None:
+        raise ValueError(
+            f"cache_implementation={name!r} cannot be combined with a SparsePrefixCache, which brings a dynamic cache "
+            "of its own. Leave cache_implementation unset."
+        )
+
+
+def _before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a handle in a direct call of the model, which some models would ignore in silence."""
+    for name in CACHE_NAMES:
+        if isinstance(kwargs.get(name), Handle):
+            raise ValueError(
+                f"{name} is a SparsePrefixCache in a direct call of the model, and only generate() can use it: "
+                f"model.generate(input_ids, {name}=cache). For a forward of your own give a cache of transformers, "
+                "such as DynamicCache(config=model.config)."
+            )
+        if isinstance(kwargs.get(name), type) and issubclass(kwargs[name], Handle):
+            refuse_class(name)
 
 
 def _validate_model_kwargs(model: Any, own: Callable[..., Any], model_kwargs: dict[str, Any]) -> None:
-    handle = _handle_in(model_kwargs)
+    name, handle = _handle_in(model_kwargs)
     if handle is not None:
-        handle.check_call(model)
+        handle.check_call(model, name)
         # generate() passes a copy: what is dropped here is dropped from the validation only.
-        model_kwargs = {name: value for name, value in model_kwargs.items() if value is not handle}
+        model_kwargs = {key: value for key, value in model_kwargs.items() if value is not handle}
     own(model_kwargs)
 
 
@@ -50,26 +125,23 @@ def _prepare_cache_for_generation(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    handle = _handle_in(model_kwargs)
+    _, handle = _handle_in(model_kwargs)
     if handle is None:
         return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-    if generation_config.cache_implementation is not None:
-        raise ValueError(
-            f"cache_implementation={generation_config.cache_implementation!r} cannot be combined with a "
-            "SparsePrefixCache, which brings a dynamic cache of its own. Leave cache_implementation unset."
-        )
-    # Both names: beam search reorders the first one that it finds.
-    for name in _CACHE_NAMES:
+    _refuse_implementation(generation_config.cache_implementation)
+    # All names: beam search reorders the first one that it finds.
+    for name in CACHE_NAMES:
         model_kwargs.pop(name, None)
-    server = handle.server
+    # None when the class's generate() was called, and not the model's.
+    call = innermost(handle) or Call(handle)
     if generation_config.use_cache is False:
-        server.uncached(None, "use_cache=False keeps no state to resume from")
+        _uncached(call, "use_cache=False keeps no state to resume from")
         return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
-        server.uncached(None, "assisted decoding runs the prompt and the first candidates in one pass")
+        _uncached(call, "assisted decoding runs the prompt and the first candidates in one pass")
         return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-    live = model_kwargs[server.binding.family.cache_name] = server.live_cache()
-    live.handle = handle
+    live = model_kwargs[handle.server.binding.cache_name] = handle.server.live_cache()
+    live.call = call
     return None
 
 
@@ -82,26 +154,31 @@ def _prefill(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    live = next((model_kwargs[name] for name in _CACHE_NAMES if isinstance(model_kwargs.get(name), LiveCache)), None)
-    if live is None or not isinstance(live.handle, Handle):
+    live = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), LiveCache)), None)
+    if live is None or live.call is None:
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
-    server, live.handle = live.handle.server, None
+    call, live.call = live.call, None
+    server = _handle_of(call).server
     why_not = why_uncached(model, input_ids, generation_config, model_kwargs) or server.why_not(input_ids.shape[1])
     if not why_not:
         try:
             with mamba1.held(model):
-                return server.serve(live, input_ids, model_kwargs)
+                output = server.serve(live, input_ids, model_kwargs)
+            call.count()
+            return output
         except ChangedPrefillError as error:
             why_not = str(error)
             model_kwargs = {
                 name: server.live_cache() if value is live else value for name, value in model_kwargs.items()
             }
-    server.uncached(input_ids, why_not)
+    call.prompt_tokens = call.prompt_tokens or lengths(input_ids, model_kwargs.get("attention_mask"))
+    _uncached(call, why_not)
     rope.as_loaded(model)
     return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 _REPLACEMENTS: dict[str, Replacement] = {
+    "generate": _generate,
     "_validate_model_kwargs": _validate_model_kwargs,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prefill": _prefill,

@@ -3,7 +3,7 @@
 Whatever a model or a copy would do with it as with an ordinary cache is refused, with the remedy in the message.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers.cache_utils import Cache
 
@@ -11,7 +11,16 @@ from .attachment import Attachment
 from .server import Server
 
 
-class Handle(Cache):
+class _HandleType(type):
+    """The class of handle classes: one that is given in place of an object is refused before it is changed."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name == "_is_user_defined":  # generate() marks what it is given
+            refuse_class()
+        super().__setattr__(name, value)
+
+
+class Handle(Cache, metaclass=_HandleType):
     """An empty cache that refuses to be filled, copied or pickled, and knows who serves the requests it is given to.
 
     Attributes:
@@ -23,8 +32,12 @@ class Handle(Cache):
         self.server = server
         self._attachment = attachment
 
-    def check_call(self, model: Any) -> None:
-        """Refuse a call of a model other than the handle's own, and a detached handle.
+    def __bool__(self) -> bool:
+        """Always true: an empty cache is false, and `cache if cache else None` would switch it off in silence."""
+        return True
+
+    def check_call(self, model: Any, name: str) -> None:
+        """Refuse a call of a model other than the handle's own, and a detached handle, given as the argument `name`.
 
         Raises:
             ValueError: Names both models, or says that the handle was detached.
@@ -32,17 +45,17 @@ class Handle(Cache):
         own = self.server.binding.model
         if model is not own:
             raise ValueError(
-                f"past_key_values is a SparsePrefixCache made for another model ({type(own).__name__} object "
+                f"{name} is a SparsePrefixCache made for another model ({type(own).__name__} object "
                 f"{id(own):#x}, not {type(model).__name__} object {id(model):#x}). Make one with "
                 "SparsePrefixCache(model) for each model; they may share a store."
             )
         if not self._attachment.alive:
-            raise ValueError(
-                "past_key_values is a SparsePrefixCache that was detached. Make a new one, with its store."
-            )
+            raise ValueError(f"{name} is a SparsePrefixCache that was detached. Make a new one, with its store.")
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self: Any = None, layer_idx: int = 0) -> int:
         """Always 0: a request begins with a live cache of its own."""
+        if not isinstance(self, Handle):
+            refuse_class()
         return 0
 
     @property
@@ -58,10 +71,13 @@ class Handle(Cache):
         # generate() marks the cache that it is about to use as it is, so this model has no overrides for the handle.
         self._refuse()
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
+    def update(self: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Handle):
+            refuse_class()
         self._refuse()
 
     update_conv_state = update_recurrent_state = update_indexer = get_mask_sizes = has_previous_state = update
+    get_conv_state = get_recurrent_state = update
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # copy.copy, copy.deepcopy, pickle and torch.save all come here.
@@ -77,3 +93,14 @@ class Handle(Cache):
             ", and only that model's generate() can use it. Make one with SparsePrefixCache(model) for the model you "
             "call."
         )
+
+
+def refuse_class(name: str = "past_key_values") -> NoReturn:
+    """Refuse the class where an object is needed.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"{name} is the class SparsePrefixCache, not an object of it: make one with SparsePrefixCache(model)."
+    )

@@ -4,27 +4,36 @@ A `DynamicCache` of the model's own layer classes, which therefore decodes just 
 transformers leaves open for models without full attention, and it tells the Mamba-1 scan from which state to start.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from . import mamba1
+from .calls import Call
 
 
 class LiveCache(DynamicCache):
     """The cache of one request.
 
+    Args:
+        config: of the model's text part.
+        repeated: the layers of which there are further ones, for each of those (see `Family.repeated`).
+
     Attributes:
-        handle: the handle to ask for a prefix, until the prefill has been done; None afterwards.
+        call: the call whose prompt is to be prefilled, until that has been done; None afterwards.
         length: tokens consumed by the prefill.
         full_attention_layers: how many layers keep keys and values of every token.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, repeated: Sequence[int] = ()) -> None:
         super().__init__(config=config)
-        self.handle: Cache | None = None
+        # As the model's first forward would add them, which does so only where they are missing.
+        self.layers += [copy.deepcopy(self.layers[index]) for index in repeated]
+        self.call: Call | None = None
         self.length = 0
         self._recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         self.full_attention_layers = sum(

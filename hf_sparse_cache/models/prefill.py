@@ -105,7 +105,7 @@ def segment(
         next_sequence_length=end - start,
         is_first_iteration=True,
         attention_mask=None,
-        **{binding.family.cache_name: live},
+        **{binding.cache_name: live},
         **kwargs,
         **{name: value for name, value in asked.items() if name != "input_ids"},
     )

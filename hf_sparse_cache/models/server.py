@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -76,11 +76,16 @@ class Server:
             return f"the frequencies of this model's RoPE depend on the length of a prompt, from {limit} tokens on"
         return identity(self.binding.model).by_call or self.proof.shortcoming()
 
-    def uncached(self, input_ids: torch.Tensor | None, why: str) -> None:
-        """Record a request that runs as if there were no handle, and say so once."""
+    def uncached(self, prompt_tokens: Sequence[int], why: str) -> None:
+        """Record prompts that run as if there were no handle, and say so once.
+
+        Args:
+            prompt_tokens: of each prompt; where none are known, one of 0 tokens is recorded.
+            why: the reason, a part of a sentence.
+        """
         logger.warning_once(f"SparsePrefixCache is not used by this call, which runs uncached: {why}.")
-        tokens = 0 if input_ids is None else input_ids.numel()
-        self._note(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
+        for tokens in prompt_tokens or (0,):
+            self._note(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
 
     def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
@@ -110,7 +115,7 @@ class Server:
             self.on_prefill(caches[-1])
         if alone:
             return outputs[0]
-        name, width = self.binding.family.cache_name, input_ids.shape[1]
+        name, width = self.binding.cache_name, input_ids.shape[1]
         return self._with_room(live, lambda _: prefill.join_rows(name, live, caches, outputs, order, width))
 
     def serve_row(

@@ -72,7 +72,7 @@ class Space:
 
     def _fresh_layout(self) -> Layout:
         binding = self._binding
-        return Layout(lambda: states.probe(binding.model, binding.live_cache(), binding.family.cache_name))
+        return Layout(lambda: states.probe(binding.model, binding.live_cache(), binding.cache_name))
 
     def _name_for(self, weights: Identity) -> str:
         return fingerprint.space_of(self._binding, weights, durable=self._store.outlives_process)

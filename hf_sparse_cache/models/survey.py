@@ -35,6 +35,8 @@ _ABOUT_MODELS = frozenset(
 )  # fmt: skip
 # What accelerate keeps for the modules that it moves between devices.
 _ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
+# Whose hooks these are.
+_LOOKS = ("transformers.", "hf_sparse_cache.")
 _FIXED = (
     bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.BuiltinFunctionType
 )  # fmt: skip
@@ -220,9 +222,9 @@ def _add_code(found: Survey, place: _Place, teller: Teller, *, at_top: bool) -> 
 
 
 def foreign_hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
-    """The hooks that may change values; those of transformers only look."""
+    """The hooks that may change values; those of transformers, and ours, only look."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith("transformers.")]
+    return [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(_LOOKS)]
 
 
 def _of_one_call(hook: Any) -> bool:

@@ -234,9 +234,9 @@ def read(path: Path, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
         if most is not None and size > most:
             raise DamagedFileError(f"{path} has {size} bytes; what it is for has at most {most}")
         data = file.read(size)
+    if reason := _refusal(data, seal):
+        raise RefusedFileError(f"{path} is refused: {reason}")
     if not seal.fits(data, path.name.removesuffix(SUFFIX).rpartition("-")[2]):
-        if reason := _refusal(data, seal):
-            raise RefusedFileError(f"{path} is refused: {reason}")
         raise DamagedFileError(f"{path} does not match its checksum")
     return seal.opened(data)
 

@@ -25,14 +25,17 @@ class RefusedFileError(DamagedFileError):
     """A file may be whole, and is not to be read with this key, or by this version."""
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, constants: bool = False) -> Any:
     """Reads strict JSON (see `jsontext`), of text that UTF-8 can hold.
+
+    Args:
+        constants: whether NaN and infinities are read as well.
 
     Raises:
         DamagedFileError: it is anything else.
     """
     try:
-        value = jsontext.parse(data, "it")
+        value = jsontext.parse(data, "it", constants=constants)
         if b"\\u" in (data.encode() if isinstance(data, str) else data):
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair has no UTF-8
     except ValueError as error:

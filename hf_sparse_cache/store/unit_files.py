@@ -191,7 +191,7 @@ class UnitReader:
         record, _ = files.record_of(data)
         if record["format"] not in READ_FORMATS or record.get("span") != list(span):
             raise DamagedFileError(f"it holds other keys and values than those of the tokens {span[0]} to {span[1]}")
-        if record["format"] > 1 and record.get("space") != space:
+        if record.get("space", space if record["format"] == 1 else None) != space:
             raise DamagedFileError("its keys and values belong to another model or namespace")
         payload = self.make(data)
         if self.expected is not None:
