@@ -75,6 +75,7 @@ class Manifest:
             "parts": self.parts,
         }
         if seal.keyed:
+            content["keyed"] = seal.keyed
             content["signature"] = seal.checksum(_plain(content))
         return json.dumps(content, indent=2, sort_keys=True).encode()
 
@@ -164,12 +165,10 @@ def _plain(content: dict[str, Any]) -> bytes:
 
 def _authenticate(content: dict[str, Any], seal: Seal) -> None:
     signature = content.get("signature")
-    if reason := seal.refusal({"keyed": "signature" in content}):
+    if reason := seal.refusal({"keyed": content.get("keyed", "" if "signature" in content else None)}):
         raise DamagedFileError(f"signature: {reason}")
     if seal.keyed and not (isinstance(signature, str) and seal.fits(_plain(content), signature)):
-        raise DamagedFileError(
-            f"signature: it was written with another key than key= or {VARIABLE} gives, or changed since"
-        )
+        raise DamagedFileError(f"signature: it is not that of the key that key= or {VARIABLE} gives")
 
 
 def _settings(content: dict[str, Any]) -> None:

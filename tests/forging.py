@@ -44,7 +44,7 @@ class Saved:
             data = path.read_bytes()
             meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             self.units[path.name] = Unit(
-                safetensors.torch.load(data), json.loads(meta["unit"]), json.loads(meta["payload"])
+                safetensors.torch.load(data), json.loads(meta["unit"]), json.loads(meta.get("payload", "null"))
             )
 
     def of(self, kind: str) -> list[Unit]:
@@ -55,6 +55,8 @@ class Saved:
         names: dict[str, str] = {}
         for path in self.folder.glob("*.safetensors"):
             path.unlink()
+        if seal.keyed and "signature" in self.manifest:  # as far as anybody can see
+            self.manifest["keyed"] = seal.keyed
         for kind in ("kv", "state", "marks"):
             for old, unit in self.units.items():
                 if not old.startswith(kind):

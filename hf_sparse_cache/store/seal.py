@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
-from .headers import Header, parse_json, tokens_from
+from .headers import Header, RefusedFileError, parse_json, tokens_from
 
 
 VARIABLE = "HF_SPARSE_CACHE_KEY"
@@ -74,9 +74,9 @@ class Seal:
         raise TypeError("a Seal holds a key and is not copied or pickled")
 
     @property
-    def keyed(self) -> bool:
-        """Whether there is a key."""
-        return self._signing is not None
+    def keyed(self) -> str:
+        """What tells the key from others, and nobody the key; empty where there is none."""
+        return "" if self._secret is None else _derived(self._secret, b"name").hex()[:16]
 
     def checksum(self, data: bytes) -> str:
         """32 hexadecimal digits of BLAKE2b, keyed where there is a key."""
@@ -88,9 +88,12 @@ class Seal:
 
     def refusal(self, record: dict[str, Any]) -> str | None:
         """Why files with such a record are not read with this key, or without one; None when they may be."""
-        if record.get("keyed") is True:
-            return None if self.keyed else f"it was written with a key; give key=, or set {VARIABLE}"
-        return "it was written without a key, and a key is given: nobody vouches for it" if self.keyed else None
+        written = record.get("keyed")
+        if written is None:
+            return "it was written without a key, and a key is given: nobody vouches for it" if self.keyed else None
+        if not self.keyed:
+            return f"it was written with a key; give key=, or set {VARIABLE}"
+        return None if written == self.keyed else f"it was written with another key than key= or {VARIABLE} gives"
 
     def closed(self, data: bytes, record: dict[str, Any], tokens: Tokens) -> bytes:
         """The bytes to write for a file: `data` itself, or a file of the same form that hides it."""
@@ -100,7 +103,7 @@ class Seal:
 
         head = json.dumps({"record": record, "tokens": tokens.tolist()}).encode()
         tensors = {"head": self._hidden(head, b"head"), "body": self._hidden(data, b"body")}
-        marks = {"format": record["format"], "keyed": True, "encrypted": True}
+        marks = {"format": record["format"], "keyed": self.keyed, "encrypted": True}
         hidden: bytes = safetensors.numpy.save(tensors, {"unit": json.dumps(marks)})
         return hidden
 
@@ -131,7 +134,7 @@ class Seal:
 
     def _shown(self, hidden: bytes, part: bytes) -> bytes:
         if self._secret is None:
-            raise DamagedFileError(f"it is encrypted; give key=, or set {VARIABLE}")
+            raise RefusedFileError(f"it is encrypted; give key=, or set {VARIABLE}")
         cipher = self._cipher or _cipher(_derived(self._secret, b"encrypt"))
         from cryptography.exceptions import InvalidTag
 

@@ -64,7 +64,7 @@ class Packing:
     def _file(
         self, kind: str, to_bytes: Callable[[str, Tokens], bytes], about: dict[str, Any], tokens: Tokens
     ) -> tuple[str, bytes]:
-        record = {"format": FORMAT, **about, **({"keyed": True} if self.seal.keyed else {})}
+        record = {"format": FORMAT, **about, **({"keyed": self.seal.keyed} if self.seal.keyed else {})}
         data = self.seal.closed(canonical(to_bytes(json.dumps(record), tokens)), record, tokens)
         return self.name(kind, data, self.seal), data
 
@@ -74,7 +74,7 @@ def _only_tokens(record: str, tokens: Tokens) -> bytes:
     return data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitFiles:
     """One unit on disk.
 
