@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from . import persistence
 from .config import SparseCacheConfig
-from .explain import WEIGHTS_CHANGED, Costs, Explanation, explain, remedy, too_small
+from .explain import Costs, Explanation, explain, not_supported, remedy, too_small
 from .models import generation
 from .models.binding import Binding
 from .models.handle import Handle
@@ -25,7 +25,7 @@ from .models.server import Server
 from .models.tensors import LayerTensors
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
-from .stats import CacheStats, Recorder, RequestInfo, format_bytes
+from .stats import CacheStats, Cause, Reason, Recorder, RequestInfo, format_bytes
 from .store.seal import Seal
 from .store.store import CheckpointStore
 
@@ -142,9 +142,9 @@ class SparsePrefixCache(Handle):
             len(tokens)
         )
         if unsupported:
-            reason = f"call not supported: {unsupported}"
+            reason = not_supported(unsupported)
         elif changed and not found.resumed_tokens:
-            reason = WEIGHTS_CHANGED
+            reason = Reason(Cause.WEIGHTS_CHANGED)
         else:
             return found
         return replace(found, resumed_tokens=0, reason=reason, remedy=remedy(reason))

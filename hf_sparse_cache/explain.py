@@ -1,14 +1,7 @@
 """Why a prompt resumes where it does, and what would let it resume deeper.
 
-The causes are a closed set; their wording is part of the interface:
-
-- `resumed`
-- `nothing stored`
-- `diverges at token n`
-- `overlap of n tokens ends before the first checkpoint at m`
-- `evicted`
-- `never captured: the prompt is shorter than ...`, `... the policy placed ...`, `... no room ...`
-- `weights changed: ...` and `call not supported: ...`, which the handle adds
+The causes are a closed set, `Cause`; their wording is part of the interface. The handle adds that weights changed and
+that a call is not supported.
 
 What other namespaces hold is no cause, since a tenant must not see whether they hold anything. A prompt that would
 resume there is told `nothing stored`, in the very words that it would be told if nobody had ever sent it; the remedy
@@ -17,14 +10,13 @@ names the namespace that was looked at.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
-from .stats import format_bytes
+from .stats import Cause, Reason, format_bytes
 from .store.tree import Checkpoint, Match, Node
 from .store.unit import Bound, namespace_of
 
@@ -35,20 +27,20 @@ if TYPE_CHECKING:
 
 # Tokens decoded on either side of the place where a prompt leaves what is known.
 _CONTEXT_TOKENS = 8
-WEIGHTS_CHANGED = "weights changed: what was stored of them was dropped"
-_FIGURES = re.compile(r"\d+")
-_REMEDIES = {  # by how a cause begins; the first that fits counts
-    "nothing stored": "The first prompt of a kind is always computed; a later one that starts alike resumes. Only "
+TRAINING_MODE = "the model is in training mode"
+_REMEDIES = {
+    Cause.RESUMED: "",
+    Cause.NOTHING_STORED: "The first prompt of a kind is always computed; a later one that starts alike resumes. Only "
     "prompts under namespace {namespace!r} count, with the same weights and settings.",
-    "diverges": "That is before the first cut: put what changes behind what stays.{grid}",
-    "overlap of": "Call cache.mark() on the shared part: a checkpoint is then kept at its end.",
-    "evicted": "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint.",
-    "never captured: no room": "Raise max_memory, or the namespace's share in namespace_memory.",
-    "never captured: the prompt is shorter": "So short a prompt is always computed.{grid}",
-    "never captured": "Call cache.mark() on the shared part, or raise max_checkpoints, or choose another policy.",
-    "weights changed": "States belong to weights: this prompt and those after it are stored anew.",
-    "call not supported: the model is in training mode": "Call model.eval() first.",
-    "call not supported": "Call generate() without what the reason names; such a call runs as if there were no cache.",
+    Cause.DIVERGES: "That is before the first cut: put what changes behind what stays.{grid}",
+    Cause.BEFORE_FIRST: "Call cache.mark() on the shared part: a checkpoint is then kept at its end.",
+    Cause.EVICTED: "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint.",
+    Cause.TOO_SHORT: "So short a prompt is always computed.{grid}",
+    Cause.NO_ROOM: "Raise max_memory, or the namespace's share in namespace_memory.",
+    Cause.NOT_PLACED: "Call cache.mark() on the shared part, or raise max_checkpoints, or choose another policy.",
+    Cause.WEIGHTS_CHANGED: "States belong to weights: this prompt and those after it are stored anew.",
+    Cause.TRAINING: "Call model.eval() first.",
+    Cause.NOT_SUPPORTED: "Call generate() without what the reason names; such a call runs as if there were no cache.",
 }
 _MARK = "{:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
 
@@ -61,7 +53,7 @@ class Explanation:
         prompt_tokens: tokens of the prompt.
         overlap_tokens: tokens it shares with earlier prompts, whether or not states are still stored.
         resumed_tokens: tokens that it would skip.
-        reason: the cause, from the closed set of this module.
+        reason: the cause, from a closed set.
         remedy: what would have helped; empty when nothing is lost.
         context: the decoded text around the divergence, where a tokenizer is known.
     """
@@ -69,7 +61,7 @@ class Explanation:
     prompt_tokens: int
     overlap_tokens: int
     resumed_tokens: int
-    reason: str
+    reason: Reason
     remedy: str = ""
     context: str = ""
 
@@ -127,7 +119,7 @@ def explain(
     resumed, overlap = checkpoint.position if checkpoint else 0, match.overlap
     deeper, known = store.reach(ids, space)
     if deeper > resumed:
-        resumed, overlap, reason = deeper, max(overlap, known), "resumed"
+        resumed, overlap, reason = deeper, max(overlap, known), Reason(Cause.RESUMED)
     wanted = int(cuts[cuts <= usable][-1]) if len(cuts) and cuts[0] <= usable else 0
     context = ""
     if decode is not None and match.known and match.overlap < len(ids):
@@ -167,7 +159,7 @@ def too_small(bound: Bound, position: int, need: int) -> str:
     )
 
 
-def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positions) -> str:
+def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positions) -> Reason:
     """The cause for one prompt.
 
     Args:
@@ -177,35 +169,38 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
         cuts: the prompt's cuts.
     """
     if checkpoint is not None:
-        return "resumed"
+        return Reason(Cause.RESUMED)
     if not match.known:
-        return "nothing stored"
+        return Reason(Cause.NOTHING_STORED)
     if not len(cuts):
-        return "never captured: the prompt is shorter than the first cut"
+        return Reason(Cause.TOO_SHORT)
     if cuts[0] > usable:
-        return f"diverges at token {match.overlap}"
+        return Reason(Cause.DIVERGES, token=match.overlap)
     if any(0 < node.lost <= usable for node in match.path):
-        return "evicted"
+        return Reason(Cause.EVICTED)
     if any(0 < node.refused <= usable for node in match.path):
-        return f"never captured: no room was made for a checkpoint on the first {usable} tokens"
+        return Reason(Cause.NO_ROOM, tokens=usable)
     ahead = _first_ahead(match.path)
     if ahead is not None:
-        return f"overlap of {match.overlap} tokens ends before the first checkpoint at {ahead}"
-    return f"never captured: the policy placed no checkpoint on the first {usable} tokens"
+        return Reason(Cause.BEFORE_FIRST, tokens=match.overlap, position=ahead)
+    return Reason(Cause.NOT_PLACED, tokens=usable)
 
 
-def remedy(reason: str, namespace: str = "", grid: int | None = None) -> str:
+def not_supported(why: str) -> Reason:
+    """The reason for a call that runs as if there were no handle; `why` is what `why_uncached` says."""
+    return Reason(Cause.TRAINING) if why == TRAINING_MODE else Reason(Cause.NOT_SUPPORTED, why=why)
+
+
+def remedy(reason: Reason, namespace: str = "", grid: int | None = None) -> str:
     """What helps against a cause; empty where nothing is lost. `grid` is a smaller one that helps, 0 if none does."""
-    found = (text for start, text in _REMEDIES.items() if reason.startswith(start))
     smaller = "" if grid == 0 else " A smaller grid cuts earlier" + (f": grid={grid}." if grid else ".")
-    return next(found, "").format(namespace=namespace, grid=smaller)
+    return _REMEDIES[reason.cause].format(namespace=namespace, grid=smaller)
 
 
-def frequent(reasons: Sequence[str]) -> tuple[str, int]:
+def frequent(reasons: Sequence[Reason]) -> tuple[Reason, int]:
     """The most frequent cause, as it was worded last, and how often it came; the figures in it may differ."""
-    kinds = [_FIGURES.sub("", reason) for reason in reasons]
-    kind, count = Counter(kinds).most_common(1)[0]
-    return next(reason for reason in reversed(reasons) if _FIGURES.sub("", reason) == kind), count
+    kind, count = Counter(reason.kind for reason in reasons).most_common(1)[0]
+    return next(reason for reason in reversed(reasons) if reason.kind == kind), count
 
 
 def _first_ahead(path: list[Node], limit: int = 256) -> int | None:

@@ -30,7 +30,7 @@ from .explain import cause
 from .planning.cuts import Positions, Tokens
 from .planning.policies import Policy
 from .planning.policy import placed
-from .stats import RequestInfo
+from .stats import Reason, RequestInfo
 from .store.store import CheckpointStore
 from .store.tree import Payload
 from .store.unit import Span, Unit
@@ -51,12 +51,12 @@ class Request:
         checkpoint: deepest stored checkpoint on the path that leaves at least 2 tokens to compute, or None.
         planned: positions to capture, ascending.
         captured: positions stored so far by this request.
-        reason: why it resumed where it did, one sentence of a closed set.
+        reason: why it resumed where it did.
         match_seconds: time spent finding what is stored.
         plan_seconds: time spent deciding what to capture.
     """
 
-    def __init__(self, store: CheckpointStore, policy: Policy, visit: Visit, reason: str) -> None:
+    def __init__(self, store: CheckpointStore, policy: Policy, visit: Visit, reason: Reason) -> None:
         self._store, self._policy, self._visit = store, policy, visit
         self._prompt = visit.prompt
         self._marked: set[int] = set()
@@ -76,7 +76,7 @@ class Request:
         self._marked = {position for position in self._visit.marked if position > self.resumed_tokens}
         self.planned = sorted({*fresh, *self._marked})
 
-    def info(self, reason: str = "") -> RequestInfo:
+    def info(self, reason: Reason | None = None) -> RequestInfo:
         """What happened, for those who count; `reason` in place of its own."""
         return RequestInfo(
             prompt_tokens=self.prompt_tokens,

@@ -4,10 +4,57 @@ import re
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import Any, Self
 
 from .checks import shown
+
+
+class Cause(Enum):
+    """Why a prompt resumes where it does: a closed set, whose wording is part of the interface."""
+
+    RESUMED = "resumed"
+    NOTHING_STORED = "nothing stored"
+    DIVERGES = "diverges at token {token}"
+    BEFORE_FIRST = "overlap of {tokens} tokens ends before the first checkpoint at {position}"
+    EVICTED = "evicted"
+    TOO_SHORT = "never captured: the prompt is shorter than the first cut"
+    NO_ROOM = "never captured: no room was made for a checkpoint on the first {tokens} tokens"
+    NOT_PLACED = "never captured: the policy placed no checkpoint on the first {tokens} tokens"
+    WEIGHTS_CHANGED = "weights changed: what was stored of them was dropped"
+    TRAINING = "call not supported: the model is in training mode"
+    NOT_SUPPORTED = "call not supported: {why}"
+
+
+class Reason(str):
+    """A cause with its values; as a string, the sentence.
+
+    Attributes:
+        cause: the member of the closed set.
+        values: by the names in its wording: positions and numbers of tokens, or `why` a call is not supported.
+    """
+
+    __slots__ = ("cause", "values")
+    cause: Cause
+    values: dict[str, int | str]
+
+    def __new__(cls, cause: Cause, **values: int | str) -> Self:
+        reason = super().__new__(cls, cause.value.format(**values))
+        reason.cause, reason.values = cause, values
+        return reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reason, (self.cause, self.values)
+
+    @property
+    def kind(self) -> tuple[Cause, str]:
+        """What is the same for prompts that miss alike: the cause without its figures."""
+        return self.cause, str(self.values.get("why", ""))
+
+
+def _reason(cause: Cause, values: dict[str, int | str]) -> Reason:
+    return Reason(cause, **values)
 
 
 @dataclass(frozen=True)
@@ -28,7 +75,7 @@ class RequestInfo:
     resumed_tokens: int = 0
     computed_tokens: int = 0
     captured: tuple[int, ...] = ()
-    reason: str = ""
+    reason: Reason = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.explain import WEIGHTS_CHANGED, remedy
+from hf_sparse_cache.explain import not_supported, remedy
 from hf_sparse_cache.planning.policies import Block
+from hf_sparse_cache.stats import Cause, Reason
 from hf_sparse_cache.store.eviction import FIFO
 from hf_sparse_cache.store.tree import Checkpoint
 
@@ -46,7 +47,7 @@ def test_every_cause(jamba: PreTrainedModel) -> None:
             "A smaller grid cuts earlier: grid=16."
         )
         short = cache.explain(DOCUMENT[:, :10])
-        assert short.reason.startswith("never captured: the prompt is shorter") and "grid=8." in short.remedy
+        assert short.reason.cause is Cause.TOO_SHORT and "grid=8." in short.remedy
         for _, _, checkpoint in cache.store.checkpoints():
             cache.store.evict(checkpoint)
         lost = cache.explain(prompt(2))
@@ -56,7 +57,7 @@ def test_every_cause(jamba: PreTrainedModel) -> None:
     with SparsePrefixCache(jamba, grid=GRID, policy="none") as cache:
         serve(jamba, cache, prompt(2))
         unplanned = cache.explain(prompt(2))
-        assert unplanned.reason.startswith("never captured: the policy placed no checkpoint")
+        assert unplanned.reason.cause is Cause.NOT_PLACED
         assert "max_checkpoints" in unplanned.remedy
 
 
@@ -92,7 +93,7 @@ def test_changed_weights_are_named_until_a_request_was_told(jamba: PreTrainedMod
             next(jamba.parameters()).mul_(1.5)
         for _ in range(2):  # asking is not serving
             said = cache.explain(prompt(2))
-            assert said.reason.startswith("weights changed") and said.remedy
+            assert said.reason.cause is Cause.WEIGHTS_CHANGED and said.remedy
         serve(jamba, cache, prompt(2))
         assert cache.last_request.reason == said.reason
         assert cache.explain(prompt(2)).reason == "resumed"
@@ -114,20 +115,24 @@ def test_a_call_that_is_not_supported(jamba: PreTrainedModel) -> None:
 
 
 def test_every_cause_has_a_remedy_of_its_own() -> None:
-    causes = (
-        "nothing stored",
-        "diverges at token 3",
-        "overlap of 3 tokens ends before the first checkpoint at 9",
-        "evicted",
-        "never captured: the prompt is shorter than the first cut",
-        "never captured: the policy placed no checkpoint on the first 9 tokens",
-        "never captured: no room was made for a checkpoint on the first 9 tokens",
-        WEIGHTS_CHANGED,
-        "call not supported: the model is in training mode",
-        "call not supported: inputs_embeds has no tokens to match",
-    )
-    assert len({remedy(cause) for cause in causes} - {""}) == len(causes)
-    assert remedy("resumed") == ""
+    sentences = {
+        Reason(Cause.NOTHING_STORED): "nothing stored",
+        Reason(Cause.DIVERGES, token=3): "diverges at token 3",
+        Reason(Cause.BEFORE_FIRST, tokens=3, position=9): "overlap of 3 tokens ends before the first checkpoint at 9",
+        Reason(Cause.EVICTED): "evicted",
+        Reason(Cause.TOO_SHORT): "never captured: the prompt is shorter than the first cut",
+        Reason(Cause.NOT_PLACED, tokens=9): "never captured: the policy placed no checkpoint on the first 9 tokens",
+        Reason(Cause.NO_ROOM, tokens=9): "never captured: no room was made for a checkpoint on the first 9 tokens",
+        Reason(Cause.WEIGHTS_CHANGED): "weights changed: what was stored of them was dropped",
+        Reason(Cause.TRAINING): "call not supported: the model is in training mode",
+        not_supported(
+            "inputs_embeds has no tokens to match"
+        ): "call not supported: inputs_embeds has no tokens to match",
+    }
+    assert all(str(reason) == sentence for reason, sentence in sentences.items())
+    assert {reason.cause for reason in sentences} == set(Cause) - {Cause.RESUMED}
+    assert len({remedy(reason) for reason in sentences} - {""}) == len(sentences)
+    assert remedy(Reason(Cause.RESUMED)) == ""
 
 
 def test_another_namespace_cannot_be_noticed(jamba: PreTrainedModel) -> None:
@@ -199,7 +204,7 @@ def test_a_grid_that_suits_the_kernels_is_named_or_none() -> None:
         assert cache.server.binding.smaller_grid(chunk - 1) == 0
         serve(zamba2, cache, DOCUMENT)
         said = cache.explain(torch.cat([DOCUMENT[:, : chunk - 1], random_ids(5 * chunk, seed=5)], dim=1))
-        assert said.reason.startswith("diverges") and "grid" not in said.remedy
+        assert said.reason.cause is Cause.DIVERGES and "grid" not in said.remedy
 
 
 def budget(model: PreTrainedModel, position: int) -> int:
@@ -243,7 +248,7 @@ def test_a_mark_takes_the_room_of_others(jamba: PreTrainedModel) -> None:
         serve(jamba, cache, other)
         serve(jamba, cache, prompt(2))
         said = cache.explain(prompt(2))
-        assert said.reason.startswith("never captured: no room")
+        assert said.reason.cause is Cause.NO_ROOM
         needed = int(re.search(r"at least ([\d,]+) bytes", said.remedy)[1].replace(",", ""))
         assert needed == 2 * budget(jamba, 192) and "in place of others" in said.remedy
         cache.mark(DOCUMENT)

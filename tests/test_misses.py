@@ -1,12 +1,17 @@
 """A handle that never resumes anything says so, once, with the most frequent reason and its remedy."""
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 from tiny_models import random_ids
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness
-from hf_sparse_cache.explain import frequent
+from hf_sparse_cache.explain import frequent, not_supported, remedy
+from hf_sparse_cache.stats import Cause, Reason
 
 
 GRID = 32
@@ -61,5 +66,25 @@ def test_a_handle_that_is_to_store_nothing_may_miss(jamba: PreTrainedModel, capl
 
 
 def test_reasons_are_counted_without_their_figures() -> None:
-    reasons = ["diverges at token 7", "evicted", "diverges at token 12", "evicted", "diverges at token 9"]
-    assert frequent(reasons) == ("diverges at token 9", 3)
+    diverges = [Reason(Cause.DIVERGES, token=token) for token in (7, 12, 9)]
+    evicted = Reason(Cause.EVICTED)
+    assert frequent([diverges[0], evicted, diverges[1], evicted, diverges[2]]) == ("diverges at token 9", 3)
+    calls = [not_supported(f"{name} asks for more") for name in ("a1", "a2", "a1")]
+    assert frequent(calls) == ("call not supported: a1 asks for more", 2)
+
+
+def test_a_reason_is_a_sentence_with_its_cause_and_values() -> None:
+    reason = Reason(Cause.BEFORE_FIRST, tokens=5, position=8)
+    assert reason == str(reason) == "overlap of 5 tokens ends before the first checkpoint at 8"
+    for twin in (copy.deepcopy(reason), pickle.loads(pickle.dumps(reason))):
+        assert (twin, twin.cause, twin.values) == (reason, Cause.BEFORE_FIRST, {"tokens": 5, "position": 8})
+    assert json.dumps({"reason": reason}) == f'{{"reason": "{reason}"}}'
+    with pytest.raises(KeyError):
+        Reason(Cause.DIVERGES)
+
+
+def test_every_cause_has_its_remedy() -> None:
+    values = {"token": 1, "tokens": 2, "position": 3, "why": "{x} asks for more"}
+    said = {cause: remedy(Reason(cause, **values), "n") for cause in Cause}
+    assert said.pop(Cause.RESUMED) == "" and all(said.values()) and len(set(said.values())) == len(said)
+    assert said[Cause.TRAINING] == "Call model.eval() first." and "{" not in "".join(said.values())

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..checks import shown, text
+from ..explain import TRAINING_MODE
 from .families import CACHE_NAMES
 
 
@@ -22,7 +23,7 @@ def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kw
     if kwargs.get("inputs_embeds") is not None:
         return "inputs_embeds has no tokens to match"
     if model.training:
-        return "the model is in training mode"
+        return TRAINING_MODE
     if getattr(generation_config, "is_assistant", False):
         return "an assistant model rolls its cache back"
     if _rows_have_adapters(model):

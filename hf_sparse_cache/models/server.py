@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from .. import forks
 from ..errors import out_of_memory
-from ..explain import WEIGHTS_CHANGED, frequent, remedy
+from ..explain import frequent, not_supported, remedy
 from ..planning.cuts import Positions, Tokens, with_free_cuts
 from ..planning.policies import NoCheckpoints, Policy
 from ..request import Request, open_request
-from ..stats import Recorder, RequestInfo, format_bytes
+from ..stats import Cause, Reason, Recorder, RequestInfo, format_bytes
 from ..store.store import CheckpointStore
 from . import prefill
 from .binding import Binding
@@ -85,7 +85,7 @@ class Server:
         """
         logger.warning_once(f"SparsePrefixCache is not used by this call, which runs uncached: {why}.")
         for tokens in prompt_tokens or (0,):
-            self._note(RequestInfo(tokens, computed_tokens=tokens, reason=f"call not supported: {why}"))
+            self._note(RequestInfo(tokens, computed_tokens=tokens, reason=not_supported(why)))
 
     def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
@@ -150,7 +150,7 @@ class Server:
         looked = time.perf_counter() - started
         output, request, seconds = self._with_room(live, attempt)
         seconds["match_seconds"] += looked
-        info = request.info(WEIGHTS_CHANGED if changed and not request.resumed_tokens else "")
+        info = request.info(Reason(Cause.WEIGHTS_CHANGED) if changed and not request.resumed_tokens else None)
         self._note(info, prefill_seconds=time.perf_counter() - started, **seconds)
         return output
 
