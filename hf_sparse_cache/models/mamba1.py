@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -125,11 +125,21 @@ def _scans_of(kind: type) -> list[tuple[dict[str, Any], str]]:
 
 
 def _unwrapped(method: Any) -> Iterator[FunctionType]:
-    """A method's function and those that its decorators wrap."""
-    function = getattr(method, "__func__", method)
-    while isinstance(function, FunctionType):
-        yield function
-        function = getattr(function, "__wrapped__", None)
+    """A method's function and those that its decorators wrap, whether or not they say so."""
+    found, ahead = set(), [getattr(method, "__func__", method)]
+    while ahead:
+        function = ahead.pop()
+        if isinstance(function, FunctionType) and function not in found:
+            found.add(function)
+            yield function
+            ahead += [getattr(function, "__wrapped__", None), *map(_held_by, function.__closure__ or ())]
+
+
+def _held_by(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a name that has no value yet
+        return None
 
 
 def _names(code: CodeType) -> Iterator[str]:

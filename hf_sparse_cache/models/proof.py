@@ -56,6 +56,8 @@ _CACHE_METHODS: dict[str, tuple[str, ...]] = {
     "get_seq_length": ("layer_idx",),
     "get_mask_sizes": ("query_length", "layer_idx"),
 }
+# What a configuration calls layers that keep no state.
+_EMPTY = ("mlp", "moe")
 _lock = ForkSafeLock()
 # For each model object, by the code that it is made of: why the binding does not hold, or "".
 _found: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
@@ -198,7 +200,7 @@ def _continued(binding: Binding, live: LiveCache, ids: torch.Tensor) -> _Run:
 def _disproof(binding: Binding, ids: torch.Tensor, share: float) -> str:
     cut = ids.shape[1] - _SECOND
     first = _run(binding, ids[:, :cut])
-    why = states.unruled(first.live) or _unfilled(first.live)
+    why = states.unruled(first.live) or _unfilled(binding, first.live)
     if why:
         return why
     state, kv = states.capture_state(first.live), states.capture_kv(first.live, 0, cut)
@@ -213,10 +215,12 @@ def _disproof(binding: Binding, ids: torch.Tensor, share: float) -> str:
     return _apart(_run(binding, ids), two, _run(binding, ids, (_wiped(state), _wiped(kv))), share)
 
 
-def _unfilled(live: LiveCache) -> str:
+def _unfilled(binding: Binding, live: LiveCache) -> str:
+    # Layers without mixing of tokens; older releases gave those of NemotronH a cache layer that stays empty.
+    kinds = dict(enumerate(getattr(binding.text_config, "layer_types", None) or ()))
     held = zip(states.capture_state(live).layers, states.capture_kv(live, 0, live.length).layers, strict=True)
     for index, (fixed, grown) in enumerate(held):
-        if not fixed and not grown and type(live.layers[index]).__name__ != "DummyLayer":
+        if not (fixed or grown or type(live.layers[index]).__name__ == "DummyLayer" or kinds.get(index) in _EMPTY):
             return f"layer {index} ({type(live.layers[index]).__name__}) keeps nothing in the cache that it was given"
     return ""
 
