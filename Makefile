@@ -7,6 +7,8 @@ FLOOR_ARGS ?=
 # One worker a core.
 WORKERS ?= auto
 DEMO_ARGS ?=
+FUZZ_SECONDS ?= 240
+FUZZ_ARGS ?=
 SHELL := /bin/bash
 
 BIN := $(CURDIR)/.venv/bin
@@ -16,7 +18,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format support api bench bench-table clean test-matrix test-floor
+.PHONY: help demo test test-all lint format support api bench bench-table clean test-matrix test-floor fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +28,11 @@ demo: .venv/core  ## Questions about a long document on three small models, with
 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-all: test fuzz  ## make test, and every suite that takes longer or needs more and has a target of its own
+
+fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 lint: .venv/dev  ## ruff, mypy and cython-lint
 	$(BIN)/ruff check --quiet .
