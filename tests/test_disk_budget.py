@@ -1,0 +1,197 @@
+"""The budget of the disk tier, by the byte: whatever lies in its folder, unfinished files too, at every write."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disks import UNIT, disk_of, files_of, prompt, serve
+from reference_store import Blob
+from test_disk import failing
+from test_store import begin
+
+from hf_sparse_cache import CheckpointStore
+from hf_sparse_cache.store import files
+
+
+def on_disk(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+    return total
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch, folder: Path, budget: int) -> Iterator[list[int]]:
+    """Looks at the whole folder before every write, which must fit."""
+    own, most, lock = os.write, [0], threading.Lock()
+
+    def write(descriptor: int, data: Any) -> int:
+        with lock:
+            most[0] = max(most[0], on_disk(folder) + len(data))
+            return own(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "write", write)
+        yield most
+    assert 0 < most[0] <= budget
+
+
+def serve_in(store: CheckpointStore, space: str, first: int) -> int:
+    with begin(store, ids := prompt(first), space) as request:
+        request.add(4, Blob(10, (first, 4)), lambda a, b: Blob(5 * (b - a), (ids[0], b)))
+    return request.resumed_tokens
+
+
+def one_unit(store: CheckpointStore) -> int:
+    serve(store, 90)
+    serve(store, 91)
+    size = disk_of(store).used_bytes
+    store.clear()
+    return size
+
+
+def test_several_spaces_are_opened_under_a_smaller_budget(opened: Any, tmp_path: Path) -> None:
+    store = opened()
+    for first in range(4):
+        for space in "abc":
+            serve_in(store, space, first)
+    full = on_disk(tmp_path)
+    assert len(disk_of(store)) == 11
+    for part in (2, 5, 40):
+        store = opened(disk_memory=full // part)
+        tier = disk_of(store)
+        assert on_disk(tmp_path) == tier.used_bytes <= full // part and tier.reserved_bytes == 0
+        assert len(tier) == 11 // part or part == 2
+        # What was used last stays, whatever its space is.
+        kept = [(space, int(tokens[0])) for space, tokens, _ in tier.checkpoints()]
+        assert kept == sorted(kept) and all(first >= 3 - 3 // part - 1 for _, first in kept)
+
+
+def test_what_was_evicted_before_room_making_gave_up_is_gone(opened: Any, tmp_path: Path) -> None:
+    store = opened()
+    one = one_unit(store)
+    store = opened(disk_memory=4 * one + 10)
+    for first in range(5):
+        serve(store, first)
+    tier = disk_of(store)
+    held = tier.stored()[-1]
+    tier.ledger.pin(held)  # it cannot go, so that room for a large unit is sought in vain
+    before = len(tier)
+    with begin(store, ids := prompt(77)) as request:
+        request.add(4, Blob(10, (77, 4)), lambda a, b: Blob(5 * (b - a), (ids[0], b)))
+    large = 4 * one
+    assert not tier._claim(large)
+    assert on_disk(tmp_path) == tier.used_bytes and tier.reserved_bytes == 0 and len(tier) < before
+    tier.ledger.unpin(held)
+
+
+def test_no_write_comes_before_its_room_is_free(opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads, and deletions that take their time: what is no longer counted is gone before others write."""
+    store = opened()
+    budget = 3 * one_unit(store) + 50
+    store = opened(disk_memory=budget)
+    own = os.unlink
+
+    def slowly(path: Any, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.002)
+        own(path, *args, **kwargs)
+
+    def work(number: int) -> None:
+        for first in range(number * 100, number * 100 + 12):
+            serve_in(store, "", first)
+
+    with watched(monkeypatch, tmp_path / "tier", budget) as most, monkeypatch.context() as patch:
+        patch.setattr(files.os, "unlink", slowly)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most[0] > budget // 2  # it was tight
+    assert on_disk(tmp_path) == disk_of(store).used_bytes and disk_of(store).reserved_bytes == 0
+
+
+def test_an_unfinished_file_counts_until_it_is_gone(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened()
+    one = one_unit(store)
+    left = files.temporary_of(disk_of(store).folder_of("") / files.new_name("kv", b""))
+    left.write_bytes(bytes(2 * one))
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "unlink", failing(errno.EACCES))
+        store = opened(disk_memory=3 * one)
+        assert disk_of(store).reserved_bytes == 2 * one and "still counts" in caplog.text
+        for first in range(4):
+            serve(store, first)
+        assert len(disk_of(store)) == 1 and on_disk(tmp_path) <= 3 * one
+    for first in range(4, 8):
+        serve(store, first)
+    assert not left.exists() and len(disk_of(store)) == 3 and disk_of(store).reserved_bytes == 0
+
+
+def test_nothing_that_was_cleared_is_found_by_the_next_process(opened: Any, tmp_path: Path) -> None:
+    """Cleared while it is being brought up: the request gets it, and it is in no tier from then on."""
+    store = opened()
+    for first in range(3):
+        serve(store, first)
+    fetch, tier = disk_of(store).fetch, disk_of(store)
+
+    def cleared_meanwhile(*args: Any) -> Any:
+        found = fetch(*args)
+        store.clear()
+        return found
+
+    tier.fetch = cleared_meanwhile  # type: ignore[method-assign]
+    with begin(store, prompt(0)):
+        pass
+    del tier.fetch
+    assert files_of(store) == [] and len(store) == len(tier) == 0
+    store = opened()
+    assert len(disk_of(store)) == 0 and [serve(store, first) for first in range(3)] == [0] * 3
+
+
+def test_a_clear_of_one_space_leaves_the_files_of_others(opened: Any) -> None:
+    store = opened()
+    for space in "aab":
+        for first in range(3):
+            serve_in(store, space, first)
+    store.clear("a")
+    store = opened()
+    assert {space for space, _, _ in disk_of(store).checkpoints()} == {"b"}
+    assert on_disk(disk_of(store).folder) == disk_of(store).used_bytes
+
+
+def test_flush_looks_and_pins_under_the_lock(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at what is stored and its pin nothing may leave: a unit is made of it under the lock."""
+    from hf_sparse_cache.store import ledger
+
+    store = opened(max_memory=3 * UNIT)
+    for first in range(3):
+        serve(store, first)
+    own, held = ledger.unit_of, []
+
+    def unit_of(checkpoint: Any) -> Any:
+        held.append(store.tiers[0].lock._is_owned() and not checkpoint.pins)
+        return own(checkpoint)
+
+    monkeypatch.setattr(ledger, "unit_of", unit_of)
+    monkeypatch.setattr(disk_of(store), "accept", lambda unit: held.append(pinned(store, unit)) or True)
+    store.flush()
+    assert held == [True] * 6
+
+
+def pinned(store: CheckpointStore, unit: Any) -> bool:
+    (found,) = [item for _, tokens, item in store.checkpoints() if tokens[0] == unit.tokens[0]]
+    return bool(found.pins) and not store.tiers[0].lock._is_owned()  # type: ignore[attr-defined]
