@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from disks import UNIT, disk_of, files_of, prompt, serve
 from reference_store import Blob
@@ -19,6 +20,7 @@ from test_store import begin
 
 from hf_sparse_cache import CheckpointStore
 from hf_sparse_cache.store import files
+from hf_sparse_cache.store.unit import Unit
 
 
 def on_disk(folder: Path) -> int:
@@ -120,6 +122,38 @@ def test_no_write_comes_before_its_room_is_free(opened: Any, tmp_path: Path, mon
             thread.join()
     assert most[0] > budget // 2  # it was tight
     assert on_disk(tmp_path) == disk_of(store).used_bytes and disk_of(store).reserved_bytes == 0
+
+
+def test_room_that_another_thread_makes_is_not_used_before_it_is_there(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large unit is evicted for a small one; until its files are gone, a second small one has to wait."""
+    store = opened()
+    budget = 3 * one_unit(store)
+    store = opened(disk_memory=budget)
+    large = Unit("", np.array(prompt(80), dtype=np.int32), 4, Blob(budget - 500, (80, 4)))
+    assert disk_of(store).write(large) and disk_of(store).used_bytes > budget * 2 // 3
+    own, stopped, go = os.unlink, threading.Event(), threading.Event()
+
+    def held_up(path: Any, *args: Any, **kwargs: Any) -> None:
+        stopped.set()
+        assert go.wait(30)
+        own(path, *args, **kwargs)
+
+    def write(first: int) -> None:
+        assert disk_of(store).write(Unit("", np.array(prompt(first), dtype=np.int32), 4, Blob(10, (first, 4))))
+
+    with watched(monkeypatch, tmp_path / "tier", budget), monkeypatch.context() as patch:
+        patch.setattr(files.os, "unlink", held_up)
+        threads = [threading.Thread(target=write, args=(first,)) for first in (1, 2)]
+        threads[0].start()
+        assert stopped.wait(30)
+        threads[1].start()
+        threads[1].join(0.3)
+        go.set()
+        for thread in threads:
+            thread.join()
+    assert len(disk_of(store)) == 2 and on_disk(tmp_path) == disk_of(store).used_bytes
 
 
 def test_an_unfinished_file_counts_until_it_is_gone(
