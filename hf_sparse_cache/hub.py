@@ -5,17 +5,22 @@ wrote them, and keys that a version does not know are ignored, so that older ver
 """
 
 import json
+import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from transformers.utils import PushToHubMixin
 
+from . import jsontext
+
 
 CARD_NAME = "README.md"
 VERSION_KEY = "hf_sparse_cache_version"
 _TAGS = ["hf_sparse_cache"]
-_TEMPLATE = "[More Information Needed]"  # in the card that transformers makes up when a repository has none
+# How transformers describes the model in the card that it makes up when a repository has none.
+_DESCRIPTION = "This is the model card of a"
 
 
 class Shareable(PushToHubMixin):
@@ -43,14 +48,17 @@ class Shareable(PushToHubMixin):
             save_directory: made when it is not there.
             push_to_hub: push it as well, to `repo_id` among `kwargs`, by default the folder's name.
             kwargs: passed on to `push_to_hub`.
+
+        Raises:
+            ValueError: the folder holds a file of this name that was not written by `save_pretrained`.
         """
         from . import __version__
 
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self.to_dict(), VERSION_KEY: __version__}, indent=2, sort_keys=True) + "\n"
-        (folder / self.file_name).write_text(text, encoding="utf-8")
-        if not (folder / CARD_NAME).exists():
+        _replace(folder / self.file_name, text)
+        if not os.path.lexists(folder / CARD_NAME):
             header = f"---\nlibrary_name: hf_sparse_cache\ntags:\n- {_TAGS[0]}\n---\n\n"
             (folder / CARD_NAME).write_text(header + self.card(), encoding="utf-8")
         if push_to_hub:
@@ -89,9 +97,9 @@ class Shareable(PushToHubMixin):
 
             path = Path(hf_hub_download(str(name_or_path), cls.file_name, **kwargs))
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}. Save the {cls.__name__} again.") from None
+            content = jsontext.read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}. Save the {cls.__name__} again.") from None
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}, not the fields of a {cls.__name__}.")
         return cls.from_dict(content)
@@ -99,7 +107,7 @@ class Shareable(PushToHubMixin):
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         # By now transformers has put a card here: the repository's own, which stays, or an empty form for a model.
         path = Path(working_dir) / CARD_NAME
-        if path.exists() and _TEMPLATE in path.read_text(encoding="utf-8"):
+        if path.exists() and _is_form(path.read_text(encoding="utf-8")):
             from huggingface_hub import ModelCard
 
             card = ModelCard.load(path)
@@ -107,3 +115,38 @@ class Shareable(PushToHubMixin):
             card.text = self.card()
             card.save(path)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file in full or not at all, in the place of one that was written here before.
+
+    Raises:
+        ValueError: what lies there was not.
+    """
+    if os.path.lexists(path):
+        try:
+            known = path.is_file() and isinstance(before := jsontext.read(path), dict) and VERSION_KEY in before
+        except (OSError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(f"{path} was not written by save_pretrained; choose another folder, or move it away.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with temporary.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink()
+            raise
+
+
+def _is_form(text: str) -> bool:
+    """Whether a card is the empty form of transformers, in which nobody has written anything."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    mark = "\0"
+    before, _, after = ModelCard.from_template(ModelCardData(), model_description=mark).text.strip().partition(mark)
+    body = ModelCard(text).text.strip()
+    described = body.removeprefix(before).removesuffix(after)
+    return len(described) == len(body) - len(before) - len(after) and described.startswith(_DESCRIPTION)

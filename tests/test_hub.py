@@ -1,11 +1,12 @@
 """Configs and plans on disk and on the Hub: JSON that can be compared, a card, and nothing lost on the way."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import hub
 
@@ -42,6 +43,43 @@ def test_a_card_that_is_there_stays(shared: Shareable, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     shared.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("text", ['{"grid": 64}', "mine", "[]", ""])
+def test_a_file_of_somebody_else_stays(shared: Shareable, tmp_path: Path, text: str) -> None:
+    (tmp_path / shared.file_name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{shared.file_name} was not written by save_pretrained"):
+        shared.save_pretrained(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(shared.file_name, text)]
+
+
+def test_what_is_no_file_stays(shared: Shareable, tmp_path: Path) -> None:
+    for number, make in enumerate([os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/nowhere")]):
+        (tmp_path / str(number)).mkdir()
+        make(tmp_path / str(number) / shared.file_name)
+        with pytest.raises(ValueError, match="was not written by save_pretrained"):
+            shared.save_pretrained(tmp_path / str(number))
+        assert len(list((tmp_path / str(number)).iterdir())) == 1
+    (tmp_path / "README.md").symlink_to(tmp_path / "nothing")
+    shared.save_pretrained(tmp_path)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_save_that_fails_leaves_the_one_before(
+    shared: Shareable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared.save_pretrained(tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    def fail(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space"):
+            shared.save_pretrained(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    shared.save_pretrained(tmp_path)
 
 
 class FakeHub:
@@ -94,6 +132,12 @@ def test_push_keeps_the_card_of_a_repository(shared: Shareable, monkeypatch: pyt
     fake = _push(shared, monkeypatch, "---\nlicense: mit\n---\n\nWritten by hand.\n")
     assert "Written by hand." in fake.files["README.md"]
     assert "license: mit" in fake.files["README.md"]
+
+
+def test_push_keeps_a_card_with_blanks_in_it(shared: Shareable, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = ModelCard.from_template(ModelCardData(), model_description="This is the model card of a model.").content
+    for card in (form + "\n## Mine\n", form.replace("## Uses", "## Uses\n\nMine."), "[More Information Needed] Mine."):
+        assert _push(shared, monkeypatch, card).files["README.md"].count("Mine") == 1
 
 
 def test_save_may_push(shared: Shareable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
