@@ -272,3 +272,13 @@ def test_a_mark_holds_what_a_lower_tier_brings_up(jamba: PreTrainedModel, tmp_pa
         store.resize(1)
         assert [c.position for _, _, c in store.checkpoints()] == [depth]
     store.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_prompt_of_next_to_nothing_is_explained(jamba: PreTrainedModel, length: int) -> None:
+    """Of one token fewer than none could be resumed, and no grid is small enough for that."""
+    with SparsePrefixCache(jamba, grid=GRID) as cache:
+        jamba.generate(random_ids(40, seed=1), past_key_values=cache, max_new_tokens=1)
+        found = cache.explain(random_ids(40, seed=1)[:, :length])
+        assert (found.prompt_tokens, found.resumed_tokens) == (length, 0) and "grid=0" not in found.remedy

@@ -106,7 +106,7 @@ class Binding:
     def smaller_grid(self, tokens: int) -> int:
         """The grid halved until a prefix of so many tokens has a cut, in whole kernel chunks; 0 where none does."""
         grid = self.grid
-        while grid > min(tokens, self.grid - 1):
+        while grid > min(max(tokens, 0), self.grid - 1):
             grid //= 2
         grid -= grid % self.chunk
         return grid if grid >= 2 else 0
