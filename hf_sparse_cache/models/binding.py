@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from transformers.utils import logging
 
 from ..config import SparseCacheConfig
+from ..errors import UnsupportedModelError, out_of_memory
 from ..planning.cuts import Positions, Tokens, cut_positions
 from . import states
 from .cost import prefill_cost
 from .families import Family, cache_name_of, family_of, unwrapped
 from .inputs import as_ids, check_ids
 from .live import LiveCache
+from .methods import require_methods
 from .states import StateSize
 from .versions import check_version
 
@@ -63,6 +65,7 @@ class Binding:
         check_version()
         model = unwrapped(model)
         family = family_of(model)
+        require_methods(model)
         text_config = model.config.get_text_config(decoder=True)
         cache_name = cache_name_of(model)
         probe = LiveCache(text_config, family.repeated(text_config))
@@ -77,7 +80,7 @@ class Binding:
             grid=_grid(model, family, text_config, config.grid),
             cut_ids=tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else (),
             prefill_cost=prefill_cost(model, probe.full_attention_layers),
-            size=states.measure(model, probe, cache_name),
+            size=_measured(model, probe, cache_name),
         )
 
     @property
@@ -110,6 +113,23 @@ class Binding:
             grid //= 2
         grid -= grid % self.chunk
         return grid if grid >= 2 else 0
+
+
+def _measured(model: Any, probe: LiveCache, cache_name: str) -> StateSize:
+    """What a checkpoint would hold.
+
+    Raises:
+        UnsupportedModelError: The model cannot be called as models of its family are.
+    """
+    try:
+        return states.measure(model, probe, cache_name)
+    except Exception as error:
+        if out_of_memory(error) or isinstance(error, UnsupportedModelError):
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be called as models of its family are: two tokens with a fresh cache end "
+            f"in {type(error).__name__}: {error}"
+        ) from error
 
 
 def _grid(model: Any, family: Family, text_config: Any, asked: int | None) -> int:

@@ -213,7 +213,7 @@ def _modules_digest(config: Any, found: surveys.Survey) -> str:
 
 def _follows_from_config(model: Any, found: surveys.Survey) -> bool:
     """Whether a model has the settings that its configuration gives to a new one, so that they need no words."""
-    if found.opaque or found.adapters:
+    if found.opaque or found.adapted:
         return False
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -225,7 +225,7 @@ def _follows_from_config(model: Any, found: surveys.Survey) -> bool:
 
 def _settings_digest(found: surveys.Survey) -> str:
     """The modules' own settings, configurations, and the active adapters by content."""
-    return _digest("\n".join([*found.settings, *([_THIS_PROCESS] if found.opaque else [])]))
+    return _digest("\n".join([*found.settings, *found.adapted, *([_THIS_PROCESS] if found.opaque else [])]))
 
 
 @torch.no_grad()

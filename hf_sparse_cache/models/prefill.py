@@ -44,7 +44,7 @@ def prefill_row(
     request: Request,
     kwargs: dict[str, Any],
     position_dims: tuple[int, ...] = (),
-    capture: bool = True,
+    capture: Callable[[], bool] = lambda: True,
 ) -> tuple[Any, Timing]:
     """Bring a fresh live cache to the end of one prompt.
 
@@ -56,7 +56,7 @@ def prefill_row(
         request: the prompt's open request: what to restore and what to capture.
         kwargs: further keywords for the model, the same for every segment.
         position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
-        capture: whether there is memory for what the request wants to keep.
+        capture: asked before each checkpoint that the request wants to keep whether it may.
 
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
@@ -64,11 +64,11 @@ def prefill_row(
     row = ids[None]
     clock = time.perf_counter()
     if request.checkpoint is not None:
-        state, spans = cast(LayerTensors, request.checkpoint.state), cast(list[LayerTensors], request.kv_payloads())
-        states.restore(live, state, spans)
+        stored, spans = cast(LayerTensors, request.checkpoint.state), cast(list[LayerTensors], request.kv_payloads())
+        states.restore(live, stored, spans)
     restore_seconds = time.perf_counter() - clock
     capture_seconds = 0.0
-    planned = set(request.planned) if capture else set()
+    planned = set(request.planned)
     start = live.length = request.resumed_tokens
     output = None
     ahead = cuts[(cuts >= start + MIN_SUFFIX_TOKENS) & (cuts < len(ids))].tolist()
@@ -78,8 +78,9 @@ def prefill_row(
         if end in planned:
             clock = time.perf_counter()
             try:
-                kv = partial(states.capture_kv, live) if live.full_attention_layers else None
-                request.add(end, states.capture_state(live), kv)
+                state, kv = states.capture_state(live), partial(states.capture_kv, live)
+                if capture():
+                    request.add(end, state, kv if live.full_attention_layers else None)
             except Exception as error:
                 if not out_of_memory(error):
                     raise

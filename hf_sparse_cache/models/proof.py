@@ -9,25 +9,24 @@ as one more state, because the last layer's own does not depend on what that lay
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.utils import logging
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, out_of_memory
 from ..forks import ForkSafeLock
 from . import mamba1, prefill, states
+from . import survey as surveys
 from .binding import Binding
 from .inputs import input_device
 from .live import LiveCache
 from .tensors import LayerTensors
 from .watch import ChangedPrefillError
-from .weights import identity
+from .weights import forget, identity
 
 
 logger = logging.get_logger(__name__)
@@ -43,24 +42,13 @@ _ULPS = 4
 # In 16 bits a token may go to another expert now and then; what is wrong is wrong on every prompt.
 _PROMPTS = 3
 
-# What is called of the model and of its cache, with the parameters that are given.
-_MODEL_METHODS: dict[str, tuple[str, ...]] = {
-    "_validate_model_kwargs": ("model_kwargs",),
-    "_prepare_cache_for_generation": ("generation_config", "model_kwargs", "generation_mode"),
-    "_prefill": ("input_ids", "generation_config", "model_kwargs"),
-    "prepare_inputs_for_generation": ("input_ids", "next_sequence_length", "is_first_iteration", "attention_mask"),
-}
-_CACHE_METHODS: dict[str, tuple[str, ...]] = {
-    "update_conv_state": ("conv_states", "layer_idx"),
-    "update_recurrent_state": ("recurrent_states", "layer_idx"),
-    "get_seq_length": ("layer_idx",),
-    "get_mask_sizes": ("query_length", "layer_idx"),
-}
 # What a configuration calls layers that keep no state.
 _EMPTY = ("mlp", "moe")
 _lock = ForkSafeLock()
-# For each model object, by the code that it is made of: why the binding does not hold, or "".
+# For each model object: by code and settings that the binding holds (""), by its whole name why it does not, and by
+# the code that is attached to it that this never stays the same.
 _found: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
+_MOST_FOUND = 256  # for one model
 
 
 class Proof:
@@ -77,7 +65,7 @@ class Proof:
     @property
     def holds(self) -> bool:
         """Whether it was proved for the model as it is; False as long as nobody has tried, as in training mode."""
-        return self.wanted and _found.get(self._binding.model, {}).get(identity(self._binding.model).code) == ""
+        return self.wanted and _found.get(self._binding.model, {}).get(identity(self._binding.model).proved_by) == ""
 
     def require(self) -> None:
         """Prove it when a handle is made, unless the model is in training mode, where nothing is served.
@@ -85,7 +73,6 @@ class Proof:
         Raises:
             UnsupportedModelError: It does not hold, and nothing that is attached to the model can be the reason.
         """
-        _require_methods(self._binding.model)
         if not self.wanted or self._binding.model.training:
             return
         why = self.shortcoming()
@@ -106,30 +93,22 @@ class Proof:
         found = identity(model)
         with _lock:
             known = _found.setdefault(model, {})
-        if found.code not in known:
-            share = _SHARE_PACKED if found.packed else _SHARE_ATTACHED if found.foreign else _SHARE
-            known[found.code] = _shortcoming(self._binding, share)
-        return known[found.code]
-
-
-def _require_methods(model: Any) -> None:
-    """Refuse a release of transformers that lacks a method, or a parameter of one, that is used.
-
-    Raises:
-        UnsupportedModelError: Names the method and what it lacks.
-    """
-    for owner, methods in ((type(model), _MODEL_METHODS), (DynamicCache, _CACHE_METHODS)):
-        for name, wanted in methods.items():
-            method = getattr(owner, name, None)
-            if method is None:
-                raise UnsupportedModelError(f"{owner.__name__} has no {name}, which SparsePrefixCache relies on.")
-            has = inspect.signature(method).parameters
-            takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in has.values())
-            missing = [parameter for parameter in wanted if parameter not in has]
-            if missing and not (takes_all and name == "prepare_inputs_for_generation"):
-                raise UnsupportedModelError(
-                    f"{owner.__name__}.{name} takes no {missing[0]}, which SparsePrefixCache gives it."
-                )
+        for name in (found.attached, found.proved_by, str(found)):
+            if name in known:
+                return known[name]
+        before = surveys.noted(model)
+        share = _SHARE_PACKED if found.packed else _SHARE_ATTACHED if found.foreign else _SHARE
+        why = _shortcoming(self._binding, share)
+        if surveys.note_written(model, before):
+            forget(model)
+        name = str(found) if why else identity(model).proved_by
+        if found.foreign and identity(model).code != found.code:
+            name, why = found.attached, f"{found.foreign} is another after every forward, so that nothing fits twice"
+        with _lock:
+            if len(known) >= _MOST_FOUND:
+                known.clear()
+            known[name] = why
+        return why
 
 
 # -- the runs ---------------------------------------------------------------------------------------------------------
@@ -151,11 +130,11 @@ def _shortcoming(binding: Binding, share: float) -> str:
         for seed in range(_PROMPTS):
             try:
                 why = _disproof(binding, _prompt(binding, seed), share)
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
             except (ChangedPrefillError, UnsupportedModelError) as error:
                 return str(error).rstrip(".")
             except Exception as error:
+                if out_of_memory(error):
+                    raise
                 return f"a prompt in two pieces ends in {type(error).__name__}: {error}"
             if not why:
                 break

@@ -25,6 +25,7 @@ from .live import LiveCache
 from .proof import Proof
 from .rope import length_limit
 from .space import Space
+from .watch import ChangedPrefillError
 from .weights import identity
 
 
@@ -124,6 +125,7 @@ class Server:
         """Run the prefill of one prompt `(length,)` on a fresh live cache; returns the model's last output."""
         started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
+        made_of = str(identity(self.binding.model))
         space, changed = self.space.now(told=True)
         limit = self.binding.config.max_checkpoints
 
@@ -133,8 +135,17 @@ class Server:
             opened = time.perf_counter()
             with open_request(self.store, self.policy, tokens, cuts, space=space, max_checkpoints=limit) as request:
                 output, timing = prefill.prefill_row(
-                    self.binding, live, ids, cuts, request, kwargs, position_dims, capture
+                    self.binding,
+                    live,
+                    ids,
+                    cuts,
+                    request,
+                    kwargs,
+                    position_dims,
+                    lambda: capture and str(identity(self.binding.model)) == made_of,
                 )
+                if str(identity(self.binding.model)) != made_of:
+                    raise ChangedPrefillError("the model changed while the prompt was computed")
                 served = time.perf_counter()
             return (
                 output,

@@ -56,10 +56,6 @@ class Space:
             logger.warning_once("The model's weights changed: what SparsePrefixCache had stored of it was dropped.")
         return new, changed
 
-    def still(self) -> bool:
-        """Whether the model is what it was at the latest `now`, so that what was computed since then is of it."""
-        return str(identity(self._binding.model)) == str(self._weights)
-
     def latest(self) -> str:
         """The space of the latest prompt. Unlike `now` it notices nothing, and it never reads all weights."""
         if self._name or self._store.outlives_process:

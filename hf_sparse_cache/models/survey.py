@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .attachment import Override
 from .rope import set_by_forward
 from .samples import checksum
-from .telling import STANDARD, Teller
+from .telling import STANDARD, Teller, name_of
 
 
 # Components of a path that a library puts there when it wraps a module whose weights stay what they are.
@@ -40,6 +40,8 @@ _LOOKS = ("transformers.", "hf_sparse_cache.")
 _FIXED = (
     bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.BuiltinFunctionType
 )  # fmt: skip
+# By module, the attributes that its own forward was seen to write.
+_written: weakref.WeakKeyDictionary[torch.nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Survey:
     Attributes:
         weights: by path, everything that no adapter brings; wrappers leave no trace in a path.
         adapters: by path, tensors of the adapters that are active.
-        settings, code: told as text.
+        settings, adapted, code: told as text; `adapted` is what adapters bring, with the settings of their layers.
+        attached: of the code what others put there, without the values that it depends on.
         foreign: in words, code that neither transformers nor accelerate put there.
         by_call: why the call that is being made cannot be cut, when something was put on the model for it alone.
         opaque: whether some of it means nothing in another process.
@@ -59,7 +62,9 @@ class Survey:
     weights: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, torch.Tensor] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
+    attached: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     by_call: str = ""
     opaque: bool = False
@@ -72,31 +77,68 @@ def survey(model: torch.nn.Module) -> Survey:
     teller = Teller(frozenset(map(id, model.modules())))
     configs: dict[int, Any] = {}
     for place in _places(model):
-        module, held = place.module, vars(place.module)
+        module = place.module
         kind = type(module)
         found.code.append(f"{kind.__module__}.{kind.__qualname__}")
         _add_tensors(found, place)
         _add_code(found, place, teller, at_top=module is model)
-        found.settings.append(str(module.training))
-        for name, value in held.items():
-            if name in STANDARD or name in _ACCELERATE or _is_silent(module, name, value):
-                continue
+        settings = found.adapted if place.adapters else found.settings
+        settings.append(str(module.training))
+        for name, value in _own_attributes(module):
             if isinstance(value, PreTrainedConfig):
                 configs[id(value)] = value
             elif torch.is_tensor(value) or isinstance(value, torch.ScriptObject):
-                if not set_by_forward(module, name):
-                    found.weights[f"{place.path}{name}"] = value
-            elif not set_by_forward(module, name):
-                kept = place.active_part(value)
-                found.settings.append(f"{name}={teller.tell(kept)}")
+                found.weights[f"{place.path}{name}"] = value
+            else:
+                settings.append(f"{name}={teller.tell(place.active_part(value))}")
                 if not _is_fixed(value):
                     found.mutable.append((weakref.ref(module), name))
     found.settings.extend(teller.tell(config) for config in configs.values())
     found.mutable.extend(configs.values())
     for path, tensor in sorted(found.adapters.items()):
-        found.settings.append(f"{path}{'away' if tensor.is_meta else checksum(tensor)}")
+        found.adapted.append(f"{path}{'away' if tensor.is_meta else checksum(tensor)}")
     found.opaque = teller.opaque
     return found
+
+
+def _own_attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module keeps besides what every module has, and besides what its own forward writes."""
+    written = _written.get(module, ())
+    for name, value in vars(module).items():
+        if name in STANDARD or name in _ACCELERATE or name in written:
+            continue
+        if not _is_silent(module, name, value) and not set_by_forward(module, name):
+            yield name, value
+
+
+def noted(model: torch.nn.Module) -> dict[torch.nn.Module, dict[str, Any]]:
+    """What modules keep, at one moment, for `note_written`."""
+    teller = Teller(frozenset(map(id, model.modules())))
+
+    def note(value: Any) -> Any:
+        if torch.is_tensor(value):
+            return value, 0 if value.is_inference() else value._version
+        return value if isinstance(value, (torch.ScriptObject, PreTrainedConfig)) else teller.tell(value)
+
+    return {module: {name: note(value) for name, value in _own_attributes(module)} for module in model.modules()}
+
+
+def note_written(model: torch.nn.Module, before: dict[torch.nn.Module, dict[str, Any]]) -> bool:
+    """Remember what forwards have written on modules since `before`: it is no setting. Whether there was anything."""
+    found = False
+    for module, now in noted(model).items():
+        then = before.get(module, {})
+        written = {name for name in now.keys() | then.keys() if not _alike(now.get(name), then.get(name))}
+        if written:
+            found = True
+            _written[module] = _written.get(module, frozenset()) | written
+    return found
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return one[0] is other[0] and bool(one[1] == other[1])
+    return one is other or (isinstance(one, str) and one == other)
 
 
 def _is_fixed(value: Any) -> bool:
@@ -106,10 +148,10 @@ def _is_fixed(value: Any) -> bool:
 
 def _is_silent(module: torch.nn.Module, name: str, value: Any) -> bool:
     """Whether an attribute of a whole model is there for loading, saving and `generate()` alone."""
-    whole = isinstance(module, PreTrainedModel)
-    return whole and (
-        name in _ABOUT_MODELS or hasattr(PreTrainedModel, name) or isinstance(value, types.MethodType | Override)
-    )
+    if not isinstance(module, PreTrainedModel):
+        return False
+    known = name in _ABOUT_MODELS or any(hasattr(kind, name) for kind in (PreTrainedModel, GenerationMixin))
+    return known or isinstance(value, (types.MethodType, Override))
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
@@ -209,6 +251,7 @@ def _add_code(found: Survey, place: _Place, teller: Teller, *, at_top: bool) -> 
             found.code.append("accelerate")
         else:
             found.code.append(teller.tell(held["forward"]))
+            found.attached.append(f"{where} {name_of(held['forward'])}")
             found.foreign.append(f"the forward put in the place of that of {where}")
             found.mutable.append((weakref.ref(module), "forward"))
     hooks = [*foreign_hooks(module), *(_global_hooks() if at_top else ())]
@@ -217,6 +260,7 @@ def _add_code(found: Survey, place: _Place, teller: Teller, *, at_top: bool) -> 
     hooks = [hook for hook in hooks if not _of_one_call(hook)]
     if hooks:
         found.code.extend(teller.tell(hook) for hook in hooks)
+        found.attached.extend(f"{where} {name_of(hook)}" for hook in hooks)
         found.foreign.append(f"the hook on {where}")
         found.mutable.append((weakref.ref(module), ""))
 

@@ -171,15 +171,29 @@ _TELLERS: list[tuple[Any, Callable[[Teller, Any], str]]] = [
 ]
 
 
+def name_of(function: Any) -> str:
+    """A function's name, or that of its class, without what it depends on."""
+    function = getattr(function, "func", function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def _attributes(value: Any) -> dict[str, Any] | None:
-    """An object's attributes, wherever it keeps them; None where it cannot be looked into."""
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    if hasattr(value, "__dict__"):
-        found.update(vars(value))
-    elif not slots:
+    """An object's attributes and methods, wherever it has them from; None where it cannot be looked into."""
+    kinds = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
+    slots = [name for kind in kinds for name in _slots(kind)]
+    if not slots and not hasattr(value, "__dict__"):
         return None
-    return found
+    found: dict[str, Any] = {}
+    for kind in reversed(kinds):
+        found.update({name: inner for name, inner in vars(kind).items() if _counts(name, inner)})
+    found.update({name: getattr(value, name) for name in slots if hasattr(value, name)})
+    return found | getattr(value, "__dict__", {})
+
+
+def _counts(name: str, value: Any) -> bool:
+    """Whether what a class holds under a name may matter to what its objects do."""
+    return isinstance(value, types.FunctionType) or not name.startswith("__")
 
 
 def _slots(kind: type) -> tuple[str, ...]:

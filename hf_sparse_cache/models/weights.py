@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ class Identity(NamedTuple):
 
     Attributes:
         weights, settings, code: what it is made of.
+        proved_by: what a proof is good for: code, and settings that no adapter brings.
+        attached: the code that others put there, without the values that it depends on.
         foreign: in words, code attached to it that is not transformers'; "" when there is none.
         by_call: why the call that is being made cannot be cut; "" when it can.
         packed: whether weights are packed, so that each piece rounds its activations by a scale of its own.
@@ -44,6 +46,8 @@ class Identity(NamedTuple):
     weights: str
     settings: str
     code: str
+    proved_by: str = ""
+    attached: str = ""
     foreign: str = ""
     by_call: str = ""
     packed: bool = False
@@ -59,6 +63,12 @@ def identity(model: torch.nn.Module) -> Identity:
         if watch is None or not watch.still_holds(model):
             watch = _known[model] = _Watch(model, watch)
         return watch.identity
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Look at a model as if for the first time."""
+    with _lock:
+        _known.pop(model, None)
 
 
 def verified(model: torch.nn.Module) -> Identity:
@@ -86,19 +96,18 @@ class _Watch:
         attributes = (value for module in model.modules() for value in vars(module).values())
         self._kept = [value for value in attributes if isinstance(value, _PLAIN)]
         self._told = surveys.read(self._mutable, self._own)
-        watched = [*found.weights.values(), *found.adapters.values()]
-        self._plain = [part for each in watched for part in plain_parts(each)]
-        self._versioned = [tensor for tensor in self._plain if not tensor.is_inference()]
-        self._versions, self._addresses = _counters(self._versioned), _pointers(self._plain)
-        self._samples = Samples(self._plain)
+        self._base = _Values(found.weights.values())
+        self._adapters = _Values(found.adapters.values())
         # Offloaded weights come and go as other objects and stay the same model.
         self.inherited = before is not None and before._same_weights(self)
         self.known_sum: str | None = before.known_sum if before is not None and self.inherited else None
         weights = before.identity.weights if before is not None and self.inherited else f"model-{next(_serial)}"
-        settings, code = surveys.digest(found.settings), surveys.digest(found.code)
+        settings, code = surveys.digest([*found.settings, "", *found.adapted]), surveys.digest(found.code)
+        proved_by = surveys.digest([*found.code, "", *found.settings])
         foreign = found.foreign[0] if found.foreign else ""
         packed = any(isinstance(weight, torch.ScriptObject) for weight in found.weights.values())
-        self.identity = Identity(weights, settings, code, foreign, found.by_call, packed)
+        attached = surveys.digest(found.attached)
+        self.identity = Identity(weights, settings, code, proved_by, attached, foreign, found.by_call, packed)
 
     def renew(self) -> None:
         """Give the weights another name."""
@@ -116,9 +125,8 @@ class _Watch:
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
             and marks == self._marks
-            and _counters(self._versioned) == self._versions
-            and _pointers(self._plain) == self._addresses
-            and self._samples.hold()
+            and self._base.hold()
+            and self._adapters.hold()
             and surveys.read(self._mutable, self._own) == self._told
         )
 
@@ -129,10 +137,32 @@ class _Watch:
         pairs = ((one, later._weights[path]) for path, one in self._weights.items())
         if not all(one is other or (_away(one) or _away(other)) for one, other in pairs):
             return False
-        states = [dict(zip(map(id, watch._plain), watch._addresses, strict=True)) for watch in (self, later)]
-        versions = [dict(zip(map(id, watch._versioned), watch._versions, strict=True)) for watch in (self, later)]
-        unmoved = all(states[0][each] == states[1][each] for each in states[0].keys() & states[1].keys())
-        untouched = all(versions[0][each] == versions[1][each] for each in versions[0].keys() & versions[1].keys())
+        return self._base.agree(later._base)
+
+
+class _Values:
+    """The tensors with data in some weights, and how to tell that they are as they were."""
+
+    def __init__(self, weights: Iterable[Any]) -> None:
+        self._tensors = [part for each in weights for part in plain_parts(each)]
+        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions, self._addresses = _counters(self._versioned), _pointers(self._tensors)
+        self._samples = Samples(self._tensors)
+
+    def hold(self) -> bool:
+        """Whether they are, as far as a glance shows."""
+        return (
+            _counters(self._versioned) == self._versions
+            and _pointers(self._tensors) == self._addresses
+            and self._samples.hold()
+        )
+
+    def agree(self, later: _Values) -> bool:
+        """Whether those that hold data then and now are as they were, as far as a look shows."""
+        addresses = dict(zip(map(id, later._tensors), later._addresses, strict=True))
+        versions = dict(zip(map(id, later._versioned), later._versions, strict=True))
+        unmoved = all(addresses.get(id(t), at) == at for t, at in zip(self._tensors, self._addresses, strict=True))
+        untouched = all(versions.get(id(t), at) == at for t, at in zip(self._versioned, self._versions, strict=True))
         return unmoved and untouched and self._samples.all_hold()
 
 
