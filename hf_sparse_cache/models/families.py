@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedModelError
 
 
@@ -142,3 +144,13 @@ def cache_name_of(model: Any) -> str:
             f"{type(model).__name__}.forward takes no cache: it has no parameter {' or '.join(CACHE_NAMES)}."
         )
     return name
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+    """Names of the modules that `from_pretrained(dtype=...)` leaves in float32."""
+    kept: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return kept

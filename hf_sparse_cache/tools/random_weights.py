@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..models.families import kept_in_float32
+
 
 # Step sizes of the state space layers and gates of the delta rules, log-uniform as in Mamba (arXiv 2312.00752, 3.6).
 STEP_MIN, STEP_MAX = 1e-3, 1e-1
@@ -55,11 +57,7 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     Returns:
         `PreTrainedModel`: the model itself.
     """
-    kept: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = kept_in_float32(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():  # without the rotary frequencies, which stay float32
         if tensor.is_floating_point() and not any(f".{module}." in f".{name}." for module in kept):
             tensor.data = tensor.data.to(dtype)

@@ -1,0 +1,147 @@
+"""Which private parts of transformers, torch, accelerate and PEFT are used: all by `models/`, and all still there."""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging import version
+
+import hf_sparse_cache
+
+
+PACKAGE = Path(hf_sparse_cache.__file__).parent
+ROOM = PACKAGE / "models"
+# A private method of transformers' mixin for the Hub, overridden where there is no model: of no concern to any state.
+ELSEWHERE = {"_upload_modified_files": "hub.py"}
+GENERATION, CACHES = "transformers.generation.utils", "transformers.cache_utils"
+CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
+MODULE, COMPILER = "torch.nn.modules.module", "torch._dynamo.eval_frame"
+# Name -> module that has it, and the releases (first as far as it matters, and last) in which it was seen there.
+PRIVATE: dict[str, tuple[str, str, str]] = {
+    "_prefill": (GENERATION, "5.15", "5.24.0"),
+    "_prepare_cache_for_generation": (GENERATION, "5.15", "5.24.0"),
+    "_validate_model_kwargs": (GENERATION, "5.15", "5.24.0"),
+    "_is_user_defined": (GENERATION, "5.23", "5.24.0"),
+    "_layer_type": (CACHES, "5.23", "5.24.0"),
+    "_sliding_window_tensor": (CACHES, "5.15", "5.24.0"),
+    "_attn_implementation": (CONFIGURATION, "5.15", "5.24.0"),
+    "_experts_implementation": (CONFIGURATION, "5.15", "5.24.0"),
+    "_name_or_path": (CONFIGURATION, "5.15", "5.24.0"),
+    "_commit_hash": (CONFIGURATION, "5.15", "5.24.0"),
+    "_auto_class": (CONFIGURATION, "5.15", "5.24.0"),
+    "_keep_in_fp32_modules": (MODELS, "5.15", "5.24.0"),
+    "_keep_in_fp32_modules_strict": (MODELS, "5.15", "5.24.0"),
+    "_is_hf_initialized": (MODELS, "5.15", "5.24.0"),
+    "_hf_peft_config_loaded": ("transformers.integrations.peft", "5.15", "5.24.0"),
+    "_output_capturing_hooks_installed": ("transformers.utils.output_capturing", "5.15", "5.24.0"),
+    "_hf_hook": ("accelerate.hooks", "1.1", "1.15.0"),
+    "_old_forward": ("accelerate.hooks", "1.1", "1.15.0"),
+    "_active_adapter": ("peft.tuners.tuners_utils", "0.1", "0.19"),
+    "_disable_adapters": ("peft.tuners.tuners_utils", "0.1", "0.19"),
+    "_buffers": (MODULE, "2.5", "2.13.0"),
+    "_parameters": (MODULE, "2.5", "2.13.0"),
+    "_modules": (MODULE, "2.5", "2.13.0"),
+    "_call_impl": (MODULE, "2.5", "2.13.0"),
+    "_compiled_call_impl": (MODULE, "2.5", "2.13.0"),
+    "_forward_hooks": (MODULE, "2.5", "2.13.0"),
+    "_forward_pre_hooks": (MODULE, "2.5", "2.13.0"),
+    "_global_forward_hooks": (MODULE, "2.5", "2.13.0"),
+    "_global_forward_pre_hooks": (MODULE, "2.5", "2.13.0"),
+    "_orig_mod": (COMPILER, "2.5", "2.13.0"),
+    "_torchdynamo_orig_callable": (COMPILER, "2.5", "2.13.0"),
+}
+STANDARD_LIBRARY = {"_replace", "_fields", "_asdict"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """What a file gives a name to: functions, classes, variables and attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def named(tree: ast.AST, own: set[str]) -> Iterator[tuple[str, int]]:
+    """Private names that a file uses and that nobody in the package has made, or that are listed here; with lines."""
+    for node in ast.walk(tree):
+        found = []
+        if isinstance(node, ast.Attribute) and (node.attr not in own or node.attr in PRIVATE):
+            found = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = [word for word in (node.value,) if word in PRIVATE or word in ELSEWHERE]
+        elif isinstance(node, ast.FunctionDef) and (node.name in PRIVATE or node.name in ELSEWHERE):
+            found = [node.name]
+        for name in found:
+            if is_private(name) and name not in STANDARD_LIBRARY:
+                yield name, getattr(node, "lineno", 0)
+
+
+def violations(files: dict[Path, ast.Module]) -> list[str]:
+    own = {name for tree in files.values() for name in own_names(tree)}
+    found = []
+    for path, tree in files.items():
+        inside = ROOM in path.parents or path == PACKAGE / "bench" / "upstream.py"
+        for name, line in named(tree, own):
+            if not inside and ELSEWHERE.get(name) != path.name:
+                found.append(f"{path.name}:{line} names {name}: such names belong in models/")
+            elif inside and name not in PRIVATE:
+                found.append(f"{path.name}:{line} names {name}: list it in PRIVATE of this test")
+    return found
+
+
+def test_private_names_are_in_one_room_and_listed() -> None:
+    assert violations(trees()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "where"),
+    [
+        ("model._prefill(ids)", "cache.py"),
+        ("from transformers.generation.utils import _secret", "request.py"),
+        ("import_module('x'); getattr(model, '_hf_hook')", "explain.py"),
+        ("model._brand_new(ids)", "models/live.py"),
+        ("from torch._dynamo import eval_frame", "models/live.py"),
+        ("class Mine:\n    def _validate_model_kwargs(self): pass", "exactness.py"),
+    ],
+)
+def test_a_new_one_is_noticed(code: str, where: str) -> None:
+    (said,) = violations({**trees(), PACKAGE / where: ast.parse(code)})
+    assert said.startswith(where.rpartition("/")[2])
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_it_is_still_there(name: str) -> None:
+    where, since, seen = PRIVATE[name]
+    library = where.partition(".")[0]
+    try:
+        installed = importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{library} is not installed")
+    if version.parse(installed) < version.parse(since):
+        pytest.skip(f"{library} {installed} is older than {since}")
+    source = inspect.getsource(importlib.import_module(where))
+    assert re.search(rf"\b{name}\b", source), (
+        f"{where} of {library} {installed} has no {name} any more (it was seen in {seen}): look for what takes its "
+        "place, and at every use of it in hf_sparse_cache/models"
+    )
+
+
+def test_every_listed_name_is_used() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in ROOM.glob("*.py"))
+    assert [name for name in PRIVATE if not re.search(rf"\b{name}\b", text)] == []
