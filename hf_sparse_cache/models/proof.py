@@ -44,6 +44,8 @@ _PROMPTS = 3
 
 # What a configuration calls layers that keep no state.
 _EMPTY = ("mlp", "moe")
+# What a layer notes of whichever of its tensors came first; every tensor has a dtype and a device of its own.
+_NOTES = {"dtype", "device"}
 _lock = ForkSafeLock()
 # For each model object: by code and settings that the binding holds (""), by its whole name why it does not, and by
 # the code that is attached to it that this never stays the same.
@@ -219,7 +221,7 @@ def _mapped(payload: LayerTensors, change: Any) -> LayerTensors:
 def _different(two: _Run, restored: _Run) -> str:
     """Where a restored state does not continue as the one that never stopped, to the bit; "" nowhere."""
     for index, (one, other) in enumerate(zip(two.live.layers, restored.live.layers, strict=True)):
-        for name in sorted({*vars(one), *vars(other)}):
+        for name in sorted({*vars(one), *vars(other)} - _NOTES):
             if not _same(vars(one).get(name), vars(other).get(name)):
                 return f"a restored state does not continue as before: {name} of layer {index} is another"
     if not _same(two.logits, restored.logits):
