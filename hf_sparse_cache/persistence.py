@@ -27,7 +27,7 @@ from .store.seal import Seal
 from .store.store import CheckpointStore
 from .store.tier import Tier
 from .store.unit import Unit
-from .store.unit_files import Packing, UnitFiles, UnitReader, find, read_marks
+from .store.unit_files import Packing, UnitFiles, UnitReader, find, read_marks, state_record
 
 
 logger = logging.get_logger(__name__)
@@ -114,10 +114,12 @@ class _Target:
         stale = set() if before is None else before.listed
         for name in listing.units:
             with suppress(OSError, DamagedFileError):
-                record, _ = files.peek(self._folder / name, self._packing.seal, any_key=True)
-                if record.get("space") in spaces:
-                    # Format 1 says the space in the files of states alone.
-                    stale |= {name, *(str(item[-1]) for item in record.get("kv", ()))}
+                record, tokens = files.peek(self._folder / name, self._packing.seal, any_key=True)
+                if not any(record.get("space") == space for space in spaces):
+                    continue
+                stale.add(name)
+                if files.is_name(name, "state"):  # format 1 says the space in these files alone
+                    stale |= {part for _, _, part in state_record(record, tokens).kv}
         doomed = [self._folder / name for name in listing.units if name in stale - kept]
         for path in [*doomed, *listing.unfinished]:
             try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from hf_sparse_cache.store import files
 from hf_sparse_cache.store.seal import Seal
@@ -33,19 +35,25 @@ class Unit:
         return data
 
 
-class Saved:
-    """A saved cache to change: `units` by name, and `manifest`."""
+def taken_apart(data: bytes) -> Unit:
+    meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return Unit(safetensors.torch.load(data), json.loads(meta["unit"]), json.loads(meta.get("payload", "null")))
 
-    def __init__(self, folder: Path) -> None:
+
+class Saved:
+    """A saved cache to change: `units` by name, and `manifest`; with a seal only the units that it proves."""
+
+    def __init__(self, folder: Path, seal: Seal | None = None) -> None:
         self.folder = folder
         self.manifest = json.loads((folder / "sparse_cache.json").read_text())
         self.units: dict[str, Unit] = {}
         for path in folder.glob("*.safetensors"):
-            data = path.read_bytes()
-            meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            self.units[path.name] = Unit(
-                safetensors.torch.load(data), json.loads(meta["unit"]), json.loads(meta.get("payload", "null"))
-            )
+            if files.is_name(path.name) and files.kind_of(path) == "a file":
+                data = path.read_bytes()
+                if seal is not None and not seal.fits(data, path.stem.rpartition("-")[2]):
+                    continue
+                with suppress(SafetensorError, ValueError, KeyError):  # damaged already
+                    self.units[path.name] = taken_apart(data)
 
     def of(self, kind: str) -> list[Unit]:
         return [unit for name, unit in self.units.items() if name.startswith(kind)]
@@ -53,8 +61,8 @@ class Saved:
     def write(self, seal: Seal = files.CHECKSUMS) -> None:
         """Writes all anew: names, references and the list of files agree with what the files hold."""
         names: dict[str, str] = {}
-        for path in self.folder.glob("*.safetensors"):
-            path.unlink()
+        for name in self.units:
+            (self.folder / name).unlink(missing_ok=True)
         if seal.keyed and "signature" in self.manifest:  # as far as anybody can see
             self.manifest["keyed"] = seal.keyed
         for kind in ("kv", "state", "marks"):
