@@ -9,6 +9,7 @@ WORKERS ?= auto
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 240
 FUZZ_ARGS ?=
+MUTANTS_ARGS ?=
 SHELL := /bin/bash
 
 BIN := $(CURDIR)/.venv/bin
@@ -33,6 +34,9 @@ test-all: test fuzz  ## make test, and every suite that takes longer or needs mo
 
 fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+mutants: .venv/mutants  ## Faults planted in the core, and whether the tests notice: hours; MUTANTS_ARGS="--count 40 --room store"
+	nice -n 19 $(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 lint: .venv/dev  ## ruff, mypy and cython-lint
 	$(BIN)/ruff check --quiet .
@@ -90,6 +94,10 @@ clean:  ## Remove the virtual environment and everything that was built
 .venv/dev: .venv/base $(BUILT_FROM)
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch .venv/core $@
+
+.venv/mutants: .venv/dev
+	$(PIP_INSTALL) 'cosmic-ray>=8.7'
+	@touch $@
 
 # An older transformers and what it needs older; torch and all the rest are those of .venv, seen through a .pth file.
 .venv-floor/ready: .venv/dev constraints-floor.txt
