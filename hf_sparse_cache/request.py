@@ -30,7 +30,7 @@ from .explain import cause
 from .planning.cuts import Positions, Tokens
 from .planning.policies import Policy
 from .planning.policy import placed
-from .stats import Reason, RequestInfo
+from .stats import Cause, Reason, RequestInfo
 from .store.store import CheckpointStore
 from .store.tree import Payload
 from .store.unit import Span, Unit
@@ -75,6 +75,12 @@ class Request:
         fresh = _among(self._prompt.open_cuts, wanted, self._prompt.limit)
         self._marked = {position for position in self._visit.marked if position > self.resumed_tokens}
         self.planned = sorted({*fresh, *self._marked})
+
+    def start_over(self) -> None:
+        """Resumes from nothing after all and captures nothing: there is no memory for either."""
+        if self.checkpoint is not None:
+            self.reason = Reason(Cause.EVICTED)
+        self.resumed_tokens, self.checkpoint, self.planned = 0, None, []
 
     def info(self, reason: Reason | None = None) -> RequestInfo:
         """What happened, for those who count; `reason` in place of its own."""

@@ -54,9 +54,9 @@ def modules_of(room: dict[str, Any]) -> list[Path]:
     return sorted(path for path in found if path.name != "__init__.py")
 
 
-def planted(modules: list[Path], folder: Path) -> list[WorkItem]:
+def planted(modules: list[Path], database_file: Path) -> list[WorkItem]:
     """Every fault that can be planted in the modules, but for those in annotations and messages."""
-    with use_db(str(folder / "work.sqlite"), WorkDB.Mode.create) as database:
+    with use_db(str(database_file), WorkDB.Mode.create) as database:
         init(modules, database, {})
         items = list(database.work_items)
     idle = {str(path): list(_idle(ast.parse(path.read_text(encoding="utf-8")))) for path in modules}
@@ -109,7 +109,7 @@ def main() -> None:
         copy_checkout(folder / "checkout")
         os.chdir(folder / "checkout")
         os.environ.update(PYTHONPATH=os.getcwd(), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-        found = {room: planted(modules_of(settings), folder / f"{room}.") for room, settings in rooms.items()}
+        found = {room: planted(modules_of(settings), folder / f"{room}.sqlite") for room, settings in rooms.items()}
         for room, settings in rooms.items():
             outcome, output = run_tests(command(settings["tests"]), options.timeout)
             if outcome != TestOutcome.SURVIVED:

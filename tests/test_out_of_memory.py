@@ -53,13 +53,9 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, cache: SparsePrefixCache |
 
 def settled(store: CheckpointStore) -> bool:
     """Whether no request holds anything any more; what marks keep stays pinned."""
+    store.verify()
     pinned = [item for item in store.stored() if item.pins]
-    assert store.used_bytes == sum(map(_bytes, store.ledger.payloads()))
-    return not store.ledger._held and len(pinned) == len(store.marks.kept)
-
-
-def _bytes(payload: Any) -> int:
-    return int(payload.nbytes)
+    return not store.ledger.held and len(pinned) == len(store.marks.kept)
 
 
 @pytest.fixture
@@ -237,6 +233,24 @@ def test_a_tier_below_takes_what_makes_way(
         failing(jamba, 1, cpu_allocator)
         logits(jamba, random_ids(100, seed=9), cache)
         assert store.used_bytes == 0 < store.below.used_bytes and settled(store)
+        assert torch.equal(logits(jamba, question(2), cache), cold) and cache.last_request.resumed_tokens
+        store.close()
+
+
+def test_a_restore_that_never_has_memory(
+    jamba: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark that stays, and a disk that brings back what made way, are not resumed from again."""
+    store = CheckpointStore("64MiB", disk_memory="1GiB", disk_dir=tmp_path / "disk")
+    with handle(jamba, store=store) as cache:
+        cache.mark(question(2)[:, :GRID])
+        cold = logits(jamba, question(2), cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(states, "restore", lambda *_: cpu_allocator())
+            assert torch.equal(logits(jamba, question(2), cache), cold)
+        info = cache.last_request
+        assert (info.resumed_tokens, info.computed_tokens, str(info.reason)) == (0, info.prompt_tokens, "evicted")
+        assert settled(store)
         assert torch.equal(logits(jamba, question(2), cache), cold) and cache.last_request.resumed_tokens
         store.close()
 

@@ -129,11 +129,13 @@ class Server:
         space, changed = self.space.now(told=True)
         limit = self.binding.config.max_checkpoints
 
-        def attempt(capture: bool) -> tuple[Any, Request, dict[str, float]]:
+        def attempt(spacious: bool) -> tuple[Any, Request, dict[str, float]]:
             begun = time.perf_counter()
             cuts = self.cuts(tokens, space)
             opened = time.perf_counter()
             with open_request(self.store, self.policy, tokens, cuts, space=space, max_checkpoints=limit) as request:
+                if not spacious:
+                    request.start_over()
                 output, timing = prefill.prefill_row(
                     self.binding,
                     live,
@@ -142,7 +144,7 @@ class Server:
                     request,
                     kwargs,
                     position_dims,
-                    lambda: capture and str(identity(self.binding.model)) == made_of,
+                    lambda: str(identity(self.binding.model)) == made_of,
                 )
                 if str(identity(self.binding.model)) != made_of:
                     raise ChangedPrefillError("the model changed while the prompt was computed")
@@ -181,7 +183,7 @@ class Server:
 
         Args:
             live: what it fills, which begins anew then: nothing half done is ever used.
-            attempt: told whether there is memory to capture as well.
+            attempt: told whether there is memory to resume and to capture as well.
         """
         try:
             return attempt(True)
@@ -193,7 +195,7 @@ class Server:
         live.start_anew(self.binding.live_cache())
         logger.warning(
             f"A prefill ran out of memory ({said}). {format_bytes(self.store.give_back())} of stored states were "
-            "given back, and it runs once more without storing any; a smaller max_memory leaves it room."
+            "given back, and it runs once more from nothing; a smaller max_memory leaves it room."
         )
         return attempt(False)
 
