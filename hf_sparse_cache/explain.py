@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
 from .stats import Cause, Reason, format_bytes
+from .store.bounds import Bound
 from .store.tree import Checkpoint, Match, Node
-from .store.unit import Bound, namespace_of
+from .store.unit import namespace_of
 
 
 if TYPE_CHECKING:

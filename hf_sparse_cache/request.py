@@ -38,7 +38,6 @@ from .store.visit import Visit
 
 
 KVCapture = Callable[[int, int], Payload]
-_INT32 = np.iinfo(np.int32)
 
 
 class Request:
@@ -156,7 +155,7 @@ class Request:
         """
         ids = np.concatenate([self._prompt.ids, output.astype(np.int32, copy=False)])
         self._prompt = replace(self._prompt, ids=ids, cuts=cuts, shape=None, forecast=None)
-        self._store.ledger.go_on(self._visit, self._prompt)
+        self._visit.go_on(self._prompt)
         with self._policy.lock:
             wanted = placed(self._policy, self._prompt)
         behind = cuts[np.searchsorted(cuts, self.prompt_tokens) :]
@@ -168,7 +167,7 @@ class Request:
         if self._closed:
             return
         try:
-            if self._store.ledger.settle(self._visit):
+            if self._visit.settle():
                 with self._policy.lock:
                     self._policy.observe(self._prompt)
         finally:
@@ -222,13 +221,14 @@ def open_request(
     ids = np.ascontiguousarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"ids must be integers of shape (N,), got {ids.dtype} {ids.shape}; pass one prompt")
-    if ids.dtype != np.int32 and len(ids) and not (_INT32.min <= ids.min() and ids.max() <= _INT32.max):
-        wrong = int(ids.max() if ids.max() > _INT32.max else ids.min())
+    tokens = ids.astype(np.int32, copy=False)
+    if tokens is not ids and (tokens != ids).any():
+        wrong = int(ids[tokens != ids][0])
         raise ValueError(f"ids must lie in the range of int32, got {wrong}; pass the ids of a tokenizer")
     if max_checkpoints is not None and max_checkpoints < 0:
         raise ValueError(f"max_checkpoints must be at least 0 or None, got {max_checkpoints}")
     started = time.perf_counter()
-    visit = store.open(ids.astype(np.int32, copy=False), cuts, space)
+    visit = store.open(tokens, cuts, space)
     try:
         visit.prompt.limit = max_checkpoints
         with store.lock:

@@ -52,7 +52,7 @@ def moved(store: CheckpointStore) -> None:
 
 def orphan(store: CheckpointStore) -> None:
     node = deepest(store).node
-    store.ledger._attach(KVSegment(node.end, Blob(1), None, node, store.account("")))
+    store.ledger.chains.attach(KVSegment(node.end, Blob(1), None, node, store.account("")))
 
 
 def change(name: str, amount: int = 1) -> Callable[[CheckpointStore], None]:
@@ -66,8 +66,8 @@ def set_on(find: Callable[[CheckpointStore], Any], name: str, amount: int) -> Ca
 FAULTS: dict[str, tuple[Callable[[CheckpointStore], object], str]] = {
     "a checkpoint too many": (change("checkpoint_count"), "checkpoints: 4 counted, 3 found"),
     "bytes of states": (change("checkpoint_bytes"), "checkpoint_bytes"),
-    "bytes of KV": (change("kv_bytes", -1), "kv_bytes"),
-    "tokens of KV": (change("kv_tokens"), "kv_tokens"),
+    "bytes of KV": (set_on(lambda store: store.ledger.chains, "nbytes", -1), "kv_bytes"),
+    "tokens of KV": (set_on(lambda store: store.ledger.chains, "tokens", 1), "kv_tokens"),
     "an account": (set_on(lambda store: store.account(""), "kv_bytes", 1), "namespace ''"),
     "a closed account": (lambda store: store.accounts.clear(), "account that was closed"),
     "a pin": (set_on(deepest, "pins", 1), "pins: 1 counted, 0 found"),

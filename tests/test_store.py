@@ -126,6 +126,7 @@ BAD_CALLS: list[Callable[[], object]] = [
     lambda: CheckpointStore(max_remembered_tokens=0),
     lambda: make_policy("best"),
     lambda: open_request(CheckpointStore(), NoCheckpoints(), np.zeros((1, 4), np.int32), np.zeros(0, np.int64)),
+    lambda: open_request(CheckpointStore(), NoCheckpoints(), np.asarray([1, 2**31]), np.zeros(0, np.int64)),
     lambda: run(CheckpointStore(), list(range(9)), [3]),
 ]
 

@@ -144,11 +144,11 @@ def _chain(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _users(ledger: Ledger) -> Iterator[str]:
-    """Pins, references and holds are those of marks, visits, chains and footings."""
+    """Pins, references and holds are those of marks, users, chains and footings."""
     refs = Counter(item.kv for item in _checkpoints(ledger) if item.kv is not None)
     refs.update(item.parent for item in _segments(ledger) if item.parent is not None)
-    holds = Counter(footing.chain[-1] for footing in ledger.footings if footing.chain)
-    yield from _differ("held segments", dict(ledger.held), dict(holds))
+    holds = Counter(footing.chain[-1] for footing in ledger.chains.footings if footing.chain)
+    yield from _differ("held segments", dict(ledger.chains.held), dict(holds))
     for segment in {*_segments(ledger), *holds}:
         name = f"segment {segment.start}..{segment.end} on {_where(segment.node)}"
         yield from _differ(f"{name}, references", segment.refs, refs[segment])
@@ -156,8 +156,7 @@ def _users(ledger: Ledger) -> Iterator[str]:
         if not segment.refs and not segment.holds:
             yield f"{name} is kept for nothing"
     known: Counter[Checkpoint] = Counter(item for _, item in ledger.marks.kept)
-    known.update(visit.checkpoint for visit in ledger.visits if visit.checkpoint is not None)
-    known.update(ledger.moving)
+    known.update(ledger.in_use)
     for item in {*_checkpoints(ledger), *known, *ledger.pinned.values()}:
         name = f"checkpoint at {item.position} on {_where(item.node)}"
         yield from _differ(f"{name}, pins", item.pins, known[item])
@@ -176,7 +175,7 @@ def _sums(ledger: Ledger) -> Iterator[str]:
     yield from _differ("checkpoints", ledger.checkpoint_count, len(checkpoints))
     yield from _differ("checkpoint_bytes", ledger.checkpoint_bytes, sum(item.nbytes for item in checkpoints))
     yield from _differ("kv_bytes", ledger.kv_bytes, sum(item.nbytes for item in segments))
-    yield from _differ("kv_tokens", ledger.kv_tokens, sum(item.end - item.start for item in segments))
+    yield from _differ("kv_tokens", ledger.chains.tokens, sum(item.end - item.start for item in segments))
     payloads = [(item, item.state) for item in checkpoints] + [(item, item.payload) for item in segments]
     for entry, payload in payloads:
         if entry.nbytes != int(payload.nbytes):

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..checks import printable
 from ..errors import DamagedFileError, out_of_memory
 from . import files
+from .chains import Footing
 from .eviction import LRU
 from .headers import RefusedFileError
 from .ledger import Ledger
@@ -26,7 +27,6 @@ from .tier import Demote, Tier
 from .tree import KVSegment, Payload
 from .unit import Expected, Span, Unit, shared_chain
 from .unit_files import Found, Packing, StoredFile, UnitFiles, UnitReader, find
-from .visit import Footing
 
 
 _SPACE_FOLDER = re.compile(r"[0-9a-f]{32}")

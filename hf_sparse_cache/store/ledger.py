@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
-
-from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
-from ..planning.policy import Prompt, Terms
+from ..planning.cuts import Positions, Tokens
+from .chains import Chains, Footing
 from .eviction import LRU, Eviction
 from .forest import Forest, Trail
 from .marks import Marks
 from .tree import Account, Checkpoint, KVSegment, Match, Node, Payload
-from .unit import Bound, Span, Unit, chain_of, holder, namespace_of, unit_of
-from .visit import Footing, Visit
+from .unit import Span, Unit, holder, namespace_of, unit_of
 
 
 # Empty accounts beyond this number are closed, the oldest first.
@@ -58,7 +54,6 @@ class Ledger:
     ) -> None:
         self.max_memory = max_memory
         self.max_remembered_tokens = max_remembered_tokens
-        self.freed: list[Payload] | None = None  # what is stored no longer, for a tier that has to delete it
         self._limits = limits or {}
         self._fresh_eviction = copy.deepcopy(eviction)
         self._start(eviction)
@@ -71,18 +66,14 @@ class Ledger:
         self.demotions = 0
         self.checkpoint_count = 0
         self.checkpoint_bytes = 0
-        self.kv_bytes = 0
-        self.kv_tokens = 0
         self.reserved_bytes = 0  # room kept for what is on its way
         self.peak_bytes = 0
         self.forest = Forest()
+        self.chains = Chains(self.forest)
         self.accounts: dict[str, Account] = {}
         self._account_orders: dict[Account, Eviction] = {}  # of those with a limit
-        self.held: Counter[KVSegment] = Counter()  # ends of the chains that somebody builds on
         self.pinned: dict[int, Checkpoint] = {}
-        self.moving: list[Checkpoint] = []  # pinned because they are copied to another place just now
-        self.footings: set[Footing] = set()
-        self.visits: set[Visit] = set()
+        self.in_use: list[Checkpoint] = []  # pinned because they are resumed from, or copied to another place
         self.marks = Marks()
 
     def after_fork(self) -> None:
@@ -92,9 +83,23 @@ class Ledger:
     # -- what is stored -----------------------------------------------------------------------------------------------
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of all stored KV segments."""
+        return self.chains.nbytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of all stored states and KV segments."""
-        return self.checkpoint_bytes + self.kv_bytes
+        return self.checkpoint_bytes + self.chains.nbytes
+
+    @property
+    def freed(self) -> list[Payload] | None:
+        """What is stored no longer, for a tier that has to delete it; None where none has to."""
+        return self.chains.freed
+
+    @freed.setter
+    def freed(self, payloads: list[Payload] | None) -> None:
+        self.chains.freed = payloads
 
     def match(self, ids: Tokens, space: str = "") -> Match:
         """Finds the longest prefix of `ids` that the space remembers, token by token."""
@@ -151,102 +156,17 @@ class Ledger:
                 del self.accounts[namespace]
                 self._account_orders.pop(account, None)
 
-    # -- a request ----------------------------------------------------------------------------------------------------
+    # -- who came by --------------------------------------------------------------------------------------------------
 
-    def open(self, ids: Tokens, cuts: Positions, space: str) -> Visit:
-        """Matches a prompt, pins the deepest checkpoint it may resume from, and says what a policy may look at."""
-        with self.lock:
-            self.clock += 1
-            trail = Trail(self.forest, ids, space)
-            match = Match(*trail.known(), space in self.forest.trees)
-            usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
-            stored = match.checkpoints(usable)
-            checkpoint = stored[-1] if stored else None
-            if checkpoint is not None:
-                self.pin(checkpoint)
-                checkpoint.hits += 1
-                checkpoint.last_used = self.clock
-            marked = self.marks.positions(ids, cuts, space)
-            for item in stored:  # a tier below may have brought it after it was announced
-                if item.position in marked:
-                    self.keep(item, space)
-            self.passed(match, checkpoint, space)
-            prompt = self._prompt(ids, cuts, match, checkpoint)
-            footing = self._footing(trail)
-            if checkpoint is not None and checkpoint.kv is not None:
-                self._stand(footing, checkpoint.chain())
-            visit = Visit(space, footing, match, usable, checkpoint, marked, prompt)
-            self.visits.add(visit)
-            return visit
-
-    def _prompt(self, ids: Tokens, cuts: Positions, match: Match, checkpoint: Checkpoint | None) -> Prompt:
-        """What a policy may look at."""
-        state_bytes = self.checkpoint_bytes / max(self.checkpoint_count, 1)
-        kv_bytes = self.kv_bytes / max(self.kv_tokens, 1)
-        resumed = checkpoint.position if checkpoint is not None else 0
-        return Prompt(
-            ids,
-            cuts,
-            match.overlap,
-            resumed,
-            path_ends=np.asarray([node.end for node in match.path], dtype=np.int64),
-            path_passes=np.asarray([node.passes for node in match.path], dtype=np.int64),
-            latest=match.path[-1].latest if match.path else None,
-            terms=self._terms(match, checkpoint, state_bytes + kv_bytes * (len(ids) - resumed)),
-            state_bytes=state_bytes,
-            kv_bytes_per_token=kv_bytes,
-            resumed_bytes=checkpoint.nbytes if checkpoint is not None else 0,
-        )
-
-    def _terms(self, match: Match, checkpoint: Checkpoint | None, wanted: float) -> Terms:
-        """What new checkpoints of a prompt would earn and cost; `wanted` bytes are those of one at its end."""
-        need = 0.0
-        if self.max_memory is not None:
-            need = wanted + self.used_bytes - self.max_memory
-            need = max(need, 0.05 * self.max_memory) if need > 0 else 0.0
-        return self.eviction.terms(match.path, match.overlap, need, checkpoint)
-
-    def remember(self, ids: Tokens, space: str = "") -> list[Node]:
+    def remember(self, trail: Trail) -> list[Node]:
         """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
         with self.lock:
-            return self._remember(Trail(self.forest, ids, space))
-
-    def _remember(self, trail: Trail) -> list[Node]:
-        path = trail.grown(self.clock)
-        for node in path:
-            node.passes += 1
-            node.last_used = self.clock
-        self.trim()
-        return path
-
-    def go_on(self, visit: Visit, prompt: Prompt) -> None:
-        """A visit's text becomes a longer one that begins with it."""
-        with self.lock:
-            visit.prompt = prompt
-            visit.footing.trail = Trail(self.forest, prompt.ids, visit.space)
-
-    def settle(self, visit: Visit) -> bool:
-        """A request went well: counts its prompt in the tree, and lets the eviction learn from it.
-
-        Returns:
-            False if nothing may be remembered of it, as its space was cleared.
-        """
-        with self.lock:
-            if visit.footing.ended or visit not in self.visits:  # not there after a fork
-                return False
-            path = self._remember(visit.footing.trail)
-            self.forest.describe(path, visit.prompt.shape)
-            self.eviction.settled(path, visit.prompt.forecast, self.clock)
-            return True
-
-    def leave(self, visit: Visit) -> None:
-        """Takes back what a visit pins and holds."""
-        with self.lock:
-            if visit in self.visits:  # not after a fork
-                self.visits.remove(visit)
-                self.let_go(visit.footing)
-                if visit.checkpoint is not None:
-                    self.unpin(visit.checkpoint)
+            path = trail.grown(self.clock)
+            for node in path:
+                node.passes += 1
+                node.last_used = self.clock
+            self.trim()
+            return path
 
     def passed(self, match: Match, resumed: Checkpoint | None, space: str) -> None:
         """A request walked the path of `match` and resumed at `resumed`."""
@@ -277,7 +197,7 @@ class Ledger:
             urgent: the eviction is not asked whether something else is worth more.
             demotes: whether a victim is copied to a tier below before it goes.
         """
-        if footing.ended or footing not in self.footings:  # not there after a fork
+        if footing.ended or footing not in self.chains.footings:  # not there after a fork
             return Entry(None)
         path = footing.trail.grown(self.clock)
         home = holder(path, unit.position)
@@ -285,7 +205,7 @@ class Ledger:
             known = home.checkpoints[unit.position]
             known.hits = max(known.hits, unit.hits)
             return Entry(known)
-        wanted = self._advance(footing, unit.spans)
+        wanted = self.chains.advance(footing, unit.spans)
         if any(span not in unit.kv for span in wanted):
             return Entry(None)  # a shared segment was freed while the caller computed: nothing to chain to
         need = int(unit.state.nbytes) + sum(int(unit.kv[span].nbytes) for span in wanted)
@@ -301,71 +221,32 @@ class Ledger:
         chain = footing.shared(unit.spans)
         for span in wanted:
             below = chain[-1] if chain else None
-            chain.append(self._attach(KVSegment(span[1], unit.kv[span], below, holder(path, span[1]), account)))
+            chain.append(self.chains.attach(KVSegment(span[1], unit.kv[span], below, holder(path, span[1]), account)))
         self._store(checkpoint, chain[-1] if chain else None)
         if wanted:
-            self._stand(footing, chain)
+            self.chains.stand(footing, chain)
         return Entry(checkpoint)
 
     def missing_spans(self, footing: Footing, spans: Sequence[Span]) -> Sequence[Span]:
         """The part of a gapless list of KV spans, from 0 upwards, that is not stored on the footing's text.
 
-        The rest stays stored until `let_go`.
+        The rest stays stored until the footing ends.
         """
         if not spans:
             return spans
         with self.lock:
-            return self._advance(footing, spans) if footing in self.footings else spans
-
-    def _advance(self, footing: Footing, spans: Sequence[Span]) -> Sequence[Span]:
-        """Follows the stored chain as far as `spans` go; returns those that are left."""
-        chain = footing.shared(spans)
-        if len(chain) < len(spans):
-            path, depth = footing.trail.known()
-            found = chain_of(path, [span for span in spans[len(chain) :] if span[1] <= depth], chain)
-            if found:
-                chain += found
-                self._stand(footing, chain)
-        return spans[len(chain) :]
+            return self.chains.advance(footing, spans) if footing in self.chains.footings else spans
 
     @contextmanager
     def footing(self, ids: Tokens, space: str) -> Iterator[Footing]:
         """A footing on one text for as long as the block runs."""
         with self.lock:
-            footing = self._footing(Trail(self.forest, ids, space))
+            footing = self.chains.begin(Trail(self.forest, ids, space))
         try:
             yield footing
         finally:
-            self.let_go(footing)
-
-    def _footing(self, trail: Trail) -> Footing:
-        footing = Footing(trail)
-        self.footings.add(footing)
-        return footing
-
-    def let_go(self, footing: Footing) -> None:
-        """Ends a footing: what only its chain needed is freed."""
-        with self.lock:
-            self.footings.discard(footing)
-            chain, footing.chain = footing.chain, []
-            if chain:
-                self._unhold(chain[-1])
-
-    def _stand(self, footing: Footing, chain: list[KVSegment]) -> None:
-        """Holds the end of a chain, and with it all of it, in place of the one before."""
-        before, footing.chain = footing.chain, chain
-        chain[-1].holds += 1
-        self.held[chain[-1]] += 1
-        if before:
-            self._unhold(before[-1])
-
-    def _unhold(self, segment: KVSegment) -> None:
-        if segment in self.held:  # not after a fork
-            segment.holds -= 1
-            self.held[segment] -= 1
-            if not self.held[segment]:
-                del self.held[segment]
-            self._free_chain(segment)
+            with self.lock:
+                self.chains.end(footing)
 
     def _store(self, checkpoint: Checkpoint, kv: KVSegment | None) -> None:
         if kv is not None:
@@ -420,16 +301,16 @@ class Ledger:
         return victim
 
     def take(self, checkpoint: Checkpoint) -> None:
-        """Pins a checkpoint that is about to be copied to another place, until `done_with`."""
+        """Pins a checkpoint that is resumed from, or about to be copied to another place, until `done_with`."""
         with self.lock:
             self.pin(checkpoint)
-            self.moving.append(checkpoint)
+            self.in_use.append(checkpoint)
 
     def done_with(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint that was pinned to be copied is copied."""
+        """Takes back one `take`."""
         with self.lock:
-            if checkpoint in self.moving:  # not after a fork
-                self.moving.remove(checkpoint)
+            if checkpoint in self.in_use:  # not after a fork
+                self.in_use.remove(checkpoint)
                 self.unpin(checkpoint)
 
     def evict(self, checkpoint: Checkpoint, *, demoted: bool = False) -> None:
@@ -452,9 +333,9 @@ class Ledger:
         self.demotions += demoted
         self.evictions += not demoted
         checkpoint.owner.evictions += not demoted
-        self._free(checkpoint.state)
+        self.chains.gone(checkpoint.state)
         node.lost = min(node.lost or checkpoint.position, checkpoint.position)
-        self._release(checkpoint.kv)
+        self.chains.release(checkpoint.kv)
         checkpoint.kv = None
         for order in self._orders(checkpoint.owner):
             order.dropped(checkpoint)
@@ -473,7 +354,7 @@ class Ledger:
         when it closes, and the request stores nothing more.
         """
         with self.lock:
-            for footing in self.footings:
+            for footing in self.chains.footings:
                 footing.ended |= space in (None, footing.trail.space)
             for checkpoint in self.marks.forget(space):
                 self.unpin(checkpoint)
@@ -550,83 +431,14 @@ class Ledger:
                 self.pin(checkpoint)
                 self.marks.kept.append((space, checkpoint))
 
-    def bound(self, ids: Tokens, position: int, space: str = "") -> Bound | None:
-        """The tightest budget for a checkpoint at `position` of `ids`; None without any."""
-        with self.lock:
-            account, path = self.account(namespace_of(space)), self.match(ids, space)
-            bounds = []
-            if self.max_memory is not None:
-                bounds.append(Bound("max_memory", self.max_memory, self.used_bytes, self._kept_beside(path, position)))
-            if account.limit is not None:
-                kept = self._kept_beside(path, position, account)
-                bounds.append(Bound("namespace_memory", account.limit, account.used_bytes, kept))
-            return min(bounds, key=lambda bound: bound.limit - bound.kept, default=None)
-
-    def _kept_beside(self, path: Match, position: int, owner: Account | None = None) -> int:
-        """Bytes that stay while a checkpoint at `position` of this path comes, less what it would share: what marks
-        keep, and the checkpoint that its request resumes from.
-        """
-        nodes = set(path.path)
-        segments: set[KVSegment] = set()
-        held = 0
-        staying = {id(checkpoint): checkpoint for _, checkpoint in self.marks.kept}
-        staying |= {id(checkpoint): checkpoint for checkpoint in path.checkpoints(position - 1)[-1:]}
-        for checkpoint in staying.values():
-            same = checkpoint.node in nodes and checkpoint.position == position
-            if same or (owner is not None and checkpoint.owner is not owner):
-                continue
-            held += checkpoint.nbytes
-            segments.update(checkpoint.chain())
-        shared = min(path.overlap, position)
-        return held + sum(segment.nbytes for segment in segments if segment.node not in nodes or segment.end > shared)
-
     def _locked_bytes(self) -> int:
         """Bytes that no eviction can free now: pinned checkpoints and the chains that open requests need."""
         pinned = [checkpoint for checkpoint in self.pinned.values() if checkpoint.stored]
-        segments: set[KVSegment] = set()
-        for segment in [*self.held, *(checkpoint.kv for checkpoint in pinned)]:
-            while segment is not None and segment not in segments:
-                segments.add(segment)
-                segment = segment.parent
+        segments = self.chains.below([*self.chains.held, *(checkpoint.kv for checkpoint in pinned)])
         return sum(item.nbytes for item in pinned) + sum(segment.nbytes for segment in segments)
-
-    # -- bytes --------------------------------------------------------------------------------------------------------
 
     def _count(self, checkpoint: Checkpoint, sign: int) -> None:
         self.checkpoint_count += sign
         self.checkpoint_bytes += sign * checkpoint.nbytes
         checkpoint.owner.checkpoints += sign
         checkpoint.owner.checkpoint_bytes += sign * checkpoint.nbytes
-
-    def _attach(self, segment: KVSegment) -> KVSegment:
-        segment.node.segments[segment.parent, segment.end] = segment
-        if segment.parent is not None:
-            segment.parent.refs += 1
-        self._count_kv(segment, 1)
-        return segment
-
-    def _count_kv(self, segment: KVSegment, sign: int) -> None:
-        self.kv_bytes += sign * segment.nbytes
-        self.kv_tokens += sign * (segment.end - segment.start)
-        segment.owner.kv_bytes += sign * segment.nbytes
-
-    def _release(self, segment: KVSegment | None) -> None:
-        """Takes back one reference."""
-        if segment is not None:
-            segment.refs -= 1
-            self._free_chain(segment)
-
-    def _free_chain(self, segment: KVSegment | None) -> None:
-        """Frees every segment up the chain that nothing needs any more."""
-        while segment is not None and not segment.refs and not segment.holds:
-            del segment.node.segments[segment.parent, segment.end]
-            self._count_kv(segment, -1)
-            self._free(segment.payload)
-            self.forest.released(segment.node)
-            segment = segment.parent
-            if segment is not None:
-                segment.refs -= 1
-
-    def _free(self, payload: Payload) -> None:
-        if self.freed is not None:
-            self.freed.append(payload)

@@ -19,15 +19,18 @@ from .. import forks
 from ..errors import out_of_memory
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
 from ..stats import counted, parse_bytes
+from .bounds import Bound, tightest
+from .chains import Footing
 from .eviction import Eviction, make_eviction
+from .forest import Trail
 from .host import HostTier
 from .ledger import Ledger
 from .marks import Marks
 from .seal import Seal
 from .tier import Demote, Shown, Tier
 from .tree import Account, Checkpoint, Node
-from .unit import Bound, Unit, unit_of
-from .visit import Footing, Visit
+from .unit import Unit, unit_of
+from .visit import Visit
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +146,7 @@ class CheckpointStore(Shown):
 
     def bound(self, ids: Tokens, position: int, space: str = "") -> Bound | None:
         """The tightest budget for a checkpoint at `position` of `ids`; None without any."""
-        return self.ledger.bound(ids, position, space)
+        return tightest(self.ledger, ids, position, space)
 
     def reach(self, ids: Tokens, space: str = "") -> tuple[int, int]:
         """How far the tiers below would resume a prompt, and how much of it they know; reads no file."""
@@ -170,11 +173,11 @@ class CheckpointStore(Shown):
             What was found, and what `put` needs of it; to be given back to `leave`.
         """
         self.lift(ids, space)
-        return self.ledger.open(ids, cuts, space)
+        return Visit.begin(self.ledger, ids, cuts, space)
 
     def leave(self, visit: Visit) -> None:
         """Ends a request: what only it pinned or held may go, and goes where the budget is smaller by now."""
-        self.ledger.leave(visit)
+        visit.end()
         memory = self.tiers[0]
         if memory.ledger.over_budget:
             memory.shrink(self._demotion(memory))
@@ -198,7 +201,7 @@ class CheckpointStore(Shown):
 
     def remember(self, ids: Tokens, space: str = "") -> list[Node]:
         """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
-        return self.ledger.remember(ids, space)
+        return self.ledger.remember(Trail(self.forest, ids, space))
 
     def mark(self, prefix: Tokens, cuts: Positions, space: str = "") -> None:
         """Announces a prefix: the checkpoint at its last cut is kept from now on, or as soon as a prompt brings it.
@@ -345,6 +348,8 @@ class CheckpointStore(Shown):
 
     def _demotion(self, tier: Tier) -> Demote | None:
         """Where the victims of a tier go; None for the last one."""
+        if tier is self.tiers[-1]:
+            return None
         below = list(dropwhile(lambda other: other is not tier, self.tiers))[1:]
         return partial(self._demote, tier, below) if below else None
 

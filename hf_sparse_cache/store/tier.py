@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from threading import RLock
 
 from ..planning.cuts import Tokens
 from .audit import WrongBooksError, audit
+from .chains import Footing
 from .eviction import Eviction
 from .forest import Forest
 from .ledger import Ledger
 from .tree import Checkpoint, Match
 from .unit import Expected, MovablePayload, Span, Unit
-from .visit import Footing
 
 
 logger = logging.getLogger(__name__)
@@ -141,17 +140,17 @@ class Tier(Shown):
         Returns:
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
         """
-        with ExitStack() as stack:
-            if footing is None:
-                footing = stack.enter_context(self.ledger.footing(unit.tokens, unit.space))
-            while True:
-                with self.lock:
-                    entry = self.ledger.insert(unit, footing, urgent=urgent or keep, demotes=demote is not None)
-                    if keep and entry.checkpoint is not None:  # under this lock, or another thread takes its room
-                        self.ledger.keep(entry.checkpoint, unit.space)
-                if entry.victim is None or demote is None:
-                    return entry.checkpoint
-                demote(entry.victim)
+        if footing is None:
+            with self.ledger.footing(unit.tokens, unit.space) as own:
+                return self.put(unit, demote, own, urgent=urgent, keep=keep)
+        while True:
+            with self.lock:
+                entry = self.ledger.insert(unit, footing, urgent=urgent or keep, demotes=demote is not None)
+                if keep and entry.checkpoint is not None:  # under this lock, or another thread takes its room
+                    self.ledger.keep(entry.checkpoint, unit.space)
+            if entry.victim is None or demote is None:
+                return entry.checkpoint
+            demote(entry.victim)
 
     def accept(self, unit: Unit, demote: Demote | None = None) -> bool:
         """Takes a unit from a faster tier; True if this one has it now."""

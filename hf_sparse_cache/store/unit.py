@@ -5,29 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from ..planning.cuts import Tokens
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
 
 
 Span = tuple[int, int]
-
-
-class Bound(NamedTuple):
-    """A budget that a checkpoint has to fit into.
-
-    Attributes:
-        name: the argument that sets it.
-        limit: its bytes.
-        used: those that are stored.
-        kept: those of them that stay while the checkpoint is stored, and that it does not share.
-    """
-
-    name: str
-    limit: int
-    used: int
-    kept: int
 
 
 @runtime_checkable

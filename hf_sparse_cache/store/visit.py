@@ -1,46 +1,22 @@
-"""What the store hands to those who build on what it holds: a footing on one text, and a request's whole visit."""
+"""One prompt's stay in the store: matched, looked at by a policy, built on, remembered."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..planning.policy import Prompt
+import numpy as np
+
+from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
+from ..planning.policy import Prompt, Terms
+from .chains import Footing
 from .forest import Trail
-from .tree import Checkpoint, KVSegment, Match
-from .unit import Span
-
-
-class Footing:
-    """Where somebody stands on one text: its way through the tree, and the stored KV chain he builds on.
-
-    Nothing of the chain is freed before the ledger is told to let go of the footing.
-
-    Attributes:
-        chain: the stored segments of his spans, from 0 upwards, as far as he has asked for them.
-        ended: its space was cleared: nothing is stored on it any more.
-    """
-
-    __slots__ = ("chain", "ended", "trail")
-
-    def __init__(self, trail: Trail) -> None:
-        self.trail = trail
-        self.chain: list[KVSegment] = []
-        self.ended = False
-
-    def shared(self, spans: Sequence[Span]) -> list[KVSegment]:
-        """The part of the chain that covers the first of `spans`, cut for cut."""
-        count = 0
-        for segment, span in zip(self.chain, spans, strict=False):
-            if (segment.start, segment.end) != span:
-                break
-            count += 1
-        return self.chain[:count]
+from .ledger import Ledger
+from .tree import Checkpoint, Match
 
 
 @dataclass(eq=False)
 class Visit:
-    """One prompt's stay in the store, from `CheckpointStore.open` to `CheckpointStore.leave`.
+    """From `CheckpointStore.open` to `CheckpointStore.leave`.
 
     Attributes:
         footing: its text and the chain that its checkpoints build on; walked once, reused by every `put`.
@@ -51,6 +27,7 @@ class Visit:
         prompt: what a policy may look at.
     """
 
+    ledger: Ledger
     space: str
     footing: Footing
     match: Match
@@ -58,3 +35,85 @@ class Visit:
     checkpoint: Checkpoint | None
     marked: set[int]
     prompt: Prompt
+
+    @classmethod
+    def begin(cls, ledger: Ledger, ids: Tokens, cuts: Positions, space: str) -> Visit:
+        """Matches a prompt, pins the deepest checkpoint it may resume from, and says what a policy may look at."""
+        with ledger.lock:
+            ledger.clock += 1
+            footing = ledger.chains.begin(Trail(ledger.forest, ids, space))
+            match = Match(*footing.trail.known(), space in ledger.forest.trees)
+            usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
+            stored = match.checkpoints(usable)
+            checkpoint = stored[-1] if stored else None
+            if checkpoint is not None:
+                ledger.take(checkpoint)
+                checkpoint.hits += 1
+                checkpoint.last_used = ledger.clock
+                if checkpoint.kv is not None:
+                    ledger.chains.stand(footing, checkpoint.chain())
+            marked = ledger.marks.positions(ids, cuts, space)
+            for item in stored:  # a tier below may have brought it after it was announced
+                if item.position in marked:
+                    ledger.keep(item, space)
+            ledger.passed(match, checkpoint, space)
+            prompt = _prompt(ledger, ids, cuts, match, checkpoint)
+            return cls(ledger, space, footing, match, usable, checkpoint, marked, prompt)
+
+    def go_on(self, prompt: Prompt) -> None:
+        """The text becomes a longer one that begins with it."""
+        with self.ledger.lock:
+            self.prompt = prompt
+            self.footing.trail = Trail(self.ledger.forest, prompt.ids, self.space)
+
+    def settle(self) -> bool:
+        """The request went well: counts its prompt in the tree, and lets the eviction learn from it.
+
+        Returns:
+            False if nothing may be remembered of it, as its space was cleared.
+        """
+        ledger = self.ledger
+        with ledger.lock:
+            if self.footing.ended or self.footing not in ledger.chains.footings:  # not there after a fork
+                return False
+            path = ledger.remember(self.footing.trail)
+            ledger.forest.describe(path, self.prompt.shape)
+            ledger.eviction.settled(path, self.prompt.forecast, ledger.clock)
+            return True
+
+    def end(self) -> None:
+        """Takes back what it pins and holds."""
+        with self.ledger.lock:
+            if self.footing in self.ledger.chains.footings:
+                self.ledger.chains.end(self.footing)
+                if self.checkpoint is not None:
+                    self.ledger.done_with(self.checkpoint)
+
+
+def _prompt(ledger: Ledger, ids: Tokens, cuts: Positions, match: Match, checkpoint: Checkpoint | None) -> Prompt:
+    """What a policy may look at."""
+    state_bytes = ledger.checkpoint_bytes / max(ledger.checkpoint_count, 1)
+    kv_bytes = ledger.kv_bytes / max(ledger.chains.tokens, 1)
+    resumed = checkpoint.position if checkpoint is not None else 0
+    return Prompt(
+        ids,
+        cuts,
+        match.overlap,
+        resumed,
+        path_ends=np.asarray([node.end for node in match.path], dtype=np.int64),
+        path_passes=np.asarray([node.passes for node in match.path], dtype=np.int64),
+        latest=match.path[-1].latest if match.path else None,
+        terms=_terms(ledger, match, checkpoint, state_bytes + kv_bytes * (len(ids) - resumed)),
+        state_bytes=state_bytes,
+        kv_bytes_per_token=kv_bytes,
+        resumed_bytes=checkpoint.nbytes if checkpoint is not None else 0,
+    )
+
+
+def _terms(ledger: Ledger, match: Match, checkpoint: Checkpoint | None, wanted: float) -> Terms:
+    """What new checkpoints of a prompt would earn and cost; `wanted` bytes are those of one at its end."""
+    need = 0.0
+    if ledger.max_memory is not None:
+        need = wanted + ledger.used_bytes - ledger.max_memory
+        need = max(need, 0.05 * ledger.max_memory) if need > 0 else 0.0
+    return ledger.eviction.terms(match.path, match.overlap, need, checkpoint)
