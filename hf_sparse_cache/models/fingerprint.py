@@ -22,7 +22,7 @@ from ..forks import ForkSafeLock
 from . import survey as surveys
 from .binding import Binding
 from .inputs import input_device
-from .weights import Identity, contents, identity, plain_parts
+from .weights import Identity, contents, identity, plain_parts, verified
 
 
 # Packages whose kernels replace torch's own in these models; another version may round differently.
@@ -79,12 +79,13 @@ def durable_space(description: dict[str, Any], namespace: str) -> str:
 
 
 def describe(binding: Binding) -> dict[str, Any]:
-    """Everything that decides whether a state can be continued bit for bit, as JSON values.
+    """Everything that decides whether a state can be continued bit for bit, as JSON values; it reads all weights.
 
     Raises:
         ValueError: weights are offloaded and cannot be read.
     """
     model, config = binding.model, binding.model.config
+    verified(model)
     found = surveys.survey(model)
     return {
         "format": _FORMAT,

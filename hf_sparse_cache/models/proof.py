@@ -26,7 +26,7 @@ from .inputs import input_device
 from .live import LiveCache
 from .tensors import LayerTensors
 from .watch import ChangedPrefillError
-from .weights import forget, identity
+from .weights import Identity, forget, identity
 
 
 logger = logging.get_logger(__name__)
@@ -92,25 +92,35 @@ class Proof:
         if not self.wanted:
             return ""
         model = self._binding.model
-        found = identity(model)
         with _lock:
             known = _found.setdefault(model, {})
-        for name in (found.attached, found.proved_by, str(found)):
-            if name in known:
-                return known[name]
-        before = surveys.noted(model)
+        for _ in range(2):  # what is attached may change once, by chance, while it is looked at
+            found = identity(model)
+            for name in (found.attached, found.proved_by, str(found)):
+                if name in known:
+                    return known[name]
+            why = self._attempt(found)
+            if not found.foreign or identity(model).code == found.code:
+                return _remember(known, str(found) if why else identity(model).proved_by, why)
+        why = f"{found.foreign} is another after every forward, so that nothing fits twice"
+        return _remember(known, found.attached, why)
+
+    def _attempt(self, found: Identity) -> str:
+        """One proof of a model as it is; what its forwards write down themselves is no setting from then on."""
+        before = surveys.noted(self._binding.model)
         share = _SHARE_PACKED if found.packed else _SHARE_ATTACHED if found.foreign else _SHARE
         why = _shortcoming(self._binding, share)
-        if surveys.note_written(model, before):
-            forget(model)
-        name = str(found) if why else identity(model).proved_by
-        if found.foreign and identity(model).code != found.code:
-            name, why = found.attached, f"{found.foreign} is another after every forward, so that nothing fits twice"
-        with _lock:
-            if len(known) >= _MOST_FOUND:
-                known.clear()
-            known[name] = why
+        if surveys.note_written(self._binding.model, before):
+            forget(self._binding.model)
         return why
+
+
+def _remember(known: dict[str, str], name: str, why: str) -> str:
+    with _lock:
+        if len(known) >= _MOST_FOUND:
+            known.clear()
+        known[name] = why
+    return why
 
 
 # -- the runs ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .live import LiveCache
 from .proof import Proof
 from .rope import length_limit
 from .space import Space
-from .watch import ChangedPrefillError
+from .watch import ModelChangedError
 from .weights import identity
 
 
@@ -122,7 +122,22 @@ class Server:
     def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
     ) -> Any:
-        """Run the prefill of one prompt `(length,)` on a fresh live cache; returns the model's last output."""
+        """Run the prefill of one prompt `(length,)` on a fresh live cache; returns the model's last output.
+
+        Where the model changes meanwhile, it begins anew, once, with what is stored for the model as it is then.
+
+        Raises:
+            ChangedPrefillError: Segments do not compute what one piece would.
+        """
+        try:
+            return self._serve_row(live, ids, kwargs, position_dims)
+        except ModelChangedError:
+            live.start_anew(self.binding.live_cache())
+            return self._serve_row(live, ids, kwargs, position_dims)
+
+    def _serve_row(
+        self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
+    ) -> Any:
         started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
         made_of = str(identity(self.binding.model))
@@ -147,7 +162,7 @@ class Server:
                     lambda: str(identity(self.binding.model)) == made_of,
                 )
                 if str(identity(self.binding.model)) != made_of:
-                    raise ChangedPrefillError("the model changed while the prompt was computed")
+                    raise ModelChangedError("the model changed while the prompt was computed")
                 served = time.perf_counter()
             return (
                 output,

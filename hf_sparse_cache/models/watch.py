@@ -17,6 +17,10 @@ class ChangedPrefillError(Exception):
     """Segments would not compute what one piece computes; the message says why, and ends no sentence."""
 
 
+class ModelChangedError(ChangedPrefillError):
+    """The model is no longer the one that the prompt's first segments were computed with."""
+
+
 def check_inputs(model: Any, inputs: dict[str, Any], asked: dict[str, Any], live: LiveCache) -> None:
     """Whether `prepare_inputs_for_generation` gave the segment's tokens and positions, and nothing in their place.
 
