@@ -49,7 +49,8 @@ format: .venv/dev  ## Format and sort imports in place
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 # Exactness on the newest and on the oldest supported transformers.
-MATRIX_TESTS := $(addprefix tests/test_,matrix.py sabotage.py exactness.py mamba1.py numerical.py multimodal.py requests.py weights.py)
+MATRIX_TESTS := $(addprefix tests/test_,matrix.py sabotage.py exactness.py mamba1.py numerical.py multimodal.py requests.py weights.py calls.py \
+    upstream.py)
 
 test-matrix: .venv/dev test-floor  ## The exactness tests on the oldest supported transformers and on the newest
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)

@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,18 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
+@cache
 def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def own_names(tree: ast.AST) -> Iterator[str]:
+@cache
+def own_names(tree: ast.AST) -> frozenset[str]:
     """What a file gives a name to: functions, classes, variables and attributes."""
+    return frozenset(_own_names(tree))
+
+
+def _own_names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
