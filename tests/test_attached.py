@@ -13,6 +13,7 @@ from tiny_models import build, random_ids
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache.models.live import LiveCache
 from hf_sparse_cache.models.weights import identity
 from hf_sparse_cache.tools.random_weights import draw_weights
 
@@ -342,6 +343,27 @@ def test_a_forward_in_the_place_of_the_models_own(bench: Bench) -> None:
         assert is_stock(bench, cache, 2) and "weights changed" in reason(cache)
         del bench.model.forward
         assert is_stock(bench, cache, 3) and reason(cache) == "resumed" and str(identity(bench.model)) == name
+
+
+@pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba", "Jamba"])
+def test_a_live_cache_that_is_handed_back(family: str) -> None:
+    """For the next turn: nothing in the cache of a purely recurrent model says which tokens it holds."""
+    bench = Bench(family, model=build(family))
+    model, name = bench.model, "past_key_values" if family == "Jamba" else "cache_params"
+    given = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    with bench.handle() as cache:
+        first = model.generate(bench.prompt(1), past_key_values=cache, **given)
+        live = next(value for value in first.values() if isinstance(value, LiveCache))
+        for ids in (torch.cat([first.sequences, random_ids(9, seed=5)], 1), bench.prompt(2)):
+            if family == "Jamba" and ids is not None and ids.shape[1] < first.sequences.shape[1]:
+                continue  # another text on keys and values of this one is what was asked for
+            stock = bench.generate(ids, None)
+            assert bench.generate(ids, None, **{name: live}).distance(stock) <= 1e-4
+        if family != "Jamba":
+            assert cache.stats().requests == 3 and cache.last_request.resumed_tokens > 0
+    if family == "Mamba":
+        with bench.handle():  # the one that it came from is gone
+            assert bench.generate(bench.prompt(2), None, **{name: live}).distance(stock) <= 1e-4
 
 
 # -- settings of modules ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The checker accepts exact caches and rejects every kind of wrong state, on each core family."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +173,34 @@ def test_bytes_are_those_of_the_tensors(jamba: PreTrainedModel) -> None:
         assert stats.checkpoint_bytes == sum(storage(checkpoint.state) for checkpoint in checkpoints) > 0
         assert stats.kv_bytes == sum(storage(segment.payload) for segment in segments) > 0
         assert stats.checkpoints == len(checkpoints)
+
+
+def crafted(monkeypatch: pytest.MonkeyPatch, stock: list[int], warm: list[int], logits: list[float]) -> Any:
+    """A report on runs that chose these tokens; warm logits are off stock's by `logits`, step by step."""
+    from hf_sparse_cache import exactness
+
+    zeros = torch.zeros(len(stock), 5)
+    state = (LayerTensors(({"conv.0": torch.zeros(2)},)),)
+    off = torch.tensor(logits)[:, None].expand(-1, 5)
+    runs = [
+        exactness._Run(torch.tensor(stock), zeros, ()),
+        exactness._Run(torch.tensor(warm), off, state),
+        exactness._Run(torch.tensor(warm), off, state),
+        exactness._Run(torch.tensor(warm), off, state),
+    ]
+    monkeypatch.setattr(exactness, "_run", lambda *args: runs.pop(0))
+    model = build("Mamba2")
+    with warmed(model) as cache:
+        return check_exactness(model, PROMPTS[:1], cache=cache, max_new_tokens=len(stock))
+
+
+def test_steps_are_compared_up_to_the_first_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it the two runs have read different texts; at it they have not, and it counts."""
+    report = crafted(monkeypatch, [5, 6, 7, 8], [5, 6, 9, 8], [1e-5, 2e-5, 0.25, 3.0])
+    assert report.max_abs_logit_diff == 0.25 and not report.tokens_equal
+    report = crafted(monkeypatch, [5, 6, 7, 8], [4, 6, 7, 8], [0.5, 1.0, 2.0, 3.0])
+    assert report.max_abs_logit_diff == 0.5 and not report.tokens_equal
+    report = crafted(monkeypatch, [5, 6, 7, 8], [5, 6, 7, 8], [1e-5, 2e-5, 0.25, 3.0])
+    assert report.max_abs_logit_diff == 3.0 and report.tokens_equal
+    report = crafted(monkeypatch, [5, 6, 7, 8], [5, 6, 7, 1], [0.0, 0.0, 0.0, 0.125])
+    assert report.max_abs_logit_diff == 0.125 and not report.tokens_equal

@@ -31,6 +31,7 @@ def attachment(binding: Binding) -> Attachment:
 
 
 def _generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kwargs = _handed_back(model, kwargs)
     name, handle = _handle_in(kwargs)
     if handle is None:
         return own(*args, **kwargs)
@@ -47,6 +48,21 @@ def _generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) ->
     else:
         _close(call)
     return result
+
+
+def _handed_back(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords in which the live cache of an earlier call is one that can go on.
+
+    Without keys and values nothing tells which tokens a cache holds, and transformers would run the whole text on top
+    of them. Its handle stands in for it, which resumes what it has stored of the text; or nothing, where that is gone.
+    """
+    for name in CACHE_NAMES:
+        live = kwargs.get(name)
+        if isinstance(live, LiveCache) and live.recurrent_only and live.length:
+            handle = live.origin() if live.origin is not None else None
+            usable = isinstance(handle, Handle) and handle.serves(model)
+            kwargs = {**kwargs, name: handle} if usable else {key: kwargs[key] for key in kwargs if key != name}
+    return kwargs
 
 
 def _close(call: Call) -> None:
@@ -141,7 +157,7 @@ def _prepare_cache_for_generation(
         _uncached(call, "assisted decoding runs the prompt and the first candidates in one pass")
         return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
     live = model_kwargs[handle.server.binding.cache_name] = handle.server.live_cache()
-    live.call = call
+    live.call, live.origin = call, weakref.ref(handle)
     return None
 
 

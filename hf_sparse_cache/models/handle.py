@@ -52,6 +52,10 @@ class Handle(Cache, metaclass=_HandleType):
         if not self._attachment.alive:
             raise ValueError(f"{name} is a SparsePrefixCache that was detached. Make a new one, with its store.")
 
+    def serves(self, model: Any) -> bool:
+        """Whether calls of a model may be given this handle."""
+        return model is self.server.binding.model and self._attachment.alive
+
     def get_seq_length(self: Any = None, layer_idx: int = 0) -> int:
         """Always 0: a request begins with a live cache of its own."""
         if not isinstance(self, Handle):

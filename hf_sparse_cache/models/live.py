@@ -5,12 +5,13 @@ transformers leaves open for models without full attention, and it tells the Mam
 """
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from . import mamba1
 from .calls import Call
@@ -25,7 +26,9 @@ class LiveCache(DynamicCache):
 
     Attributes:
         call: the call whose prompt is to be prefilled, until that has been done; None afterwards.
+        origin: the handle that it was made for, as long as that is there.
         length: tokens consumed by the prefill.
+        recurrent_only: whether no layer keeps keys and values, so that nothing in it counts the tokens decoded since.
         full_attention_layers: how many layers keep keys and values of every token.
     """
 
@@ -34,8 +37,9 @@ class LiveCache(DynamicCache):
         # As the model's first forward would add them, which does so only where they are missing.
         self.layers += [copy.deepcopy(self.layers[index]) for index in repeated]
         self.call: Call | None = None
+        self.origin: weakref.ref[Cache] | None = None
         self.length = 0
-        self._recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+        self.recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         self.full_attention_layers = sum(
             isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
             for layer in self.layers
@@ -52,12 +56,12 @@ class LiveCache(DynamicCache):
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        if self._recurrent_only:
+        if self.recurrent_only:
             return self.length
         return int(super().get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        if self._recurrent_only:
+        if self.recurrent_only:
             return self.length + query_length, 0
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
