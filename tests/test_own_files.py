@@ -311,3 +311,24 @@ def test_a_model_is_not_lost_by_the_tier_beside_it(
 def test_blobs_are_ours() -> None:
     data = Blob(3, "x").to_bytes('{"format": 1}', np.zeros(0, np.int32))
     assert files.is_name(files.new_name("kv", data)) and GRID == 32
+
+
+def test_a_picture_or_a_report_takes_the_place_of_ours_alone(tmp_path: Path) -> None:
+    from hf_sparse_cache.bench.results import Folder, Settings
+    from hf_sparse_cache.cli.outputs import PNG_MARK, REPORT_MARK, check_output
+
+    for mark, ours in ((PNG_MARK, b"\x89PNG..Software\0hf-sparse-cache.."), (REPORT_MARK, b"<html>" + REPORT_MARK)):
+        path = tmp_path / "a"
+        check_output(path, "--png", mark)
+        path.write_bytes(ours)
+        check_output(path, "--png", mark)
+        for mine in (b"", b"a photograph", bytes(5000) + ours):
+            path.write_bytes(mine)
+            with pytest.raises(ValueError, match="--png .* was not written by this command; give another name"):
+                check_output(path, "--png", mark)
+            assert path.read_bytes() == mine
+        path.unlink()
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(ValueError, match="holds files of something else"):
+        Folder(tmp_path, Settings(("m",), ("d",)), "")
+    assert os.listdir(tmp_path) == ["report.html"]

@@ -66,7 +66,7 @@ class Folder:
         command: that made it.
 
     Raises:
-        ValueError: the folder holds a run with other settings; the message names what differs.
+        ValueError: the folder holds a run with other settings, and the message names what differs; or other files.
     """
 
     def __init__(self, path: Path, settings: Settings, command: str) -> None:
@@ -87,6 +87,8 @@ class Folder:
                     f"--out {path} holds a run with other settings ({', '.join(differ)}); give another folder."
                 )
             content = {**content, **before}
+        elif path.is_dir() and any(path.iterdir()):
+            raise ValueError(f"--out {path} holds files of something else; give another folder, or an empty one.")
         (path / "units").mkdir(parents=True, exist_ok=True)
         if not known.is_file():
             _write(known, content)

@@ -15,7 +15,7 @@ from .. import __version__
 from ..checks import MOST_ID, printable
 from ..tools.builtin_sizes import SIZES
 from .benching import bench
-from .outputs import check_output
+from .outputs import PNG_MARK, check_output
 from .screen import Screen, fail
 
 
@@ -189,7 +189,7 @@ def plan(
     screen = Screen(json)
     _quiet()
     if png is not None:
-        check_output(png, "--png")
+        check_output(png, "--png", PNG_MARK)
     sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid)
     if trace is None:
         screen.emit({"model": model, **advising.without_trace(sizes, tokens, max_memory, png, screen)})

@@ -13,7 +13,7 @@ import typer
 
 from ..checks import MOST_ID
 from ..stats import parse_bytes
-from .outputs import check_folder, check_output
+from .outputs import REPORT_MARK, check_folder, check_output
 from .screen import Screen
 
 
@@ -113,7 +113,7 @@ def bench(
     folder = out or Path("bench-runs") / _digest(asdict(settings))
     check_folder(folder, "--out")
     if report is not None:
-        check_output(report, "--report")
+        check_output(report, "--report", REPORT_MARK)
     command = shlex.join(["hf-sparse-cache", *sys.argv[1:]])
     if not json:
         screen.say(f"Results go to {folder}; the same command goes on there if it is interrupted.\n")

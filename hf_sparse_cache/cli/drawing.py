@@ -5,6 +5,7 @@ from typing import Any
 
 from ..checks import printable
 from ..stats import format_bytes
+from .outputs import PNG_MARK
 
 
 _STYLES = (("#2166ac", "o", "-"), ("#d6604d", "s", "--"))
@@ -44,7 +45,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         _depths(middle, found)
         _frontier(right, found)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
+        figure.savefig(path, dpi=130, format="png", metadata={"Software": PNG_MARK.decode()})
 
 
 def _policies(axes: Any, found: dict[str, Any]) -> None:

@@ -6,14 +6,20 @@ from pathlib import Path
 from ..checks import shown
 
 
-def check_output(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written; the folder it lies in is made when it is.
+PNG_MARK, REPORT_MARK = b"hf-sparse-cache", b"<title>hf_sparse_cache bench</title>"
+_MARKED_BYTES = 4096
+
+
+def check_output(path: Path, option: str, mark: bytes) -> None:
+    """Refuse a file that cannot be written, or that somebody else wrote; its folder is made when it is written.
 
     Args:
         option: the one that named it, for errors.
+        mark: stands near the beginning of such files of ours, which alone are replaced.
 
     Raises:
-        ValueError: it is a folder or a device, its folder cannot be made, or it may not be written.
+        ValueError: it is a folder, a device or a file of another kind, its folder cannot be made, or it may not be
+            written.
     """
     if os.path.isdir(path):
         _refuse(path, option, "is a folder", "give the name of a file in it")
@@ -28,6 +34,9 @@ def check_output(path: Path, option: str) -> None:
             _refuse(path, option, "is no regular file", "give another name")
         if not os.access(path, os.W_OK):
             _refuse(path, option, "cannot be written", "check its permissions, or give another name")
+        with path.open("rb") as file:
+            if mark not in file.read(_MARKED_BYTES):
+                _refuse(path, option, "was not written by this command", "give another name, or move it away")
 
 
 def check_folder(path: Path, option: str) -> None:
