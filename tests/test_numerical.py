@@ -35,6 +35,31 @@ def test_resumes_off_the_grid(family: str, dtype: torch.dtype, tolerance: float)
             assert (wiped - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("tight", [False, True])
+def test_a_conversation_that_grows_and_comes_back(tight: bool) -> None:
+    """Two chains of keys and values over one span are two: none takes the other's entry, and all of it is cleared."""
+    model = build("Jamba")
+    text = random_ids(700, seed=0)
+    with SparsePrefixCache(model, exactness="numerical", grid=128) as sizes:
+        budget = 3 * sizes.size.state_bytes + 900 * sizes.size.kv_bytes_per_token
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    memory = budget if tight else "2GiB"
+    with SparsePrefixCache(model, exactness="numerical", grid=128, max_memory=memory) as cache:
+        for number, length in enumerate((200, 330, 470, 600, 270, 410, 540, 200, 480, 330, 610, 700)):
+            prompt = text[:, :length]
+            got = torch.stack(model.generate(prompt, past_key_values=cache, **options).logits)
+            cache.store.verify()
+            if number % 4 == 3:
+                expected = torch.stack(model.generate(prompt, **options).logits)
+                assert (got - expected).abs().max() <= 1e-4
+        assert cache.stats().resumed_tokens > 1000 and (cache.stats().evictions > 0) == tight
+        cache.clear()
+        cache.store.verify()
+        assert cache.store.used_bytes == cache.store.remembered_tokens == cache.stats().tree_bytes == 0
+        model.generate(prompt, past_key_values=cache, **options)
+        assert cache.last_request.resumed_tokens == 0
+
+
 def test_the_check_asks_for_the_tolerance_alone() -> None:
     model = build("Mamba")
     prompts = [torch.cat([DOCUMENT, random_ids(30, seed=seed)], dim=1) for seed in (2, 3)]

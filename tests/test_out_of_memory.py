@@ -55,7 +55,7 @@ def settled(store: CheckpointStore) -> bool:
     """Whether no request holds anything any more; what marks keep stays pinned."""
     store.verify()
     pinned = [item for item in store.stored() if item.pins]
-    return not store.ledger.held and len(pinned) == len(store.marks.kept)
+    return not store.ledger.chains.footings and len(pinned) == len(store.marks.kept)
 
 
 @pytest.fixture
