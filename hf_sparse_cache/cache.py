@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from . import persistence
+from .checks import shown
 from .config import SparseCacheConfig
 from .explain import Costs, Explanation, explain, not_supported, remedy, too_small
 from .models import generation
@@ -72,6 +73,10 @@ class SparsePrefixCache(Handle):
     ) -> None:
         if not isinstance(policy, str):
             check_policy(policy)
+        if store is not None and not isinstance(store, CheckpointStore):
+            raise ValueError(f"store is {shown(store)}: give a CheckpointStore, or leave it out for one of its own")
+        if tokenizer is not None and not hasattr(tokenizer, "all_special_ids"):
+            raise ValueError(f"tokenizer is {shown(tokenizer)}: give the model's tokenizer, or leave it out")
         name = policy if isinstance(policy, str) else type(policy).__name__
         given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
         if config is not None and given != SparseCacheConfig():

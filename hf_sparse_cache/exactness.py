@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .cache import SparsePrefixCache
+from .checks import MOST_ID, shown, whole_number
 from .models import states
-from .models.inputs import as_ids, input_device
+from .models.inputs import as_ids, check_ids, input_device
 from .models.live import LiveCache
 from .stats import table
 
@@ -152,12 +153,17 @@ def check_exactness(
     Raises:
         ValueError: `prompts` is empty, or a prompt has a wrong shape, or is a string and the cache has no tokenizer.
     """
+    whole_number("max_new_tokens", max_new_tokens, 1, "it counts the tokens to decode after each prefill", MOST_ID)
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str):
+        raise ValueError(f"prompts is {shown(prompts)}: give a list of token id tensors or strings.")
     own = cache is None
     warm_handle = SparsePrefixCache(model) if cache is None else cache
     try:
         ids = [as_ids(prompt, warm_handle.tokenizer, "prompts").to(input_device(model)) for prompt in prompts]
         if not ids:
             raise ValueError("prompts is empty: give at least one prompt to check.")
+        for prompt in ids:  # before a stock run, which would fail in its embeddings
+            check_ids(prompt, model.get_input_embeddings().num_embeddings, "prompts")
         rows = tuple(_check(model, prompt, warm_handle, max_new_tokens) for prompt in ids)
     finally:
         if own:

@@ -26,6 +26,7 @@ from typing import Self
 
 import numpy as np
 
+from .checks import is_whole, shown
 from .explain import cause
 from .planning.cuts import Positions, Tokens
 from .planning.policies import Policy
@@ -225,8 +226,8 @@ def open_request(
     if tokens is not ids and (tokens != ids).any():
         wrong = int(ids[tokens != ids][0])
         raise ValueError(f"ids must lie in the range of int32, got {wrong}; pass the ids of a tokenizer")
-    if max_checkpoints is not None and max_checkpoints < 0:
-        raise ValueError(f"max_checkpoints must be at least 0 or None, got {max_checkpoints}")
+    if max_checkpoints is not None and not is_whole(max_checkpoints, 0):
+        raise ValueError(f"max_checkpoints must be at least 0 or None, got {shown(max_checkpoints)}")
     started = time.perf_counter()
     visit = store.open(tokens, cuts, space)
     try:

@@ -13,7 +13,14 @@ import pytest
 import torch
 from commands import Run
 
-from hf_sparse_cache import SparseCacheConfig, plan_checkpoints, simulate
+from hf_sparse_cache import (
+    CheckpointStore,
+    SparseCacheConfig,
+    SparsePrefixCache,
+    check_exactness,
+    plan_checkpoints,
+    simulate,
+)
 from hf_sparse_cache.checks import printable, shown, token_ids
 from hf_sparse_cache.cli.screen import Screen
 from hf_sparse_cache.stats import parse_bytes
@@ -338,3 +345,37 @@ def test_settings(content: dict[str, Any]) -> None:
 def test_sizes_are_exact() -> None:
     assert parse_bytes("9007199254740993") == 9007199254740993 and parse_bytes(" 1.5 KiB ") == 1536
     assert parse_bytes("2.0") == 2 and parse_bytes(np.int64(7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"max_remembered_tokens": 2.5}, "max_remembered_tokens"),
+        ({"max_remembered_tokens": "x"}, "max_remembered_tokens"),
+        ({"namespace_memory": {"\ud800": 1}}, "namespace_memory"),
+        ({"namespace_memory": {5: 1}}, "namespace_memory"),
+        ({"namespace_memory": {"a": float("inf")}}, r"namespace_memory\['a'\]"),
+        ({"namespace_memory": [1]}, "namespace_memory"),
+        ({"eviction": 5}, "eviction"),
+        ({"max_memory": float("nan")}, "max_memory"),
+    ],
+)
+def test_arguments_of_a_store(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        CheckpointStore(**options)
+
+
+def test_arguments_of_a_handle_and_of_the_checker(jamba: Any) -> None:
+    for options in ({"store": 5}, {"tokenizer": 5}, {"namespace": "\ud800"}, {"grid": 2.5}, {"max_checkpoints": "x"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            SparsePrefixCache(jamba, **options)
+    assert "_prefill" not in jamba.__dict__
+    for tokens in (0, -1, 2.5, True, None, 2**31):
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            check_exactness(jamba, [[1, 2, 3]], max_new_tokens=tokens)  # type: ignore[arg-type]
+    for prompts in (5, None, "abc", [], [[999]], [[-1, 2]], [[0.5]], [None], [torch.zeros(2, 3)]):
+        with pytest.raises(ValueError, match="prompts"):
+            check_exactness(jamba, prompts)  # type: ignore[arg-type]
+    for limit in (-1, 2.5, "x", True):
+        with pytest.raises(ValueError, match="max_checkpoints"):
+            simulate([[1, 2, 3]], state_bytes=1, max_checkpoints=limit)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from itertools import dropwhile
 from pathlib import Path
 
 from .. import forks
+from ..checks import is_whole, shown, text
 from ..errors import out_of_memory
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
 from ..stats import counted, parse_bytes
@@ -84,10 +85,12 @@ class CheckpointStore(Shown):
         key: str | bytes | None = None,
         encrypt: bool = False,
     ) -> None:
-        if max_remembered_tokens is not None and max_remembered_tokens < 1:
-            raise ValueError(f"max_remembered_tokens must be at least 1 or None, got {max_remembered_tokens}")
-        limits = {name: parse_bytes(size, "namespace_memory") for name, size in (namespace_memory or {}).items()}
+        if max_remembered_tokens is not None and not is_whole(max_remembered_tokens, 1):
+            raise ValueError(f"max_remembered_tokens must be at least 1 or None, got {shown(max_remembered_tokens)}")
+        limits = _limits({} if namespace_memory is None else namespace_memory)
         order = make_eviction(eviction) if isinstance(eviction, str) else eviction
+        if not isinstance(order, Eviction):
+            raise ValueError(f"eviction is {shown(eviction)}: give a name such as 'learned', or an Eviction object")
         memory = Tier(Ledger(parse_bytes(max_memory), order, limits, max_remembered_tokens))
         super().__init__(memory.ledger)
         self.seal = Seal.of(key, encrypt)
@@ -390,6 +393,21 @@ class CheckpointStore(Shown):
                     journey.undo.append(how)
         for tier in reversed(self.tiers):
             how(tier, space)
+
+
+def _limits(namespace_memory: Mapping[str, int | str]) -> dict[str, int | None]:
+    """The budgets of namespaces in bytes.
+
+    Raises:
+        ValueError: a name is none, or a size cannot be read.
+    """
+    if not isinstance(namespace_memory, Mapping):
+        raise ValueError(f"namespace_memory is {shown(namespace_memory)}: give sizes by name, such as {{'a': '1GiB'}}")
+    hint = "give the name of a tenant"
+    return {
+        text("a name in namespace_memory", name, hint): parse_bytes(size, f"namespace_memory[{name!r}]")
+        for name, size in namespace_memory.items()
+    }
 
 
 def _lower_tiers(
