@@ -152,3 +152,28 @@ def test_learned_weighs_the_prefill_cost_it_is_given() -> None:
         with open_request(CheckpointStore(None), policy, ids, cuts, max_checkpoints=2) as request:
             depths.append(sum(request.planned))
     assert depths[1] > depths[0]
+
+
+def planned(policy: Policy, ids: np.ndarray, limit: int | None = None) -> list[int]:
+    """What a policy places on a prompt of which nothing is stored."""
+    with open_request(CheckpointStore(None), policy, ids, cut_positions(ids, 32), max_checkpoints=limit) as request:
+        return request.planned
+
+
+def test_the_histogram_plans_for_the_depths_it_saw() -> None:
+    """Twenty prompts part at token 1,000 of 2,000: one checkpoint goes to the cut before it, and none behind."""
+    policy, store, shared = make_policy("dp"), CheckpointStore(None), tokens(1000)
+    for _ in range(20):
+        ids = np.concatenate([shared, tokens(1000)])
+        with open_request(store, policy, ids, cut_positions(ids, 32)):
+            pass
+    assert planned(policy, np.concatenate([shared, tokens(1000)]), 1) == [992]
+    assert planned(make_policy("dp"), tokens(2000), 1) == [992]  # nothing was seen: the middle
+    # Depths beyond the end of a shorter prompt say nothing about it.
+    assert planned(policy, tokens(600), 1) == [288]
+
+
+def test_dyadic_places_eight_unless_told_otherwise() -> None:
+    ids = tokens(2**14)
+    assert planned(make_policy("dyadic"), ids) == [2**14 - 2 ** (14 - i) for i in range(1, 9)]
+    assert planned(make_policy("dyadic"), ids, 2) == [2**13, 2**13 + 2**12]
