@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -238,6 +239,27 @@ def test_what_a_module_writes_down_itself_is_no_setting(monkeypatch: pytest.Monk
         bench.warm(cache)
         for seed in (1, 2):
             assert is_stock(bench, cache, seed) and reason(cache) == "resumed"
+
+
+def test_a_setting_that_changes_while_the_binding_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, say: it is a setting still, whose later changes are noticed."""
+    bench = Bench("Llama", model=build("Llama"))
+    attention, own = attentions(bench.model)[0], type(bench.model).forward
+
+    def meddling(self: Any, *args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()
+        attention.scaling *= 1.5
+        return own(self, *args, **kwargs)
+
+    Bench("Llama", model=bench.model).handle(prove=False).detach()
+    meddling.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    with bench.handle(prove=False) as cache:
+        cache.server.proof.wanted = True
+        monkeypatch.setattr(type(bench.model), "forward", meddling)
+        bench.warm(cache)
+        bench.warm(cache)
+        attention.scaling *= 2
+        assert is_stock(bench, cache, 1) and "weights changed" in reason(cache)
 
 
 # -- keys and values that somebody takes out --------------------------------------------------------------------------

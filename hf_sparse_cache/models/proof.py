@@ -107,11 +107,15 @@ class Proof:
 
     def _attempt(self, found: Identity) -> str:
         """One proof of a model as it is; what its forwards write down themselves is no setting from then on."""
-        before = surveys.noted(self._binding.model)
+        binding, model = self._binding, self._binding.model
+        before = surveys.noted(model)
         share = _SHARE_PACKED if found.packed else _SHARE_ATTACHED if found.foreign else _SHARE
-        why = _shortcoming(self._binding, share)
-        if surveys.note_written(self._binding.model, before):
-            forget(self._binding.model)
+        why = _shortcoming(binding, share)
+        between = surveys.noted(model)
+        if not why and surveys.differ(before, between):
+            states.probe(model, binding.live_cache(), binding.cache_name)
+            if surveys.note_written((before, between, surveys.noted(model))):
+                forget(model)
         return why
 
 

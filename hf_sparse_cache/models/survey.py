@@ -111,7 +111,11 @@ def _own_attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def noted(model: torch.nn.Module) -> dict[torch.nn.Module, dict[str, Any]]:
+# By module and name, an attribute: as text, or a tensor with its version.
+Noted = dict[torch.nn.Module, dict[str, Any]]
+
+
+def noted(model: torch.nn.Module) -> Noted:
     """What modules keep, at one moment, for `note_written`."""
     teller = Teller(frozenset(map(id, model.modules())))
 
@@ -123,16 +127,30 @@ def noted(model: torch.nn.Module) -> dict[torch.nn.Module, dict[str, Any]]:
     return {module: {name: note(value) for name, value in _own_attributes(module)} for module in model.modules()}
 
 
-def note_written(model: torch.nn.Module, before: dict[torch.nn.Module, dict[str, Any]]) -> bool:
-    """Remember what forwards have written on modules since `before`: it is no setting. Whether there was anything."""
+def note_written(moments: tuple[Noted, Noted, Noted]) -> bool:
+    """Remember what forwards write on modules: it is no setting. Whether there was anything.
+
+    Args:
+        moments: noted before some forwards, between them and others, and behind those. What changed only once may be
+            somebody else's doing.
+    """
     found = False
-    for module, now in noted(model).items():
-        then = before.get(module, {})
-        written = {name for name in now.keys() | then.keys() if not _alike(now.get(name), then.get(name))}
+    for module, last in moments[2].items():
+        steps = [moment.get(module, {}) for moment in moments[:2]]
+        written = _changed(*steps) & _changed(steps[1], last)
         if written:
             found = True
             _written[module] = _written.get(module, frozenset()) | written
     return found
+
+
+def differ(then: Noted, now: Noted) -> bool:
+    """Whether anything has changed between two moments."""
+    return then.keys() != now.keys() or any(_changed(then[module], now[module]) for module in now)
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    return {name for name in now.keys() | then.keys() if not _alike(now.get(name), then.get(name))}
 
 
 def _alike(one: Any, other: Any) -> bool:
