@@ -161,16 +161,16 @@ def planned(policy: Policy, ids: np.ndarray, limit: int | None = None) -> list[i
 
 
 def test_the_histogram_plans_for_the_depths_it_saw() -> None:
-    """Twenty prompts part at token 1,000 of 2,000: one checkpoint goes to the cut before it, and none behind."""
-    policy, store, shared = make_policy("dp"), CheckpointStore(None), tokens(1000)
+    """Twenty prompts part at token 600 of 2,000: one checkpoint goes to the cut before it."""
+    policy, store, shared = make_policy("dp"), CheckpointStore(None), tokens(600)
     for _ in range(20):
-        ids = np.concatenate([shared, tokens(1000)])
+        ids = np.concatenate([shared, tokens(1400)])
         with open_request(store, policy, ids, cut_positions(ids, 32)):
             pass
-    assert planned(policy, np.concatenate([shared, tokens(1000)]), 1) == [992]
+    assert planned(policy, np.concatenate([shared, tokens(1400)]), 1) == [576]
     assert planned(make_policy("dp"), tokens(2000), 1) == [992]  # nothing was seen: the middle
     # Depths beyond the end of a shorter prompt say nothing about it.
-    assert planned(policy, tokens(600), 1) == [288]
+    assert planned(policy, tokens(500), 1) == planned(make_policy("dp"), tokens(500), 1)
 
 
 def test_dyadic_places_eight_unless_told_otherwise() -> None:
