@@ -144,7 +144,7 @@ class World:
             output_logits=True,
             **kwargs,
         )
-        return torch.stack(out.logits), out.past_key_values
+        return torch.stack(out.logits), out.get("cache", out.get("past_key_values"))
 
     def cold(self, ids: Tensor, mask: Tensor, steps: int) -> tuple[Tensor, Any]:
         with self.make(policy="none", max_memory=None) as twin:

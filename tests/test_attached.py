@@ -14,6 +14,7 @@ from tiny_models import build, random_ids
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache.models.families import CACHE_NAMES, cache_name_of
 from hf_sparse_cache.models.live import LiveCache
 from hf_sparse_cache.models.weights import identity
 from hf_sparse_cache.tools.random_weights import draw_weights
@@ -265,8 +266,13 @@ def test_a_setting_that_changes_while_the_binding_is_proved(monkeypatch: pytest.
 # -- keys and values that somebody takes out --------------------------------------------------------------------------
 
 
+def layer_of(module: Any, kwargs: Any) -> Any:
+    """The cache layer of an attention that is called with these keywords."""
+    return next(kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None).layers[module.layer_idx]
+
+
 def prune(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-    held = kwargs["past_key_values"].layers[module.layer_idx]
+    held = layer_of(module, kwargs)
     if kwargs["hidden_states"].shape[1] > 1:
         held.keys, held.values = held.keys[:, :, ::2], held.values[:, :, ::2]
 
@@ -296,7 +302,7 @@ def test_keys_taken_out_only_of_long_prompts() -> None:
     bench = Bench("Jamba", model=build("Jamba"))
 
     def prune_long(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if kwargs["past_key_values"].layers[module.layer_idx].keys.shape[-2] > 100:
+        if layer_of(module, kwargs).keys.shape[-2] > 100:
             prune(module, args, kwargs, output)
 
     for each in attentions(bench.model):
@@ -371,7 +377,7 @@ def test_a_forward_in_the_place_of_the_models_own(bench: Bench) -> None:
 def test_a_live_cache_that_is_handed_back(family: str) -> None:
     """For the next turn: nothing in the cache of a purely recurrent model says which tokens it holds."""
     bench = Bench(family, model=build(family))
-    model, name = bench.model, "past_key_values" if family == "Jamba" else "cache_params"
+    model, name = bench.model, cache_name_of(bench.model)
     given = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     with bench.handle() as cache:
         first = model.generate(bench.prompt(1), past_key_values=cache, **given)

@@ -15,6 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from hf_sparse_cache import SparsePrefixCache, UnsupportedModelError
 from hf_sparse_cache.models import mamba1, states
+from hf_sparse_cache.models.families import CACHE_NAMES
 from hf_sparse_cache.models.weights import identity
 
 
@@ -127,9 +128,11 @@ def default_changed(patch: Patch) -> None:
     """The cache goes into a keyword that the forward no longer looks at."""
     own = modeling_mamba2.Mamba2Model.forward
 
-    def forward(self: Any, *args: Any, use_cache: Any = None, cache_params: Any = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, use_cache: Any = None, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs}
         output = own(self, *args, use_cache=False, **kwargs)
-        output.cache_params = cache_params
+        for name, cache in given.items():
+            setattr(output, name, cache)
         return output
 
     patch.setattr(modeling_mamba2.Mamba2Model, "forward", forward)
@@ -141,7 +144,8 @@ def last_layer_forgets(patch: Patch) -> None:
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.layer_idx == 3:
-            kwargs = {**kwargs, "past_key_values": Forgetting(kwargs["past_key_values"]), "attention_mask": None}
+            caches = {name: Forgetting(kwargs[name]) for name in CACHE_NAMES if kwargs.get(name) is not None}
+            kwargs = {**kwargs, **caches, "attention_mask": None}
         return own(self, hidden_states, *args, **kwargs)
 
     patch.setattr(modeling_llama.LlamaAttention, "forward", forward)
