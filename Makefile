@@ -38,11 +38,12 @@ fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FU
 mutants: .venv/mutants  ## Faults planted in the core, and whether the tests notice: hours; MUTANTS_ARGS="--count 40 --room store"
 	nice -n 19 $(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
-lint: .venv/dev  ## ruff, mypy and cython-lint
+lint: .venv/dev  ## ruff, mypy, the direction of imports, and cython-lint
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check . || { echo 'Not formatted: run "make format".'; exit 1; }
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typed_user.py
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/cython-lint _planner.pyx
 
 format: .venv/dev  ## Format and sort imports in place

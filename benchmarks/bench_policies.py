@@ -23,7 +23,7 @@ from benchmarks.policy_tables import write_tables
 from benchmarks.rivals import RIVALS
 from hf_sparse_cache.planning.policies import POLICIES, Policy, make_policy
 from hf_sparse_cache.simulator import simulate
-from hf_sparse_cache.store.eviction import Eviction, make_eviction
+from hf_sparse_cache.store.evictions import Eviction, make_eviction
 from hf_sparse_cache.tools.traces import Trace, load_trace
 
 

@@ -59,7 +59,7 @@ _MOVED = {
     "calls": "models.inputs",
     "cost": "models.cost",
     "disk": "store.disk",
-    "eviction": "store.eviction",
+    "eviction": "store.evictions",
     "families": "models.families",
     "files": "store.files",
     "fingerprint": "models.fingerprint",

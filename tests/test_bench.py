@@ -107,7 +107,7 @@ def test_a_finished_unit_is_not_served_again(
     def refuse(*arguments: Any) -> None:
         raise AssertionError("served again")
 
-    monkeypatch.setattr("hf_sparse_cache.bench.run.run_unit", refuse)
+    monkeypatch.setattr("hf_sparse_cache.bench.run.run_trial", refuse)
     run = _runner(monkeypatch)
     assert run(*bench(folder, done, "--json")) == 0
     assert {row["contender"] for row in json.loads(capsys.readouterr().out)["measured"]} >= {"stock", "learned"}

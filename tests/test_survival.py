@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hf_sparse_cache.simulator import simulate
 from hf_sparse_cache.store.store import CheckpointStore
 from hf_sparse_cache.store.survival import AGE_EDGES, PERIOD, WINDOW, SurvivalTables, cell_of
-from hf_sparse_cache.store.value import Learned
+from hf_sparse_cache.store.value import LeastValue
 
 
 def feed(tables: SurvivalTables, hazard: float, most: int, ticks: int = 6000) -> None:
@@ -98,7 +98,7 @@ def test_a_root_that_all_share_does_not_make_young_paths_hot() -> None:
 
 def test_a_path_left_for_another_is_worth_less_than_the_one_that_took_its_place() -> None:
     generator = np.random.default_rng(4)
-    eviction = Learned()
+    eviction = LeastValue()
     text = [generator.integers(0, 1000, 640).astype(np.int32) for _ in range(6)]
     revisions = []
     for _ in range(240):  # each text is edited somewhere: what came behind the edit is never seen again

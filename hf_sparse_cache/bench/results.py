@@ -1,8 +1,8 @@
 """One folder a run: what was asked for, every request, and what came out; a run that was interrupted goes on from it.
 
-`config.json` (settings, command, machine), `units/` (one model on one workload, once: what an interrupted run need not
-do again; stores are in memory, so a unit that was interrupted begins anew), `requests.parquet`, `metrics.json`,
-`plots/`.
+`config.json` (settings, command, machine), `units/` (a trial each: one model on one workload, once, which a run that
+was interrupted need not do again; stores are in memory, so an unfinished trial begins anew), `requests.parquet`,
+`metrics.json`, `plots/`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from ..tools.machine import describe_machine
 
 if TYPE_CHECKING:
     import pandas
-
-    from .runner import Unit
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,19 @@ class Settings:
     device: str = "cpu"
     dtype: str = "auto"
     seed: int = 42
+
+
+@dataclass
+class Trial:
+    """What one model made of one workload, once.
+
+    Attributes:
+        rows: one per request and contender.
+        summary: what is known only at the end: bytes, exactness, rivals left out and why.
+    """
+
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
 
 
 class Folder:
@@ -95,19 +106,19 @@ class Folder:
         self.config: dict[str, Any] = content
 
     def holds(self, model: str, dataset: str, repeat: int) -> bool:
-        """Whether this unit is finished."""
-        return self._unit(model, dataset, repeat).with_suffix(".json").is_file()
+        """Whether this trial is finished."""
+        return self._file(model, dataset, repeat).with_suffix(".json").is_file()
 
-    def save(self, unit: Unit) -> None:
-        """Keeps a finished unit: its requests first, so that its summary says that all is there."""
+    def save(self, trial: Trial) -> None:
+        """Keeps a finished trial: its requests first, so that its summary says that all is there."""
         import pandas
 
-        name = self._unit(unit.summary["model"], unit.summary["dataset"], unit.summary["repeat"])
-        rows = pandas.DataFrame(unit.rows)
-        rows.insert(0, "model", unit.summary["model"])
-        rows.insert(1, "dataset", unit.summary["dataset"])
+        name = self._file(trial.summary["model"], trial.summary["dataset"], trial.summary["repeat"])
+        rows = pandas.DataFrame(trial.rows)
+        rows.insert(0, "model", trial.summary["model"])
+        rows.insert(1, "dataset", trial.summary["dataset"])
         rows.to_parquet(name.with_suffix(".parquet"), index=False)
-        _write(name.with_suffix(".json"), unit.summary)
+        _write(name.with_suffix(".json"), trial.summary)
 
     def finish(self) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
         """Every request and every summary so far; writes `requests.parquet`."""
@@ -123,7 +134,7 @@ class Folder:
         """Writes a JSON file."""
         _write(self.path / name, content)
 
-    def _unit(self, model: str, dataset: str, repeat: int) -> Path:
+    def _file(self, model: str, dataset: str, repeat: int) -> Path:
         words = [re.sub(r"[^\w.-]+", "-", word).strip("-").replace(".", "_") for word in (model, dataset)]
         return self.path / "units" / f"{'--'.join(words)}--{repeat}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import metrics, page, plots
 from .results import Folder, Settings
-from .runner import run_unit
+from .runner import run_trial
 from .workloads import Workload
 
 
@@ -28,7 +28,7 @@ def run(
         command: noted with the results.
         load: a workload by the name in `settings.datasets`.
         report: an HTML file to write.
-        say: told of every unit as it begins.
+        say: told of every trial as it begins.
 
     Returns:
         The rows of `metrics.measure`.
@@ -43,9 +43,9 @@ def run(
                     continue
                 workload = workload or load(dataset)
                 say(f"{model} on {name}, repeat {repeat + 1} of {settings.repeats}")
-                unit = run_unit(settings, model, workload, repeat)
-                unit.summary["dataset"] = name
-                folder.save(unit)
+                trial = run_trial(settings, model, workload, repeat)
+                trial.summary["dataset"] = name
+                folder.save(trial)
     rows, summaries = folder.finish()
     measured = metrics.measure(rows, summaries)
     folder.write("metrics.json", {"measured": measured, "units": summaries})

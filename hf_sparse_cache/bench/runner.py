@@ -6,7 +6,6 @@ import gc
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,26 +15,13 @@ from ..cache import SparsePrefixCache
 from ..tools import builtin
 from ..tools.machine import peak_process_bytes
 from .contenders import Cached, Chunked, Contender, DeepCopy, EveryCut, Limit
-from .results import Settings
-from .serving import Served, serve
+from .results import Settings, Trial
+from .timing import Served, serve
 from .upstream import why_wrong
 from .workloads import Asked, Workload, common_prefixes
 
 
-@dataclass
-class Unit:
-    """What one model made of one workload, once.
-
-    Attributes:
-        rows: one per request and contender.
-        summary: what is known only at the end: bytes, exactness, rivals left out and why.
-    """
-
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-
-def run_unit(settings: Settings, name: str, workload: Workload, repeat: int) -> Unit:
+def run_trial(settings: Settings, name: str, workload: Workload, repeat: int) -> Trial:
     """Loads a model, serves a workload, and gives the model back.
 
     Args:
@@ -77,7 +63,7 @@ def run_unit(settings: Settings, name: str, workload: Workload, repeat: int) -> 
     finally:
         for contender in contenders:
             contender.close()
-    return Unit(rows, summary)
+    return Trial(rows, summary)
 
 
 def _contenders(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .contenders import Contender, DeepCopy
-from .serving import serve
+from .timing import serve
 from .workloads import Asked
 
 

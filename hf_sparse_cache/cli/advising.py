@@ -15,7 +15,7 @@ from ..stats import RequestInfo, parse_bytes
 from ..tools.builtin_sizes import SIZES
 from ..tools.traces import Trace, load_trace
 from .drawing import check_installed, draw
-from .planning import Sizes, describe, placements, show_advice, show_placements
+from .planning import Sizes, placements, show_advice, show_placements, sizes_line
 from .screen import Screen, Steps
 
 
@@ -29,7 +29,7 @@ def without_trace(sizes: Sizes, tokens: int, max_memory: str, png: Path | None, 
         raise ValueError(f"--png {png} draws what a trace would reuse; give a TRACE.")
     budget = cast(int, parse_bytes(max_memory))
     rows = placements(sizes, np.ones(tokens + 1), budget)
-    screen.say(f"{describe(sizes)}\n")
+    screen.say(f"{sizes_line(sizes)}\n")
     show_placements(rows, budget, f"prompts of {tokens:,} tokens that part anywhere", screen)
     return {**sizes.measured, "max_memory": budget, "plans": rows}
 

@@ -52,7 +52,7 @@ class Sizes:
         return {**self.measured, "prefill_cost": self.prefill_cost}
 
 
-def describe(sizes: Sizes) -> str:
+def sizes_line(sizes: Sizes) -> str:
     """What is stored, in one line."""
     assumed = " (assumed; give --model or --state-bytes)" if sizes.assumed else ""
     return (
@@ -129,7 +129,7 @@ def show_advice(found: dict[str, Any], sizes: Sizes, screen: Screen) -> None:
     screen.say(
         f"{trace['name']}: {counted(trace['requests'], 'request')} of "
         f"{trace['prompt_tokens'] / max(1, trace['requests']):,.0f} tokens on average, {shared:.1%} of them shared "
-        f"with earlier prompts.\n{describe(sizes)}\nBudget {format_bytes(found['max_memory'])}.\n"
+        f"with earlier prompts.\n{sizes_line(sizes)}\nBudget {format_bytes(found['max_memory'])}.\n"
     )
     rows = [*found["policies"].items(), ("every cut, no limit", found["every_cut"])]
     screen.table(
@@ -227,7 +227,7 @@ def replay(
     screen.say(
         f"{counted(first.requests, 'request')} of {first.prompt_tokens / max(1, first.requests):,.0f} tokens on "
         f"average, of which {first.overlap_tokens / max(1, first.prompt_tokens):.1%} were seen before.\n"
-        f"{describe(sizes)}\nBudget: {format_bytes(budget) if budget is not None else 'no limit'}.\n"
+        f"{sizes_line(sizes)}\nBudget: {format_bytes(budget) if budget is not None else 'no limit'}.\n"
     )
     screen.table(
         ("policy", "of the prompt resumed", "of the overlap resumed", "checkpoints made", "peak"),

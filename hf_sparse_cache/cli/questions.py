@@ -12,7 +12,7 @@ from ..cache import SparsePrefixCache
 from ..exactness import ExactnessReport, check_exactness
 from ..stats import CacheStats, counted, format_bytes
 from .screen import Screen, Steps
-from .sources import Task, check_length, describe
+from .sources import Task, check_length, model_line
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run(
     work = sum(
         prompt.shape[1] for prompt in (prompts[0], *(prompts[i] for i in timed), *(prompts[i] for i in proved * 2))
     )
-    screen.say(f"{describe(name, model)}", style="bold")
+    screen.say(model_line(name, model), style="bold")
     answered = []
     with SparsePrefixCache(model, tokenizer, **options) as cache, screen.progress(work, name) as steps:
         check_length(max(prompt.shape[1] for prompt in prompts), cache.grid)

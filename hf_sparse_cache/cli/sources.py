@@ -154,7 +154,7 @@ def shorten(document: str, tokenizer: Any, tokens: int) -> str:
     return text[: text.rfind("\n\n")] if "\n\n" in text else text
 
 
-def describe(name: str, model: Any) -> str:
+def model_line(name: str, model: Any) -> str:
     """One line that says what a model is."""
     if name in builtin.SIZES:
         return builtin.describe_model(name)

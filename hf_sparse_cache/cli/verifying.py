@@ -8,7 +8,7 @@ from ..cache import SparsePrefixCache
 from ..exactness import ExactnessReport, ExactnessRow, check_exactness
 from ..tools.machine import describe_machine
 from .screen import Screen
-from .sources import QUESTIONS, check_length, describe
+from .sources import QUESTIONS, check_length, model_line
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     Raises:
         ValueError: The text is too short to resume anything.
     """
-    screen.say(describe(name, model), style="bold")
+    screen.say(model_line(name, model), style="bold")
     with SparsePrefixCache(model, tokenizer, **options) as cache:
         wanted = 3 * cache.grid + 32 if tokens is None else tokens
         common = tokenizer(text, add_special_tokens=False)["input_ids"][:wanted]

@@ -61,21 +61,3 @@ class LRU(Eviction):
         """Moves the resumed checkpoint to the safe end."""
         if resumed is not None:
             self._order.move_to_end(resumed)
-
-
-EVICTIONS: dict[str, type[Eviction]] = {"lru": LRU, "fifo": FIFO}
-
-
-def make_eviction(name: str) -> Eviction:
-    """Builds an eviction by name.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
-    if name == "learned":
-        from .value import Learned
-
-        return Learned()
-    if name not in EVICTIONS:
-        raise ValueError(f"eviction={name!r} is unknown; choose one of learned, {', '.join(EVICTIONS)}")
-    return EVICTIONS[name]()

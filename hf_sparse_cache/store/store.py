@@ -22,7 +22,8 @@ from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
 from ..stats import counted, parse_bytes
 from .bounds import Bound, tightest
 from .chains import Footing
-from .eviction import Eviction, make_eviction
+from .eviction import Eviction
+from .evictions import make_eviction
 from .forest import Trail
 from .host import HostTier
 from .ledger import Ledger

@@ -126,7 +126,7 @@ class Scored(Eviction):
         self.held = np.append(self.held, np.zeros(added))
 
 
-class Learned(Scored):
+class LeastValue(Scored):
     """Least expected saving per byte first.
 
     A checkpoint's value is the tokens it saves over the checkpoint before it, times the share of passing prompts that
