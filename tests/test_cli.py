@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from commands import Run
 
 from hf_sparse_cache import SparsePrefixCache, __version__, cli, exactness
-from hf_sparse_cache.cli import questions, sources, verifying
+from hf_sparse_cache.cli import answers, questions, sources, timing, verifying
 from hf_sparse_cache.cli.screen import Screen
 from hf_sparse_cache.planning.policies import Block
 from hf_sparse_cache.stats import CacheStats
@@ -170,7 +171,7 @@ def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> No
         (("plan", "--model", "Nobody/no-such-model"), "built-in model, which needs no download: mamba-3m"),
         (("inspect", ".", "--tokenizer", "jamba-3m"), "--tokenizer jamba-3m"),
         (("inspect", ".", "--tokenizer", "Nobody/no-such-model"), "--tokenizer Nobody/no-such-model"),
-        (("demo", "--quick", "--tokens", "100"), "fewer than two grid steps of 256"),
+        (("demo", "--model", "jamba-3m", "--tokens", "100"), "fewer than two grid steps of 256"),
         (("bench", "--rival", "guess"), "--rival guess"),
         (("bench", "--repeats", "0"), "--repeats"),
     ],
@@ -255,19 +256,86 @@ def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(run: Run, monke
 def test_one_figure_is_not_a_range(capsys: pytest.CaptureFixture[str]) -> None:
     report = exactness.ExactnessReport((exactness.ExactnessRow(600, 512, True, True, 0.0, True, "resumed"),), 1e-4)
     rows = [
-        questions.Answered("d", "q", 600, 512, 512, 88, 1.0, seconds, 1, 1000, "resumed") for seconds in (3.31, 3.33)
+        answers.Answered("d", "q", 600, 512, 512, 88, 1.0, seconds, 1, 1000, "resumed") for seconds in (3.31, 3.33)
     ]
-    questions._show(questions.Result("m", 256, tuple(rows), report, CacheStats()), Screen())
+    answers.show(answers.Result("m", 256, tuple(rows), report, CacheStats()), Screen())
     out = capsys.readouterr().out
     assert "came 3.3× sooner" in out and "EXACT: 1 prompt run" in out
 
 
-def test_time_to_first_token_is_one_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_to_first_token_is_that_of_one_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock stops when the first new token is handed out, not when all are there."""
     seen: list[dict[str, Any]] = []
 
     class Model:
-        def generate(self, prompt: torch.Tensor, **options: Any) -> None:
+        def generate(self, prompt: torch.Tensor, *, streamer: Any, **options: Any) -> torch.Tensor:
             seen.append(options)
+            streamer.put(prompt)
+            for step in range(3):
+                time.sleep(0.05 if step == 0 else 0.25)
+                streamer.put(torch.tensor([step]))
+            streamer.end()
+            return torch.cat([prompt, torch.tensor([[4, 8, 2]])], dim=1)
 
-    assert questions._first_token(Model(), torch.zeros((1, 3), dtype=torch.long)) >= 0
-    assert seen[0]["max_new_tokens"] == 1 and seen[0]["do_sample"] is False
+    class Words:
+        def decode(self, ids: torch.Tensor) -> str:
+            return " " + "".join(map(str, ids.tolist()))
+
+    asker = timing.Asker(Model(), Words())
+    reply = asker.reply(torch.zeros((1, 3), dtype=torch.long), 3)
+    assert reply.text == "482" and 0.05 <= reply.seconds < 0.3
+    assert seen[0]["max_new_tokens"] == 3 and seen[0]["do_sample"] is False
+    assert asker.cpu_share < 0.5  # a thread that sleeps looks like one that others keep from running
+    asker.reply(torch.zeros((1, 3), dtype=torch.long), 0)
+    assert seen[1]["max_new_tokens"] == 1
+
+
+def test_demo_shows_answers_and_what_lost_states_do_to_them(run: Run) -> None:
+    options = ("demo", "--quick", "--model", "recall-jamba", "--uncached", "1", "--tokens", "1000")
+    code, out, err = run(*options, "--json")
+    (model,) = json.loads(out)["models"]
+    rows = model["questions"]
+    assert (code, err) == (0, "")
+    assert len(rows) == 5 and sum(row["resumed_tokens"] > 512 for row in rows) >= 3
+    assert sum(row["answer"] == row["expected"] for row in rows) >= 4
+    asked = [row for row in rows if row["uncached_answer"] is not None]
+    assert len(asked) == 1 and asked[0]["answer"] == asked[0]["uncached_answer"]
+    wiped = model["wiped"]
+    assert wiped["rejected"] and len(wiped["questions"]) == 4 and wiped["right"] <= 1
+    assert wiped["max_abs_logit_diff"] > 1e-2 and wiped["chance"] == 1 / 6
+    code, out, _ = run(*options)
+    assert code == 0 and "random weights" not in out
+    assert out.count(" right |") >= 4 and "| states wiped: The code of room" in out
+    assert "of 5 right with the cache" in out and "the check rejects it" in out
+
+
+def test_demo_fails_when_lost_states_are_not_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = exactness.ExactnessReport((exactness.ExactnessRow(600, 512, True, True, 0.0, True, "resumed"),), 1e-4)
+    monkeypatch.setattr(questions, "check_exactness", lambda *arguments, **options: report)
+    code, out, _ = run("demo", "--quick", "--model", "recall-jamba", "--uncached", "0", "--tokens", "800")
+    assert code == 1 and "AND THE CHECK DID NOT NOTICE" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--quick", "--tokens", "100"), "--tokens 100 is too short for a manual that recall-"),
+        (
+            ("--model", "recall-jamba", "--document", __file__, "--question", "a"),
+            "--model recall-jamba knows no words",
+        ),
+        (("--model", "recall-jamba", "--workload", "."), "--model recall-jamba knows no words"),
+    ],
+)
+def test_trained_models_read_manuals_only(run: Run, arguments: tuple[str, ...], named: str) -> None:
+    code, _, err = run("demo", *arguments)
+    assert code == 2 and named in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_busy_machine_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    report = exactness.ExactnessReport((exactness.ExactnessRow(600, 512, True, True, 0.0, True, "resumed"),), 1e-4)
+    rows = (answers.Answered("d", "q", 600, 512, 512, 88, 1.0, 3.3, 1, 1000, "resumed"),)
+    for share, busy in ((0.4, True), (0.95, False)):
+        result = answers.Result("m", 256, rows, report, CacheStats(), cpu_share=share)
+        answers.show(result, Screen())
+        assert ("THE MACHINE WAS BUSY" in capsys.readouterr().out) == busy == result.to_dict()["busy"]

@@ -1,6 +1,5 @@
 """Every Python block in README and docs runs, the links lead somewhere, and the demo has enough to read."""
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from hf_sparse_cache import cli
-from hf_sparse_cache.cli.sources import own_document, shorten
+from hf_sparse_cache.cli.sources import OWN_TOKENS, own_document, shorten
 from hf_sparse_cache.models.families import FAMILIES, REFUSED
 from hf_sparse_cache.tools.builtin import build_tokenizer, load
 
@@ -51,8 +49,7 @@ def test_the_demo_has_enough_to_read() -> None:
     text, name = own_document()
     assert name == "the project's documentation"
     tokenizer = build_tokenizer([text])
-    default = inspect.signature(cli.demo).parameters["tokens"].default
-    assert len(tokenizer(shorten(text, tokenizer, default))["input_ids"]) >= 5000
+    assert len(tokenizer(shorten(text, tokenizer, OWN_TOKENS))["input_ids"]) >= 5000
 
 
 def test_the_readme_names_every_family() -> None:

@@ -19,7 +19,7 @@ NAME = f"hf_sparse_cache-{PROJECT['version']}"
 MODULES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "hf_sparse_cache").rglob("*")
-    if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+    if path.suffix in (".py", ".pyi", ".json", ".jsonl", ".safetensors", ".md") or path.name == "py.typed"
 )
 TOP_LEVEL = {
     "CHANGELOG.md",
@@ -122,6 +122,13 @@ from hf_sparse_cache.planning.planner import plan_checkpoints
 assert hf_sparse_cache.__file__.startswith(sys.prefix), hf_sparse_cache.__file__
 assert _planner.__file__.startswith(sys.prefix), _planner.__file__
 assert plan_checkpoints([0, 0, 1, 9], 1).positions == (3,)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hf_sparse_cache.tools import recall
+for name in recall.SIZES:
+    folder = recall.folder(name)
+    assert str(folder).startswith(sys.prefix), folder
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == model.config.vocab_size
 """
     run = subprocess.run([python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..checks import MOST_ID, printable
+from ..tools import recall
 from ..tools.builtin_sizes import SIZES
 from .benching import bench
 from .outputs import PNG_MARK, check_output
@@ -48,7 +49,7 @@ Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instea
 
 
 def _model_names(incomplete: str) -> list[str]:
-    return [name for name in SIZES if name.startswith(incomplete)]
+    return [name for name in (*recall.SIZES, *SIZES) if name.startswith(incomplete)]
 
 
 ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
@@ -66,7 +67,8 @@ MaxCheckpoints = Annotated[int | None, typer.Option(help="Most new checkpoints a
 Warmup = Annotated[float, typer.Option(help="Leading fraction that is served but not counted.")]
 
 
-_DEMO_MODELS = {"mamba": "mamba-21m", "jamba": "jamba-30m", "zamba2": "zamba2-30m"}
+# For texts of the user's own, of which the trained models do not know the words.
+_UNTRAINED = {"mamba": "mamba-21m", "jamba": "jamba-30m", "zamba2": "zamba2-30m"}
 
 
 @app.command()
@@ -78,11 +80,20 @@ def demo(
     workload: Annotated[
         Path | None, typer.Option(help="Folder with texts.jsonl and requests.jsonl: real documents and questions.")
     ] = None,
-    documents: Annotated[int, typer.Option(help="Documents to take from the workload.", min=1)] = 1,
+    documents: Annotated[
+        int | None, typer.Option(help="Documents to take from the workload (1), or manuals to write (3).", min=1)
+    ] = None,
     document: Annotated[Path | None, typer.Option(help="A text file of your own, with --question.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens of the project's own document.", min=64)] = 5600,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller models and 1,500 tokens: seconds.")] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a manual (2,000; 1,000 for recall-mamba), or most of the project's own document (5,600).",
+            min=64,
+            max=2**20,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One manual a model, and 1,500 tokens of others.")] = False,
     uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
     policy: Policy = None,
     max_memory: Memory = "2GiB",
@@ -91,32 +102,47 @@ def demo(
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """Ask questions about one long document, with the cache and without it, and check that nothing changed.
+    """Ask questions about a long text, with the cache and without it, and check that nothing changed.
 
-    Example: `hf-sparse-cache demo --model mamba-21m`
+    Without a model or a text, small trained models are asked about manuals, and their answers are checked as well.
+
+    Example: `hf-sparse-cache demo --quick`
     """
     from ..tools import builtin
     from ..tools.machine import describe_machine
     from . import questions as work
     from . import sources
+    from .manuals import manuals
 
     screen = Screen(json)
-    names = model or [f"{family}-3m" if quick else size for family, size in _DEMO_MODELS.items()]
-    tokens = min(tokens, 1500) if quick else tokens
-    reading = sources.reading(workload, documents, document, question or [], tokens)
+    own = workload is None and document is None and not question
+    untrained = [f"{family}-3m" if quick else size for family, size in _UNTRAINED.items()]
+    names = model or (list(recall.SIZES) if own else untrained)
+    strangers = [name for name in names if name in recall.SIZES and not own]
+    if strangers:
+        raise ValueError(
+            f"--model {strangers[0]} knows no words but those of its manuals; leave --workload, --document and "
+            f"--question out, or take another model, such as {untrained[1]}."
+        )
     _quiet()
     if any(name in SIZES for name in names):
         screen.say(
-            "Built-in models have random weights: what they would answer means nothing and is not shown. What is "
-            "shown is time to first token, memory and exactness, which depend on the architecture alone.\n"
+            "Built-in models other than recall-* have random weights: what they would answer means nothing and is not "
+            "shown. What is shown is time to first token, memory and exactness, which depend on the architecture.\n"
         )
+    options: dict[str, Any] = {"max_memory": max_memory, "grid": grid, **({"policy": policy} if policy else {})}
     results = []
     for name in names:
-        loaded, tokenizer = builtin.load(name, reading.texts, dtype, device)
-        options: dict[str, Any] = {"max_memory": max_memory, "grid": grid, **({"policy": policy} if policy else {})}
-        tasks = reading.tasks(tokenizer)
+        if name in recall.SIZES:
+            tasks = manuals(name, documents or (1 if quick else 3), tokens)
+            loaded, tokenizer = builtin.load(name, [], dtype, device)
+        else:
+            length = min(tokens or sources.OWN_TOKENS, 1500 if quick else 2**20)
+            reading = sources.reading(workload, documents or 1, document, question or [], length)
+            loaded, tokenizer = builtin.load(name, reading.texts, dtype, device)
+            tasks = reading.tasks(tokenizer)
         results.append(work.run(name, loaded, tokenizer, tasks, screen, uncached=uncached, **options))
-    passed = all(result.exactness.passed for result in results)
+    passed = all(result.passed for result in results)
     screen.emit({"passed": passed, "machine": describe_machine(), "models": [result.to_dict() for result in results]})
     raise typer.Exit(0 if passed else 1)
 

@@ -13,6 +13,8 @@ from ..tools.folders import read_requests
 # The project's own documents in the order in which the demo reads them; the questions are about the first ones.
 _DOCUMENTS = ("README.md", "docs/concepts.md", "docs/exactness.md", "docs/troubleshooting.md")
 
+OWN_TOKENS = 5600  # of them that are read where nothing else is said
+
 QUESTIONS = (
     "What is a checkpoint, and what does it hold?",
     "Why does the cache leave at least two tokens of every prompt to compute?",
@@ -26,11 +28,15 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Task:
-    """One question about one document; `prompt` is what the model reads."""
+    """One question about one document; `prompt` is what the model reads.
+
+    `answer` is what is right, a token a character; "" where nobody knows.
+    """
 
     document: str
     question: str
     prompt: str
+    answer: str = ""
 
 
 @dataclass(frozen=True)

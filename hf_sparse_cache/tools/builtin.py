@@ -1,11 +1,13 @@
-"""Built-in models of known size with seeded random weights, for demos and benchmarks that download nothing.
+"""Built-in models, for demos and benchmarks that download nothing: with seeded random weights, or trained.
 
-The text they write means nothing. What they show is time, memory and exactness, for which only the architecture
-counts: each has the structure of its family at a few layers (see `builtin_sizes`).
+What those with random weights write means nothing. They show time, memory and exactness, for which only the
+architecture counts: each has the structure of its family at a few layers (see `builtin_sizes`). The trained ones are
+small, and answer questions about manuals (see `recall`).
 """
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from . import recall
 from .builtin_sizes import SIZES as SIZES
 from .random_weights import cast_weights, draw_weights
 
@@ -59,11 +62,11 @@ def build_model(
 def load(
     name: str, texts: Iterable[str], dtype: torch.dtype | str = "auto", device: str = "cpu", seed: int = 0
 ) -> tuple[PreTrainedModel, Any]:
-    """A model and its tokenizer, in evaluation mode, whether built in, in a folder or on the Hub.
+    """A model and its tokenizer, in evaluation mode, whether built in, trained, in a folder or on the Hub.
 
     Args:
-        name (`str`): one of `SIZES`, a folder, or a Hub id.
-        texts (`Iterable[str]`): what the tokenizer of a built-in model learns from; the others bring their own.
+        name (`str`): one of `names()`, a folder, or a Hub id.
+        texts (`Iterable[str]`): for the tokenizer of a model with random weights to learn from; the others have one.
         dtype (`torch.dtype` or `str`): of the weights; "auto" is the checkpoint's own, float32 for built-in ones.
         device (`str`): where the model is put.
         seed (`int`): of a built-in model's weights.
@@ -84,18 +87,22 @@ def load(
             raise ValueError(f"dtype={dtype!r} is no dtype that models run in; use auto, float32 or bfloat16")
         model = build_model(name, named, seed)
         return model.to(device), build_tokenizer(texts)
-    there = os.path.exists(name)
+    source: str | Path = name
+    if name in recall.SIZES:  # kept in bfloat16, which is slower than float32 where there is no accelerator
+        source, dtype = recall.folder(name), torch.float32 if dtype == "auto" else dtype
+    there = os.path.exists(source)
     if not name or ("/" not in name and not there):
-        raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(SIZES)}")
+        raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(names())}")
     try:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a broken folder gives whatever it gives; the Hub, lines about connections and tokens
         if isinstance(error, OSError) and not there:
             raise OSError(
                 f"MODEL {name} is not in the local cache of Hugging Face and cannot be fetched from the Hub; check "
-                f"the name and the connection, or take a built-in model, which needs no download: {', '.join(SIZES)}"
+                f"the name and the connection, or take a built-in model, which needs no download: {', '.join(names())}"
             ) from error
         said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
@@ -103,6 +110,11 @@ def load(
             "save_pretrained, and a dtype of torch"
         ) from error
     return model.to(device).eval(), tokenizer
+
+
+def names() -> list[str]:
+    """Every model that needs no download: those with random weights, then the trained ones."""
+    return [*SIZES, *recall.SIZES]
 
 
 def parameter_count(name: str, vocab_size: int = 8192) -> int:
