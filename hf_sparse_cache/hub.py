@@ -9,9 +9,8 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
-
-from transformers.utils import PushToHubMixin
 
 from . import jsontext
 
@@ -19,11 +18,9 @@ from . import jsontext
 CARD_NAME = "README.md"
 VERSION_KEY = "hf_sparse_cache_version"
 _TAGS = ["hf_sparse_cache"]
-# How transformers describes the model in the card that it makes up when a repository has none.
-_DESCRIPTION = "This is the model card of a"
 
 
-class Shareable(PushToHubMixin):
+class Shareable:
     """`save_pretrained`, `from_pretrained` and `push_to_hub` for a small object that JSON can hold."""
 
     file_name: ClassVar[str]
@@ -64,15 +61,40 @@ class Shareable(PushToHubMixin):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
-        """Upload the file and, where the repository has none, its card.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tags: list[str] | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        **commit: Any,
+    ) -> Any:
+        """Upload the file and, where the repository has none, its card. A card that is there only gets the tags.
 
         Args:
             repo_id: name of the repository, made when it is not there.
             tags: further tags of the card.
-            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and what else transformers takes.
+            private: whether a repository that is made is private; None for what is usual there.
+            token: of the Hub; None for the one that is logged in.
+            commit: `revision`, `create_pr`, `commit_message` and what else `HfApi.create_commit` takes.
+
+        Returns:
+            The `huggingface_hub.CommitInfo`.
         """
-        return super().push_to_hub(repo_id, tags=[*_TAGS, *(tags or [])], **kwargs)
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = {"commit_message": f"Upload {type(self).__name__}", **commit}
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder)
+            _tag(folder / CARD_NAME, repo_id, [*_TAGS, *(tags or [])], token)
+            if commit.get("revision"):
+                _make_branch(api, repo_id, commit["revision"], bool(commit.get("create_pr")))
+            files = [CommitOperationAdd(file.name, str(file)) for file in sorted(folder.iterdir())]
+            return api.create_commit(repo_id, operations=files, **commit)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -104,18 +126,6 @@ class Shareable(PushToHubMixin):
             raise ValueError(f"{path} holds a {type(content).__name__}, not the fields of a {cls.__name__}.")
         return cls.from_dict(content)
 
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        # By now transformers has put a card here: the repository's own, which stays, or an empty form for a model.
-        path = Path(working_dir) / CARD_NAME
-        if path.exists() and _is_form(path.read_text(encoding="utf-8")):
-            from huggingface_hub import ModelCard
-
-            card = ModelCard.load(path)
-            card.data.library_name = "hf_sparse_cache"
-            card.text = self.card()
-            card.save(path)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
 
 def _replace(path: Path, text: str) -> None:
     """Writes a file in full or not at all, in the place of one that was written here before.
@@ -141,12 +151,28 @@ def _replace(path: Path, text: str) -> None:
             raise
 
 
-def _is_form(text: str) -> bool:
-    """Whether a card is the empty form of transformers, in which nobody has written anything."""
-    from huggingface_hub import ModelCard, ModelCardData
+def _tag(card_file: Path, repo_id: str, tags: list[str], token: Any) -> None:
+    """Put the card of a repository in the place of ours, where it has one, and the tags on it."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
 
-    mark = "\0"
-    before, _, after = ModelCard.from_template(ModelCardData(), model_description=mark).text.strip().partition(mark)
-    body = ModelCard(text).text.strip()
-    described = body.removeprefix(before).removesuffix(after)
-    return len(described) == len(body) - len(before) - len(after) and described.startswith(_DESCRIPTION)
+    try:
+        card = ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        card = ModelCard(card_file.read_text(encoding="utf-8"))
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    card.save(card_file)
+
+
+def _make_branch(api: Any, repo_id: str, revision: str, create_pr: bool) -> None:
+    """See to it that there is a branch to commit to; the commit itself makes those of pull requests."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if revision.startswith("refs/pr"):
+        return
+    try:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    except HfHubHTTPError as error:
+        # A pull request to a repository of others: they have the branch, or the commit says that it is not there.
+        if not create_pr or error.response.status_code != 403:
+            raise

@@ -2,16 +2,17 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError
-from transformers.utils import hub
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from hf_sparse_cache import CheckpointPlan, SparseCacheConfig, __version__, plan_checkpoints
-from hf_sparse_cache.hub import Shareable
+from hf_sparse_cache.hub import Shareable, _make_branch
 
 
 PLAN = plan_checkpoints([0.1, 0.0, 0.5, 0.2, 1.0], 2)
@@ -88,6 +89,15 @@ class FakeHub:
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
         self.options: dict[str, Any] = {}
+        self.branches: list[str] = []
+
+    def api(self, token: bool | str | None) -> "FakeHub":
+        self.token = token
+        return self
+
+    def create_branch(self, repo_id: str, branch: str, exist_ok: bool) -> None:
+        assert repo_id == self.repo_id and exist_ok
+        self.branches.append(branch)
 
     def create_repo(self, repo_id: str, **options: Any) -> "FakeHub":
         self.repo_id, self.options = f"me/{repo_id}", options
@@ -95,6 +105,7 @@ class FakeHub:
 
     def create_commit(self, repo_id: str, operations: list[Any], **options: Any) -> str:
         assert repo_id == self.repo_id
+        self.committed = options
         for operation in operations:
             self.files[operation.path_in_repo] = Path(operation.path_or_fileobj).read_text(encoding="utf-8")
         return "committed"
@@ -109,7 +120,7 @@ def _push(shared: Shareable, monkeypatch: pytest.MonkeyPatch, existing_card: str
         return ModelCard(existing_card)
 
     fake = FakeHub()
-    monkeypatch.setattr(hub, "hf_api", lambda: fake)
+    monkeypatch.setattr("huggingface_hub.HfApi", fake.api)
     monkeypatch.setattr(ModelCard, "load", load)
     assert shared.push_to_hub("thing", **options) == "committed"
     return fake
@@ -138,6 +149,27 @@ def test_push_keeps_a_card_with_blanks_in_it(shared: Shareable, monkeypatch: pyt
     form = ModelCard.from_template(ModelCardData(), model_description="This is the model card of a model.").content
     for card in (form + "\n## Mine\n", form.replace("## Uses", "## Uses\n\nMine."), "[More Information Needed] Mine."):
         assert _push(shared, monkeypatch, card).files["README.md"].count("Mine") == 1
+
+
+def test_a_revision_is_made_and_a_pull_request_is_not(shared: Shareable, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _push(shared, monkeypatch, None, revision="v2", token="mine", commit_message="New", create_pr=False)
+    assert fake.branches == ["v2"] and fake.token == "mine"
+    assert fake.committed == {"revision": "v2", "commit_message": "New", "create_pr": False}
+    fake = _push(shared, monkeypatch, None, revision="refs/pr/3")
+    assert fake.branches == []
+    assert fake.committed == {"revision": "refs/pr/3", "commit_message": f"Upload {type(shared).__name__}"}
+
+
+@pytest.mark.parametrize(("status", "create_pr", "said"), [(403, True, False), (403, False, True), (500, True, True)])
+def test_the_branch_of_a_repository_of_others(status: int, create_pr: bool, said: bool) -> None:
+    answer: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+
+    class Refusing:
+        def create_branch(self, repo_id: str, branch: str, exist_ok: bool) -> None:
+            raise HfHubHTTPError("no", response=answer)
+
+    with pytest.raises(HfHubHTTPError) if said else nullcontext():
+        _make_branch(Refusing(), "theirs/thing", "v2", create_pr)
 
 
 def test_save_may_push(shared: Shareable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

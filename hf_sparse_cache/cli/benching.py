@@ -5,6 +5,7 @@ import importlib.util
 import json as jsonlib
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,28 +20,36 @@ from .screen import Screen
 
 RIVALS = ("stock", "chunked", "deepcopy", "dense", "limit")
 OWN = "documentation"
-# What --quick changes, unless told otherwise.
+# How much is measured unless told otherwise, in full and with --quick; of some, 0 means all.
+UNLIMITED = ("requests", "per_group", "max_prompt_tokens")
 QUICK: dict[str, Any] = {"requests": 4, "per_group": 2, "max_prompt_tokens": 1024, "max_new_tokens": 2, "checked": 1}
 FULL: dict[str, Any] = {"requests": 5, "per_group": 5, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
+
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option(help="Hub id, .jsonl/.csv/.parquet/.txt file or workload folder; repeat for more."),
+]
+Rivals = Annotated[
+    list[str] | None, typer.Option(help=f"Of {', '.join(RIVALS)}; 'none' for none. Default: all that are right.")
+]
+Grid = Annotated[
+    int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
+]
+Seed = Annotated[int, typer.Option(help="Of the arrivals, and of a built-in model's weights.", min=0, max=2**32 - 1)]
+Quick = Annotated[bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the results; a run that was interrupted goes on.")]
 
 
 def bench(
     model: Annotated[list[str] | None, typer.Option(help="Built-in model, folder or Hub id; repeat for more.")] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(help="Hub id, .jsonl/.csv/.parquet/.txt file or workload folder; repeat for more."),
-    ] = None,
+    dataset: Datasets = None,
     columns: Annotated[str, typer.Option(help="Columns that make up a prompt, such as article,question.")] = "",
     config: Annotated[str | None, typer.Option(help="Configuration of the Hub dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     policy: Annotated[list[str] | None, typer.Option(help="Policy of the cache; repeat for more.")] = None,
-    rival: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(RIVALS)}; 'none' for none. Default: all that are right.")
-    ] = None,
+    rival: Rivals = None,
     max_memory: Annotated[str, typer.Option(help="Bytes that each policy may store.")] = "2GiB",
-    grid: Annotated[
-        int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
-    ] = None,
+    grid: Grid = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt.", min=1)] = None,
     requests: Annotated[int | None, typer.Option(help="How many requests of each dataset; 0 for all.", min=0)] = None,
     per_group: Annotated[int | None, typer.Option(help="How many of each document or chat; 0 for all.", min=0)] = None,
@@ -49,15 +58,9 @@ def bench(
     checked: Annotated[int | None, typer.Option(help="Requests whose logits are compared.", min=0)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
-    seed: Annotated[
-        int, typer.Option(help="Of the arrivals, and of a built-in model's weights.", min=0, max=2**32 - 1)
-    ] = 42,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; a run that was interrupted goes on.")
-    ] = None,
+    seed: Seed = 42,
+    quick: Quick = False,
+    out: Out = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")] = False,
 ) -> None:
@@ -65,34 +68,10 @@ def bench(
 
     Example: `hf-sparse-cache bench --model jamba-30m --quick --report report.html`
     """
-    import transformers
-
-    missing = [name for name in ("datasets", "matplotlib", "pandas") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"bench needs {', '.join(missing)}: pip install 'hf_sparse_cache[bench]'")
-    import datasets
-
-    from ..bench import metrics
+    _require_packages()
     from ..bench.results import Settings
-    from ..bench.run import run
 
-    transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
     screen = Screen(json)
-    given = {
-        "requests": requests,
-        "per_group": per_group,
-        "max_prompt_tokens": max_prompt_tokens,
-        "max_new_tokens": max_new_tokens,
-        "checked": checked,
-    }
-    sizes: dict[str, Any] = {
-        name: default if given[name] is None else given[name] for name, default in (QUICK if quick else FULL).items()
-    }
-    for name in ("requests", "per_group", "max_prompt_tokens"):
-        sizes[name] = sizes[name] or None  # 0 is no limit
     settings = Settings(
         models=tuple(model or ("mamba-21m", "jamba-30m", "zamba2-30m")),
         datasets=tuple(dataset or (OWN,)),
@@ -107,27 +86,56 @@ def bench(
         device=device,
         dtype=dtype,
         seed=seed,
-        **sizes,
+        **_sizes(quick, (requests, per_group, max_prompt_tokens, max_new_tokens, checked)),
     )
-    parse_bytes(max_memory)
+    raise typer.Exit(0 if _measure(settings, screen, out, report) else 1)
+
+
+def _require_packages() -> None:
+    """Say what is missing; of what is there, keep the progress bars to terminals."""
+    import transformers
+
+    missing = [name for name in ("datasets", "matplotlib", "pandas") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"bench needs {', '.join(missing)}: pip install 'hf_sparse_cache[bench]'")
+    import datasets
+
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def _sizes(quick: bool, given: Sequence[int | None]) -> dict[str, Any]:
+    """What was asked for, in the order of `FULL`, and the rest of it from there, or from `QUICK`; None is no limit."""
+    defaults = QUICK if quick else FULL
+    sizes = {
+        name: default if value is None else value
+        for (name, default), value in zip(defaults.items(), given, strict=True)
+    }
+    return {name: value or None if name in UNLIMITED else value for name, value in sizes.items()}
+
+
+def _measure(settings: Any, screen: Screen, out: Path | None, report: Path | None) -> bool:
+    """Run, and show what came out; whether every resumed request that was checked was exact."""
+    from ..bench import metrics
+    from ..bench.run import run
+
+    parse_bytes(settings.max_memory)
     folder = out or Path("bench-runs") / _digest(asdict(settings))
     check_folder(folder, "--out")
     if report is not None:
         check_output(report, "--report", REPORT_MARK)
     command = shlex.join(["hf-sparse-cache", *sys.argv[1:]])
-    if not json:
-        screen.say(f"Results go to {folder}; the same command goes on there if it is interrupted.\n")
-    measured = run(
-        settings, folder, command, lambda name: _load(name, settings), report=report, say=lambda line: screen.say(line)
-    )
+    screen.say(f"Results go to {folder}; the same command goes on there if it is interrupted.\n")
+    measured = run(settings, folder, command, lambda name: _load(name, settings), report=report, say=screen.say)
     screen.say()
     screen.table(*metrics.table(measured))
     screen.table(*metrics.costs(measured))
     for sentence in metrics.verdict(measured, settings.policies[0]):
         screen.say(sentence)
     screen.emit({"out": str(folder), "report": str(report) if report else None, "measured": measured})
-    exact = all(row["checked_bitwise"] == row["checked_resumed"] for row in measured)
-    raise typer.Exit(0 if exact else 1)
+    return all(row["checked_bitwise"] == row["checked_resumed"] for row in measured)
 
 
 def _rivals(chosen: list[str] | None) -> tuple[str, ...]:

@@ -52,6 +52,21 @@ def run(
                 rows += report.rows
                 steps.done(1)
         report = ExactnessReport(tuple(rows), report.tolerance)
+    _show(report, model, screen)
+    return report, {
+        "passed": report.passed,
+        "bitwise": report.bitwise,
+        "max_abs_logit_diff": report.max_abs_logit_diff,
+        "tokens_equal": report.tokens_equal,
+        "resumed_tokens": report.resumed_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "prompts": [vars(row) for row in report.rows],
+    }
+
+
+def _show(report: ExactnessReport, model: Any, screen: Screen) -> None:
+    """Write the table, the verdict, and what it holds for."""
     columns = ("prompt", "resumed", "logits = cold", "states = cold", "max |Δ logit| to stock", "same tokens")
     yes = {True: "yes", False: "NO"}
     cells = [
@@ -73,13 +88,3 @@ def run(
         f"{model.dtype} on {model.device}; {where['cpu']}, {where['threads']} threads; torch {where['torch']}, "
         f"transformers {where['transformers']}"
     )
-    return report, {
-        "passed": report.passed,
-        "bitwise": report.bitwise,
-        "max_abs_logit_diff": report.max_abs_logit_diff,
-        "tokens_equal": report.tokens_equal,
-        "resumed_tokens": report.resumed_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "prompts": [vars(row) for row in report.rows],
-    }
