@@ -60,3 +60,30 @@ def test_the_readme_names_every_family() -> None:
     for name in ("MiniMax", "RWKV", "xLSTM", "RecurrentGemma"):
         assert name in refused
     assert len(REFUSED) == 4
+
+
+def test_the_architecture_names_what_is_there() -> None:
+    """Every file on the page exists, and every name is defined in one of the files of its row."""
+    package = ROOT / "hf_sparse_cache"
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for room in re.findall(r"^ (\w+)/ ", page, re.MULTILINE):
+        assert (package / room).is_dir(), room
+    for file in re.findall(r"`([\w/]+\.py)`", page):
+        assert (package / file).is_file() or (ROOT / file).is_file(), file
+    named = 0
+    for row in re.findall(r"^\|.*\|$", page.split("## The way of a prompt")[1], re.MULTILINE):
+        files = re.findall(r"`((?!tests)[\w/]+\.py)`", row)
+        source = "\n".join((package / file).read_text(encoding="utf-8") for file in files)
+        for name in re.findall(r"`((?!\S+\.py`)[A-Za-z_.]+)`", row) if files else ():
+            for part in name.split("."):
+                assert re.search(rf"^ *(def|class) {part}\b|^{part}\b.* = ", source, re.MULTILINE), (name, row)
+                named += 1
+    assert named > 60
+
+
+def test_the_architecture_leads_to_what_is_looked_for() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for said in ("prompt is cut", "state is copied", "Room is made", "Who goes is decided"):
+        assert f"**{said}**" in page or f"**The {said}**" in page
+    for new in ("model family", "policy", "eviction", "tier"):
+        assert f"\n| {new} |" in page

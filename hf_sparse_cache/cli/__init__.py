@@ -65,6 +65,14 @@ StateBytes = Annotated[int | None, typer.Option(help="Bytes of a checkpoint's st
 KVBytes = Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0)]
 MaxCheckpoints = Annotated[int | None, typer.Option(help="Most new checkpoints a prompt.", min=0)]
 Warmup = Annotated[float, typer.Option(help="Leading fraction that is served but not counted.")]
+ManualTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of a manual (2,000; 1,000 for recall-mamba), or most of the project's own document (5,600).",
+        min=64,
+        max=2**20,
+    ),
+]
 
 
 # For texts of the user's own, of which the trained models do not know the words.
@@ -85,14 +93,7 @@ def demo(
     ] = None,
     document: Annotated[Path | None, typer.Option(help="A text file of your own, with --question.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a manual (2,000; 1,000 for recall-mamba), or most of the project's own document (5,600).",
-            min=64,
-            max=2**20,
-        ),
-    ] = None,
+    tokens: ManualTokens = None,
     quick: Annotated[bool, typer.Option("--quick", help="One manual a model, and 1,500 tokens of others.")] = False,
     uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
     policy: Policy = None,
@@ -116,14 +117,7 @@ def demo(
 
     screen = Screen(json)
     own = workload is None and document is None and not question
-    untrained = [f"{family}-3m" if quick else size for family, size in _UNTRAINED.items()]
-    names = model or (list(recall.SIZES) if own else untrained)
-    strangers = [name for name in names if name in recall.SIZES and not own]
-    if strangers:
-        raise ValueError(
-            f"--model {strangers[0]} knows no words but those of its manuals; leave --workload, --document and "
-            f"--question out, or take another model, such as {untrained[1]}."
-        )
+    names = _demo_models(model, own, quick)
     _quiet()
     if any(name in SIZES for name in names):
         screen.say(
@@ -145,6 +139,28 @@ def demo(
     passed = all(result.passed for result in results)
     screen.emit({"passed": passed, "machine": describe_machine(), "models": [result.to_dict() for result in results]})
     raise typer.Exit(0 if passed else 1)
+
+
+def _demo_models(asked: list[str] | None, own: bool, quick: bool) -> list[str]:
+    """The models of a demo.
+
+    Args:
+        asked: those that were named.
+        own: whether they are asked about texts of ours, and not of the user's.
+        quick: whether small ones will do.
+
+    Raises:
+        ValueError: a model that was named does not know the words of the user's text.
+    """
+    untrained = [f"{family}-3m" if quick else size for family, size in _UNTRAINED.items()]
+    names = asked or (list(recall.SIZES) if own else untrained)
+    strangers = [name for name in names if name in recall.SIZES and not own]
+    if strangers:
+        raise ValueError(
+            f"--model {strangers[0]} knows no words but those of its manuals; leave --workload, --document and "
+            f"--question out, or take another model, such as {untrained[1]}."
+        )
+    return names
 
 
 @app.command()
