@@ -24,7 +24,7 @@ from ..planning.cuts import MIN_SUFFIX_TOKENS
 from ..planning.policies import Policy, Prompt
 from ..store.store import CheckpointStore
 from ..store.tree import Checkpoint
-from .timing import Served, serve
+from .clock import Served, serve
 from .workloads import Asked
 
 

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from ..cache import SparsePrefixCache
 from ..tools import builtin
 from ..tools.machine import peak_process_bytes
+from .clock import Served, serve
 from .contenders import Cached, Chunked, Contender, DeepCopy, EveryCut, Limit
 from .results import Settings, Trial
-from .timing import Served, serve
 from .upstream import why_wrong
 from .workloads import Asked, Workload, common_prefixes
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .clock import serve
 from .contenders import Contender, DeepCopy
-from .timing import serve
 from .workloads import Asked
 
 

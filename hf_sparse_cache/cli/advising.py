@@ -57,8 +57,8 @@ def on_trace(
         trace = load_trace(trace[:requests])
     names = list(dict.fromkeys(policies or default_policies(cut_ids)))
     budget = cast(int, parse_bytes(max_memory))
-    question = Question(path.name, trace, sizes, names, budget, max_checkpoints, tuple(cut_ids), warmup)
-    found = advise(question, screen)
+    inquiry = Inquiry(path.name, trace, sizes, names, budget, max_checkpoints, tuple(cut_ids), warmup)
+    found = advise(inquiry, screen)
     show_advice(found, sizes, screen)
     show_placements(found["plans"], budget, f"the requests of {path.name}", screen)
     if png is not None:
@@ -68,7 +68,7 @@ def on_trace(
 
 
 @dataclass(frozen=True)
-class Question:
+class Inquiry:
     """What the advisor is asked.
 
     Attributes:
@@ -95,7 +95,7 @@ def default_policies(cut_ids: Sequence[int]) -> list[str]:
     return [name for name in POLICIES if name != "none" and (name != "boundary" or cut_ids)]
 
 
-def advise(question: Question, screen: Screen) -> dict[str, Any]:
+def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
     """Serve the trace with every policy, and with the two best ones under other budgets.
 
     Returns:
@@ -104,39 +104,39 @@ def advise(question: Question, screen: Screen) -> dict[str, Any]:
     Raises:
         ValueError: No prompt of the trace shares its first cut with an earlier one.
     """
-    runs = 1 + len(question.policies) + (len(BELOW) + 1) * min(2, len(question.policies))
-    with screen.progress(runs * len(question.trace), "overlap") as steps:
-        overlaps = _serve(question, steps, "none", None)[1]
-        every_cut = _every_cut(question, overlaps)
-        weights = np.bincount([row.overlap_tokens for row in _counted(question, overlaps)]).astype(np.float64)
-        plans = placements(question.sizes, weights, question.max_memory)
-        served = {name: _serve(question, steps, name, question.max_memory) for name in question.policies}
+    runs = 1 + len(inquiry.policies) + (len(BELOW) + 1) * min(2, len(inquiry.policies))
+    with screen.progress(runs * len(inquiry.trace), "overlap") as steps:
+        overlaps = _serve(inquiry, steps, "none", None)[1]
+        every_cut = _every_cut(inquiry, overlaps)
+        weights = np.bincount([row.overlap_tokens for row in _counted(inquiry, overlaps)]).astype(np.float64)
+        plans = placements(inquiry.sizes, weights, inquiry.max_memory)
+        served = {name: _serve(inquiry, steps, name, inquiry.max_memory) for name in inquiry.policies}
         results = {name: result for name, (result, _) in served.items()}
-        order = sorted(question.policies, key=lambda name: -results[name].resumed_tokens)  # ties: as they were given
-        best, first = order[0], question.policies[0]
+        order = sorted(inquiry.policies, key=lambda name: -results[name].resumed_tokens)  # ties: as they were given
+        best, first = order[0], inquiry.policies[0]
         shown = list(dict.fromkeys([first, next((name for name in order if name != first), first)]))
-        frontier = _frontier(question, {name: results[name] for name in shown}, steps)
+        frontier = _frontier(inquiry, {name: results[name] for name in shown}, steps)
     floor = every_cut["recomputed_tokens"]
     return {
         "trace": {
-            "name": question.name,
+            "name": inquiry.name,
             "requests": results[best].requests,
             "prompt_tokens": results[best].prompt_tokens,
             "overlap_tokens": results[best].overlap_tokens,
         },
-        **question.sizes.measured,
-        "max_memory": question.max_memory,
+        **inquiry.sizes.measured,
+        "max_memory": inquiry.max_memory,
         "policies": {name: _row(result, floor) for name, result in results.items()},
         "every_cut": every_cut,
         "best": best,
-        "histogram": _histogram(weights, _counted(question, served[best][1])),
+        "histogram": _histogram(weights, _counted(inquiry, served[best][1])),
         "frontier": frontier,
         "plans": plans,
     }
 
 
 def _serve(
-    question: Question, steps: Steps, policy: str, max_memory: int | None
+    inquiry: Inquiry, steps: Steps, policy: str, max_memory: int | None
 ) -> tuple[SimulationResult, list[RequestInfo]]:
     rows: list[RequestInfo] = []
 
@@ -146,21 +146,21 @@ def _serve(
 
     steps.now(policy)
     result = simulate(
-        question.trace,
+        inquiry.trace,
         policy=policy,
         max_memory=max_memory,
-        max_checkpoints=question.max_checkpoints,
-        cut_ids=question.cut_ids,
-        warmup=question.warmup,
+        max_checkpoints=inquiry.max_checkpoints,
+        cut_ids=inquiry.cut_ids,
+        warmup=inquiry.warmup,
         on_request=count,
         progress=False,
-        **question.sizes.options,
+        **inquiry.sizes.options,
     )
     return result, rows
 
 
-def _counted(question: Question, rows: list[RequestInfo]) -> list[RequestInfo]:
-    return rows[int(len(rows) * question.warmup) :]
+def _counted(inquiry: Inquiry, rows: list[RequestInfo]) -> list[RequestInfo]:
+    return rows[int(len(rows) * inquiry.warmup) :]
 
 
 def _row(result: SimulationResult, floor: float) -> dict[str, Any]:
@@ -173,19 +173,19 @@ def _row(result: SimulationResult, floor: float) -> dict[str, Any]:
     }
 
 
-def _every_cut(question: Question, rows: list[RequestInfo]) -> dict[str, Any]:
+def _every_cut(inquiry: Inquiry, rows: list[RequestInfo]) -> dict[str, Any]:
     """The most that any policy can resume on these cuts, and about what it would hold: nothing is ever evicted."""
-    sizes, skipped = question.sizes, len(rows) - len(_counted(question, rows))
+    sizes, skipped = inquiry.sizes, len(rows) - len(_counted(inquiry, rows))
     resumed = checkpoints = held = 0
-    for index, (ids, row) in enumerate(zip(question.trace, rows, strict=True)):
-        cuts = cut_positions(ids, sizes.grid, question.cut_ids)
+    for index, (ids, row) in enumerate(zip(inquiry.trace, rows, strict=True)):
+        cuts = cut_positions(ids, sizes.grid, inquiry.cut_ids)
         usable = min(row.overlap_tokens, len(ids) - MIN_SUFFIX_TOKENS)
         known, shared = (int(np.searchsorted(cuts, depth, side="right")) for depth in (usable, row.overlap_tokens))
         resumed += int(cuts[known - 1]) if known and index >= skipped else 0
         if shared < len(cuts):
             checkpoints += len(cuts) - shared
             held += int(cuts[-1]) - (int(cuts[shared - 1]) if shared else 0)
-    counted = _counted(question, rows)
+    counted = _counted(inquiry, rows)
     overlap, tokens = sum(row.overlap_tokens for row in counted), sum(row.prompt_tokens for row in counted)
     return {
         "resumed_tokens": resumed,
@@ -197,16 +197,16 @@ def _every_cut(question: Question, rows: list[RequestInfo]) -> dict[str, Any]:
     }
 
 
-def _frontier(question: Question, known: dict[str, SimulationResult], steps: Steps) -> list[dict[str, Any]]:
+def _frontier(inquiry: Inquiry, known: dict[str, SimulationResult], steps: Steps) -> list[dict[str, Any]]:
     """Each policy under less memory than was used, under the budget, and under more where the budget was short."""
-    used = min(question.max_memory, max(result.peak_bytes for result in known.values()))
-    sizes = question.sizes
+    used = min(inquiry.max_memory, max(result.peak_bytes for result in known.values()))
+    sizes = inquiry.sizes
     one = sizes.state_bytes + sizes.grid * sizes.kv_bytes_per_token  # with less, nothing could be kept
     budgets = {used // share for share in BELOW if used // share >= one}
     if any(result.evictions for result in known.values()):
-        budgets.add(ABOVE * question.max_memory)
-    rows = [_point(name, question.max_memory, result) for name, result in known.items()]
-    rows += [_point(name, budget, _serve(question, steps, name, budget)[0]) for name in known for budget in budgets]
+        budgets.add(ABOVE * inquiry.max_memory)
+    rows = [_point(name, inquiry.max_memory, result) for name, result in known.items()]
+    rows += [_point(name, budget, _serve(inquiry, steps, name, budget)[0]) for name in known for budget in budgets]
     order = list(known)
     return sorted(rows, key=lambda row: (order.index(row["policy"]), row["max_memory"]))
 

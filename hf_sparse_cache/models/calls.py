@@ -67,10 +67,10 @@ def prompt_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, 
     """Tokens of each prompt that `generate(*args, **kwargs)` is given, padding left out; empty without ids."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids"))]
     ids = next((value for value in given if torch.is_tensor(value) and value.dim() == 2), None)
-    return () if ids is None else lengths(ids, kwargs.get("attention_mask"))
+    return () if ids is None else row_lengths(ids, kwargs.get("attention_mask"))
 
 
-def lengths(ids: torch.Tensor, attention_mask: Any = None) -> tuple[int, ...]:
+def row_lengths(ids: torch.Tensor, attention_mask: Any = None) -> tuple[int, ...]:
     """Tokens of each row of `ids` `(batch, width)`, less those that a mask of the same shape leaves out."""
     if torch.is_tensor(attention_mask) and attention_mask.shape == ids.shape:
         return tuple((attention_mask != 0).sum(-1).tolist())

@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerationMode
 from . import mamba1, rope
 from .attachment import Attachment, Replacement
 from .binding import Binding
-from .calls import Call, innermost, lengths, opened, prompt_tokens
+from .calls import Call, innermost, opened, prompt_tokens, row_lengths
 from .families import CACHE_NAMES
 from .handle import Handle, refuse_class
 from .inputs import why_uncached
@@ -187,7 +187,7 @@ def _prefill(
             model_kwargs = {
                 name: server.live_cache() if value is live else value for name, value in model_kwargs.items()
             }
-    call.prompt_tokens = call.prompt_tokens or lengths(input_ids, model_kwargs.get("attention_mask"))
+    call.prompt_tokens = call.prompt_tokens or row_lengths(input_ids, model_kwargs.get("attention_mask"))
     _uncached(call, why_not)
     rope.as_loaded(model)
     return own(input_ids, generation_config, model_kwargs, *args, **kwargs)

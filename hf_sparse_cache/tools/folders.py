@@ -22,7 +22,7 @@ _ROW = "texts.jsonl needs id and text in each row, requests.jsonl group_id and s
 _MOST_BLOCK = 2**16
 
 
-class Asked(NamedTuple):
+class Recorded(NamedTuple):
     """One request for texts: its group, and its segments as rows with `text`, and `role` where that is known."""
 
     group: str
@@ -75,7 +75,7 @@ def read_hashes(folder: Path) -> Hashed:
     return Hashed(block, prompts, lengths)
 
 
-def read_requests(folder: Path) -> Iterator[Asked]:
+def read_requests(folder: Path) -> Iterator[Recorded]:
     """Every request of a folder of texts, in file order.
 
     Raises:
@@ -93,7 +93,7 @@ def read_requests(folder: Path) -> Iterator[Asked]:
         unknown = [name for name in names if not isinstance(name, str | int) or str(name) not in texts]
         if unknown:
             raise ValueError(f"{where}: {shown(unknown[0])} is missing in texts.jsonl; {_ROW}")
-        yield Asked(_name(row, "group_id", where), [texts[str(name)] for name in names])
+        yield Recorded(_name(row, "group_id", where), [texts[str(name)] for name in names])
 
 
 def folder_prompts(folder: Path) -> Iterator[tuple[str, str]]:
