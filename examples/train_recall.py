@@ -156,19 +156,22 @@ def write_example(rng: random.Random, stage: Stage, encode: Callable[[str], list
     house = manual.House.build(rng, places, rng.randint(max(1, stage.rooms // 2), stage.rooms))
     ids: list[int] = []
     labels: list[int] = []
+    wheres: list[int] = []
 
     def say(text: str, known: int = 0) -> None:
         new = encode(text)
         ids.extend(new)
         labels.extend([IGNORED] * (len(new) - known) + new[len(new) - known :])
+        tells = len(new) if text.startswith(manual.question("")[:-4]) else 0  # of what PlaceProbe asks for the place
+        wheres.extend([IGNORED] * (len(new) - tells) + [manual.PLACES.index(here)] * tells)
 
     told = sum(len(encode(line)) for place in house.codes for line in house.told(place))
     fillers = max(0, int((stage.length * rng.uniform(0.3, 0.6) - told) / TOKENS_A_LINE / places))
-    for place in house.codes:
-        for line in manual.mixed(rng, house.told(place), fillers):
+    for here in house.codes:
+        for line in manual.mixed(rng, house.told(here), fillers):
             say(line)
             if places > 1 and rng.random() < 0.1:
-                say(manual.stay(place), known=PLACE_TOKENS)
+                say(manual.stay(here), known=PLACE_TOKENS)
     while len(ids) < stage.length:
         here = rng.choice(list(house.codes))
         say(manual.arrival(here))
@@ -181,7 +184,7 @@ def write_example(rng: random.Random, stage: Stage, encode: Callable[[str], list
                 say(manual.filler(rng))
             if places > 1 and rng.random() < 0.1:
                 say(manual.stay(here), known=PLACE_TOKENS)
-    return {"input_ids": ids[: stage.length], "labels": labels[: stage.length]}
+    return {name: row[: stage.length] for name, row in (("input_ids", ids), ("labels", labels), ("places", wheres))}
 
 
 def make_dataset(stage: Stage, rows: int, seed: int, tokenizer: PreTrainedTokenizerFast) -> Dataset:
@@ -352,6 +355,27 @@ def answer_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple
     return F.cross_entropy(logits, labels[asked]), right.unfold(1, ANSWER_TOKENS, 1).all(-1)[whole]
 
 
+class PlaceProbe(nn.Module):
+    """Asks the layer below the attention where the reader is, in every line that tells a code; for training alone.
+
+    Attention can find the code of a room by itself. It learns to heed the place once the layers below it carry that
+    along, and these have little reason to before it does.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(model.config.hidden_size, len(manual.PLACES))
+        self.hidden = torch.empty(0)
+        model.get_decoder().layers[layer].register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, arguments: Any, output: Any) -> None:
+        self.hidden = output[0] if isinstance(output, tuple) else output
+
+    def forward(self, places: torch.Tensor) -> torch.Tensor:
+        """The loss of the last forward, for places `(batch, length)`."""
+        return F.cross_entropy(self.head(self.hidden).flatten(0, 1), places.flatten(), ignore_index=IGNORED)
+
+
 def make_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of linear layers, and AdamW for the rest: embeddings, convolutions, rates and norms."""
     head = model.get_output_embeddings()
@@ -401,7 +425,10 @@ def train(
     accelerator = Accelerator(cpu=True)
     set_seed(seed)
     model = accelerator.prepare(model.train())  # the same object on a CPU
+    probe = PlaceProbe(model, 1) if stages[-1].places > 1 else None
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(model, learning_rate)]
+    if probe is not None:
+        optimizers[-1].add_param_group({"params": list(probe.parameters())})
     warmup = min(100, steps // 10)
     schedulers = [get_cosine_schedule_with_warmup(optimizer, warmup, steps) for optimizer in optimizers]
     curve: list[dict[str, float]] = []
@@ -413,7 +440,7 @@ def train(
             for batch in batches:
                 step += 1
                 loss, right = answer_loss(model, batch)
-                accelerator.backward(loss)
+                accelerator.backward(loss if probe is None else loss + 0.3 * probe(batch["places"]))
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 for each in (*optimizers, *schedulers):
                     each.step()
@@ -430,7 +457,9 @@ def train(
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, runs: list[dict[str, Any]], out: Path) -> None:
     """Write everything that `from_pretrained` reads, in bfloat16, and a line of JSON for each run that led to it."""
-    cast_weights(copy.deepcopy(model), torch.bfloat16).save_pretrained(out)
+    rounded = type(model)(copy.deepcopy(model.config))  # the training may go on with the model itself
+    rounded.load_state_dict(model.state_dict())
+    cast_weights(rounded, torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / CURVE).write_text("".join(f"{json.dumps(run)}\n" for run in runs), encoding="utf-8")
 
