@@ -24,7 +24,7 @@ export PATH := $(BIN):$(PATH)
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: .venv/core  ## Questions about long manuals to three small trained models, with and without the cache
+demo: .venv/core  ## Questions about long manuals to small trained models, with and without the cache
 	$(BIN)/hf-sparse-cache demo $(DEMO_ARGS)
 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)

@@ -36,6 +36,11 @@ LEFT = {
     True: "Keys and values still tell the codes of a room, one for each place, but not where the reader is.",
     False: "There are no keys and values: with its state the model loses the whole manual, and guesses digits.",
 }
+GOAL = 0.99
+VERDICT = {
+    True: "The goal, 99 %, is reached.",
+    False: "The goal, 99 %, is not reached: the curve below was still rising when the time for training was over.",
+}
 WAYS = ("stock", "cached", "wiped")
 GRID = 64
 
@@ -123,6 +128,7 @@ def card(name: str, model: Any, figures: dict[str, Any], runs: list[dict[str, An
         minutes=sum(run["seconds"] for run in runs) / 60,
         shortest=curve[0]["tokens"],
         longest=curve[-1]["tokens"],
+        verdict=VERDICT[figures["exact_match"]["stock"] >= GOAL],
         left=LEFT[recall.SIZES[name]["places"] > 1],
         curve="\n".join(rows),
         **{key: value for key, value in figures.items() if key != "exact_match"},

@@ -16,6 +16,7 @@ from .manual import write_manual as write_manual
 # Each with the lines of the manuals that it was measured on: some 2,000 tokens, or 1,000 where all that is known of
 # them is in a state of fixed size; and with how many places, and rooms in each, they tell of.
 SIZES: dict[str, dict[str, int]] = {
+    "recall-mamba": {"lines": 135, "places": 1, "rooms": 4},
     "recall-jamba": {"lines": 265, "places": 6, "rooms": 5},
 }
 
