@@ -62,14 +62,19 @@ def test_the_readme_names_every_family() -> None:
     assert len(REFUSED) == 4
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_files_are_where_they_are_said_to_be(page: Path) -> None:
+    """As paths from the package or from the top of the repository."""
+    for file in re.findall(r"`((?:\w+/)*\w+\.pyx?)`", page.read_text(encoding="utf-8")):
+        assert any((place / file).is_file() for place in (ROOT, ROOT / "hf_sparse_cache")), file
+
+
 def test_the_architecture_names_what_is_there() -> None:
-    """Every file on the page exists, and every name is defined in one of the files of its row."""
+    """Every name is defined in one of the files of its row."""
     package = ROOT / "hf_sparse_cache"
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for room in re.findall(r"^ (\w+)/ ", page, re.MULTILINE):
         assert (package / room).is_dir(), room
-    for file in re.findall(r"`([\w/]+\.py)`", page):
-        assert (package / file).is_file() or (ROOT / file).is_file(), file
     named = 0
     for row in re.findall(r"^\|.*\|$", page.split("## The way of a prompt")[1], re.MULTILINE):
         files = re.findall(r"`((?!tests)[\w/]+\.py)`", row)

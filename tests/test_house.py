@@ -15,10 +15,18 @@ MOST_MODULES = 14
 
 
 def long_functions(source: str) -> list[str]:
-    """Names of functions that take too many lines, signature and docstring included."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
-    return [node.name for node in found if (node.end_lineno or 0) - node.lineno >= MOST_LINES]
+    """Names of functions that take too many lines, those of their docstring not counted."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = node.body[0] if ast.get_docstring(node) else None
+            lines = _lines(node) - (_lines(said) if said is not None else 0)
+            found += [node.name] * (lines > MOST_LINES)
+    return found
+
+
+def _lines(node: ast.stmt) -> int:
+    return (node.end_lineno or 0) - node.lineno + 1
 
 
 def test_few_modules_lie_at_the_top() -> None:
@@ -33,5 +41,5 @@ def test_a_function_fits_on_a_screen(module: Path) -> None:
 
 def test_a_long_function_is_noticed() -> None:
     for lines in (MOST_LINES, MOST_LINES + 1):
-        source = "class A:\n async def f(self):\n" + "  pass\n" * (lines - 1)
+        source = "class A:\n async def f(self):\n  '''Says\n  little.'''\n" + "  pass\n" * (lines - 1)
         assert long_functions(source) == ["f"] * (lines > MOST_LINES)

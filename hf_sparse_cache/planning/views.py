@@ -27,7 +27,7 @@ class Shape:
         ends: ends of the tree's edges below the overlap, ascending: junctions and ends of earlier prompts.
         stops: how many prompts left the path or ended at each of them.
         cuts: its cuts.
-        kind: how it met the tree, the context of the mixture's weights (see `overlap.py`).
+        kind: how it met the tree, the context of the mixture's weights (see `planning/overlap.py`).
     """
 
     length: int
