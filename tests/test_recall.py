@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_sparse_cache.cli import inspecting
 from hf_sparse_cache.tools import recall
 from hf_sparse_cache.tools.builtin import load
 from hf_sparse_cache.tools.recall import manual
@@ -196,6 +197,12 @@ def test_they_are_small_and_in_bfloat16() -> None:
     assert sum(path.stat().st_size for path in weights) <= 12 * MEBIBYTE
     for name in NAMES:
         assert load(name, [], dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_a_trained_model_brings_its_tokenizer() -> None:
+    for name in NAMES:
+        tokenizer = inspecting.load_tokenizer(name)
+        assert tokenizer.decode(tokenizer(" 17 is 482.")["input_ids"]) == " 17 is 482."
 
 
 def test_exact_match_counts_whole_answers(metric: Any) -> None:

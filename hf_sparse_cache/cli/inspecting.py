@@ -15,6 +15,7 @@ from ..store.seal import Seal
 from ..store.store import CheckpointStore
 from ..store.unit import Unit
 from ..store.unit_files import find
+from ..tools import recall
 from ..tools.builtin_sizes import SIZES
 from ..tools.outline import added_kv_bytes, outline
 from .screen import Screen
@@ -97,7 +98,7 @@ def load_tokenizer(name: str) -> Any:
             "loaded again; give a folder written by tokenizer.save_pretrained, a Hub id, or leave it out."
         )
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(recall.folder(name) if name in recall.SIZES else name)
     except (OSError, ValueError) as error:  # several lines about connections, revisions and configs
         raise ValueError(
             f"--tokenizer {name}: neither a folder with a tokenizer, nor in the local cache of Hugging Face, nor to "
