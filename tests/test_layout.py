@@ -11,7 +11,7 @@ import torch
 
 from hf_sparse_cache.errors import DamagedFileError
 from hf_sparse_cache.models import states
-from hf_sparse_cache.models.families import family_of
+from hf_sparse_cache.models.families import cache_name_of
 from hf_sparse_cache.models.layout import Layout
 from hf_sparse_cache.models.live import LiveCache
 from hf_sparse_cache.models.tensors import LayerTensors
@@ -23,12 +23,12 @@ UNSUPPORTED = {"MiniMax", "xLSTM", "RWKV", "RecurrentGemma"}
 def filled(model: Any, tokens: int) -> LiveCache:
     cache = LiveCache(model.config.get_text_config(decoder=True))
     with torch.no_grad():
-        model(input_ids=tiny_models.random_ids(tokens), use_cache=True, **{family_of(model).cache_name: cache})
+        model(input_ids=tiny_models.random_ids(tokens), use_cache=True, **{cache_name_of(model): cache})
     return cache
 
 
 def layout_of(model: Any) -> Layout:
-    name = family_of(model).cache_name
+    name = cache_name_of(model)
     return Layout(lambda: states.probe(model, LiveCache(model.config.get_text_config(decoder=True)), name))
 
 
