@@ -13,6 +13,7 @@ from tiny_families import FAMILIES, FIRST_WORD, LAST_WORD
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_sparse_cache.models.families import cache_name_of
 from hf_sparse_cache.tools.random_weights import cast_weights, draw_weights
 
 
@@ -68,7 +69,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[str, object]:
     inputs: dict[str, object] = {"input_ids": ids, "use_cache": True}
     if hasattr(model, "_setup_cache"):  # RecurrentGemma resets its modules only here, and does not return its cache
         model._setup_cache(model.config, ids.shape[0], ids.device, model.dtype)
-        inputs["past_key_values"] = DynamicCache(config=model.config)
+        inputs[cache_name_of(model)] = DynamicCache(config=model.config)
     output = {**inputs, **model(**inputs)}
     name = next(name for name in ("cache", "past_key_values", "cache_params", "state") if output.get(name) is not None)
     return name, output[name]
