@@ -314,8 +314,8 @@ def test_the_window_of_a_hostile_save(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "an infinite budget": (lambda m: m["settings"].update(max_memory=float("inf")), "Infinity is no number"),
-    "a budget that is none": (lambda m: m["settings"].update(max_memory=float("nan")), "NaN is no number"),
+    "an infinite budget": (lambda m: m["settings"].update(max_memory=float("inf")), "settings.max_memory is inf"),
+    "a budget that is none": (lambda m: m["settings"].update(max_memory=float("nan")), "settings.max_memory is nan"),
     "a budget below 0": (lambda m: m["settings"].update(max_memory=-1), "settings.max_memory is -1"),
     "half a byte": (lambda m: m["settings"].update(max_memory=0.5), "settings.max_memory is 0.5"),
     "a budget of words": (lambda m: m["settings"].update(max_memory="lots"), "max_memory='lots'"),
