@@ -1,7 +1,7 @@
 """Cuts: where a prefill may be split, as a pure and causal function of the prompt's own tokens.
 
 A cold run and a resumed run execute the same segments only when both find the same cuts, so nothing but the tokens up
-to a cut may decide about it (DESIGN section 3). Every checkpoint sits on a cut.
+to a cut may decide about it (see docs/exactness.md). Every checkpoint sits on a cut.
 """
 
 from __future__ import annotations
