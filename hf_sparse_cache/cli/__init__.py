@@ -153,7 +153,7 @@ def _demo_models(asked: list[str] | None, own: bool, quick: bool) -> list[str]:
         ValueError: a model that was named does not know the words of the user's text.
     """
     untrained = [f"{family}-3m" if quick else size for family, size in _UNTRAINED.items()]
-    names = asked or (list(recall.SIZES) if own else untrained)
+    names = asked or (list(recall.SHOWN) if own else untrained)
     strangers = [name for name in names if name in recall.SIZES and not own]
     if strangers:
         raise ValueError(
