@@ -36,6 +36,7 @@ from benchmarks import decode_steps
 from benchmarks.process_memory import memory
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
+from hf_sparse_cache.bench.upstream import why_wrong
 from hf_sparse_cache.bench.workloads import Asked
 from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.request import open_request
@@ -105,8 +106,8 @@ def share(runs, name, *parts):
 def overhead(arguments, model):
     handle = cached(arguments, model).handle
     asked = prompts(arguments.prompts, arguments.tokens)
-    # Stock refuses prefill_chunk_size where the model's cache has another name.
-    chunks = handle.server.binding.cache_name != "cache_params"
+    # On some models stock refuses prefill_chunk_size, or answers wrongly with it.
+    chunks = not why_wrong(model, lambda: Chunked(model, handle.grid), handle.grid)
 
     def make():
         chunked = [Chunked(model, handle.grid)] if chunks else []
