@@ -231,6 +231,8 @@ def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_ne
 
 
 def _equal(one: tuple[states.LayerTensors, ...], other: tuple[states.LayerTensors, ...]) -> bool:
+    if len(one) != len(other):  # a call that was not served to its end left none
+        return False
     for left, right in zip(one, other, strict=True):
         for a, b in zip(left.layers, right.layers, strict=True):
             if a.keys() != b.keys():

@@ -121,6 +121,18 @@ def test_swapped_kv_is_rejected(family: str) -> None:
     assert report.max_abs_logit_diff > 1e-3
 
 
+def test_a_call_that_was_not_served_to_its_end_is_reported() -> None:
+    """A window one token short is found before it is served: the warm run has no states to compare."""
+    model = build("Gemma3")
+    with warmed(model) as cache:
+        for checkpoint in stored(cache):
+            for layer in checkpoint.state.layers:
+                layer.update({"seen": layer["seen"] - 1} if "seen" in layer else {})
+        report = check_exactness(model, PROMPTS[:1], cache=cache, max_new_tokens=2)
+    assert report.resumed_tokens == 0 and not report.bitwise and not report.passed
+    assert report.max_abs_logit_diff == 0 and "holds a window of" in str(report)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_bitwise(dtype: torch.dtype) -> None:
     for family in ("Mamba", "Zamba2"):

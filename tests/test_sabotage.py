@@ -58,7 +58,7 @@ def wrong_places(cache: SparsePrefixCache) -> Iterator[tuple[int, Callable[[obje
     """Each position with a function that puts there what a live cache holds, `shift` tokens late."""
     if has_state(cache):
         for found in checkpoints(cache):
-            yield found.position, lambda live, shift, found=found: setattr(found, "state", capture_state(live))
+            yield found.position, lambda live, shift, found=found: setattr(found, "state", counted_as(found, live))
     else:
         for segment in list(segments(cache)):
 
@@ -67,6 +67,14 @@ def wrong_places(cache: SparsePrefixCache) -> Iterator[tuple[int, Callable[[obje
                 segment.payload = payload
 
             yield segment.end, put
+
+
+def counted_as(found: Checkpoint, live: object) -> LayerTensors:
+    """The state of a live cache with the counts of tokens of the checkpoint, so that no count betrays it."""
+    taken = capture_state(live)
+    for layer, honest in zip(taken.layers, found.state.layers, strict=True):
+        layer.update({name: value for name, value in honest.items() if not torch.is_tensor(value)})
+    return taken
 
 
 def prefilled(bench: Bench, cache: SparsePrefixCache, ids: torch.Tensor) -> object:
