@@ -455,6 +455,6 @@ def test_a_word_about_the_version(jamba: PreTrainedModel, monkeypatch: pytest.Mo
         ("6.0", True),
     ):
         said.clear()
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(versions.transformers, "__version__", version)
         with handle(jamba):
             assert [f"transformers {version} is outside" in text for text in said] == [True] * other
