@@ -11,5 +11,5 @@ def test_a_slice_of_hostile_files() -> None:
 
 
 def test_files_whose_checksums_are_not_looked_at_are_found() -> None:
-    with pytest.raises(Difference, match=r"round \d+, .* tokens were resumed to other logits; after .*flip"):
-        run(100, rounds=60, sabotage=True)
+    with pytest.raises(Difference, match=r"tokens were resumed to other logits; after .*(flip|swapped|copied)"):
+        run(100, rounds=300, sabotage=True)
