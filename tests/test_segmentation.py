@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.cuts import CutRule, TextEnds, cut_positions
 
 
 IDS = st.lists(st.integers(0, 5), max_size=60).map(lambda ids: np.asarray(ids, dtype=np.int32))
@@ -49,3 +49,57 @@ def test_tokens_after_the_cut_decide_nothing() -> None:
 def test_bad_arguments(grid: int, distance: int | None) -> None:
     with pytest.raises(ValueError, match="must be"):
         cut_positions(np.zeros(4, np.int32), grid, (), distance)
+
+
+WORDS = ("a", "b", "ab", "\n", "?\n", "Q:", ":")
+
+
+def spell(ids: list[int]) -> str:
+    return "".join(WORDS[token] for token in ids)
+
+
+def naive_rule(ids: list[int], grid: int, cut_ids: set[int], strings: tuple[str, ...], marks: set[int]) -> list[int]:
+    distance = min(grid, max(2, grid // 4))
+    cuts: list[int] = []
+    for position in range(1, len(ids) - 1):
+        if position in marks and position >= 2:
+            while cuts and position - cuts[-1] < 2:
+                del cuts[-1]
+            cuts.append(position)
+            continue
+        behind = position - (cuts[-1] if cuts else 0)
+        ends = bool(strings) and spell(ids[:position]).endswith(strings) and behind >= 2
+        if ends or ((position % grid == 0 or ids[position - 1] in cut_ids) and behind >= distance):
+            cuts.append(position)
+    return cuts
+
+
+@given(
+    st.lists(st.integers(0, len(WORDS) - 1), max_size=50),
+    st.integers(2, 16),
+    SPECIALS,
+    st.sets(st.sampled_from(["\nQ:", "b", "ab\n", "?"]), max_size=2),
+    st.sets(st.integers(0, 50), max_size=3),
+)
+def test_strings_and_marks_cut_as_the_naive_scan_does(
+    ids: list[int], grid: int, cut_ids: set[int], strings: set[str], marks: set[int]
+) -> None:
+    rule = CutRule(grid, tuple(cut_ids), TextEnds(strings, spell) if strings else None)
+    expected = naive_rule(ids, grid, cut_ids, tuple(strings), marks)
+    assert rule.cuts(np.asarray(ids, dtype=np.int32), marks).tolist() == expected
+
+
+def test_a_string_that_ends_inside_a_token_does_not_cut() -> None:
+    ids = np.asarray([0, 1, 4, 0, 1, 4, 0, 0], dtype=np.int32)  # the question mark lies inside "?\n"
+    assert CutRule(64, (), TextEnds(["?"], spell)).cuts(ids).tolist() == []
+    assert CutRule(64, (), TextEnds(["b?\n"], spell)).cuts(ids).tolist() == [3, 6]
+
+
+def test_a_character_of_several_tokens_ends_with_its_last() -> None:
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    ids = np.frombuffer("über die Brücke: ja nein".encode(), dtype=np.uint8).astype(np.int32)
+    found = TextEnds(["ü", "ke:"], decode).positions(ids).tolist()
+    text = "über die Brücke: ja nein"
+    assert found == [len(text[: at + 1].encode()) for at in (0, text.index("ücke"), text.index(":"))]

@@ -6,7 +6,8 @@ to a cut may decide about it (see docs/exactness.md). Every checkpoint sits on a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,82 @@ def cut_positions(ids: Tokens, grid: int, cut_ids: Iterable[int] = (), min_dista
             accepted.append(position)
             previous = position
     return np.asarray(accepted, dtype=np.int64)
+
+
+class TextEnds:
+    """Finds the tokens with which a text ends in one of some strings.
+
+    Args:
+        strings: what to look for, each at least one character.
+        decode: turns a list of token ids into text, special tokens and all, without changing any white space.
+    """
+
+    def __init__(self, strings: Iterable[str], decode: Callable[[list[int]], str]) -> None:
+        self.strings = tuple(strings)
+        self._decode = decode
+        self._may_end: dict[int, bool] = {}
+        self._window = max((len(text.encode()) for text in self.strings), default=0) + 1
+
+    def positions(self, ids: Tokens) -> Positions:
+        """The positions n at which the text of the first n tokens ends with one of the strings, ascending.
+
+        A string that ends inside a token is not found; where it begins does not matter.
+        """
+        ends = [n for n, token in enumerate(ids.tolist(), start=1) if self._plausible(token)]
+        found = [n for n in ends if self._decode(ids[max(0, n - self._window) : n].tolist()).endswith(self.strings)]
+        return np.asarray(found, dtype=np.int64)
+
+    def _plausible(self, token: int) -> bool:
+        """Whether a token's own text ends as one of the strings does, or within a character."""
+        if token not in self._may_end:
+            own = self._decode([token])
+            self._may_end[token] = own.endswith(("\ufffd", *(text[-1] for text in self.strings)))
+        return self._may_end[token]
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """Where the prompts of one handle are cut, whatever is stored: its settings, and what is taken from them.
+
+    Attributes:
+        grid: distance in tokens between the regular cuts, a multiple of the model's kernel chunk.
+        cut_ids: token ids after which a prompt may be cut as well (end of message and the like).
+        cut_after: finds the ends of the strings after which a prompt is always cut; None for no strings.
+    """
+
+    grid: int
+    cut_ids: tuple[int, ...] = ()
+    cut_after: TextEnds | None = None
+
+    def cuts(self, ids: Tokens, marked: Iterable[int] = ()) -> Positions:
+        """The cuts of a prompt, ascending, each `2 <= c <= N - 2`.
+
+        Announced prefixes are cut at their very end, and outrank any cut closer than `MIN_SUFFIX_TOKENS`. The ends of
+        strings need that distance to the cut before them; the grid and special tokens need a quarter of the grid.
+
+        Args:
+            ids: token ids of shape `(N,)`.
+            marked: lengths of the announced prefixes that the prompt begins with.
+        """
+        limit = len(ids) - MIN_SUFFIX_TOKENS
+        strings = self.cut_after.positions(ids) if self.cut_after is not None else ()
+        marks = sorted({length for length in marked if MIN_SUFFIX_TOKENS <= length <= limit})
+        if not marks and not len(strings):
+            return cut_positions(ids, self.grid, self.cut_ids)
+        distance = min(self.grid, max(MIN_SUFFIX_TOKENS, self.grid // 4))
+        wanted = dict.fromkeys(cut_positions(ids, self.grid, self.cut_ids, 1).tolist(), distance)
+        wanted |= {n: MIN_SUFFIX_TOKENS for n in map(int, strings) if n <= limit}
+        accepted: list[int] = []
+        for position in sorted({*wanted, *marks}):
+            needed = wanted.get(position, MIN_SUFFIX_TOKENS)
+            last = accepted[-1] if accepted else 0
+            if position in marks:  # two announced ends that are one token apart: the deeper one holds more
+                while accepted and position - accepted[-1] < MIN_SUFFIX_TOKENS:
+                    accepted.pop()
+                accepted.append(position)
+            elif position - last >= needed:
+                accepted.append(position)
+        return np.asarray(accepted, dtype=np.int64)
 
 
 def with_free_cuts(cuts: Positions, extra: Iterable[int], length: int) -> Positions:

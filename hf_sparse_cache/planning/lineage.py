@@ -1,0 +1,113 @@
+"""Lineage: how the text up to a position was cut while its state was computed.
+
+A state depends, in its last bits, on the segments that made it. Every checkpoint therefore carries the ends of all of
+them, from 0, and whoever resumes from it can say what a run from nothing would have to execute to arrive at the very
+same bits. Tokens that were decoded ran one by one; a run of them is kept as a range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .cuts import Positions
+
+
+class Step(NamedTuple):
+    """One segment, or one run of decoded tokens: `start .. end`, in one forward or in a forward for each token."""
+
+    start: int
+    end: int
+    decoded: bool
+
+
+class Lineage:
+    """The segments behind a state, in order. Immutable; equal when every segment is."""
+
+    __slots__ = ("_ends",)
+
+    def __init__(self, ends: Sequence[int] | Positions = ()) -> None:
+        """Lineage of a prefill.
+
+        Args:
+            ends: ends of its segments, ascending, the first segment starting at 0.
+        """
+        self._ends = np.array(ends, dtype=np.int64)  # negative: the end of a run of decoded tokens
+        self._ends.setflags(write=False)
+
+    @property
+    def end(self) -> int:
+        """The position it leads to."""
+        return abs(int(self._ends[-1])) if len(self._ends) else 0
+
+    def then(self, ends: Sequence[int] | Positions) -> Lineage:
+        """With further segments of a prefill behind it, which end at `ends`."""
+        return Lineage(np.concatenate([self._ends, np.asarray(ends, dtype=np.int64)]))
+
+    def decoded(self, end: int) -> Lineage:
+        """With tokens decoded one by one behind it, up to `end`; a run that goes on stays one run."""
+        if end <= self.end:
+            return self
+        kept = self._ends[:-1] if len(self._ends) and self._ends[-1] < 0 else self._ends
+        return Lineage(np.append(kept, -end))
+
+    def steps(self) -> Iterator[Step]:
+        """What a run from nothing would have to execute."""
+        start = 0
+        for end in self._ends.tolist():
+            yield Step(start, abs(end), end < 0)
+            start = abs(end)
+
+    @property
+    def has_decoded(self) -> bool:
+        """Whether any part of it was decoded token by token."""
+        return bool((self._ends < 0).any())
+
+    def to_json(self) -> list[int | list[int]]:
+        """Ends as numbers, runs of decoded tokens as `[start, end]`."""
+        return [[step.start, step.end] if step.decoded else step.end for step in self.steps()]
+
+    @classmethod
+    def from_json(cls, content: object) -> Lineage:
+        """Reads `to_json` back.
+
+        Raises:
+            ValueError: it is no list of ascending positions and ranges that join them.
+        """
+        found, position = cls(), 0
+        if not isinstance(content, list):
+            raise ValueError(f"a lineage is a list of positions, not {type(content).__name__}")
+        ends: list[int] = []
+        for entry in content:
+            run = isinstance(entry, list)
+            start, end = entry if run and len(entry) == 2 else (position, entry)
+            if type(start) is not int or type(end) is not int or start != position or not position < end < 2**31:
+                raise ValueError(f"{entry!r} does not continue a lineage at position {position}")
+            ends.append(-end if run else end)
+            position = end
+        found._ends = np.array(ends, dtype=np.int64)
+        found._ends.setflags(write=False)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return int(self._ends.nbytes)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Lineage) and np.array_equal(self._ends, other._ends)
+
+    def __hash__(self) -> int:
+        return hash(self._ends.tobytes())
+
+    def __repr__(self) -> str:
+        return f"Lineage({self})"
+
+    def __str__(self) -> str:
+        shown = [f"{step.start}…{step.end}" if step.decoded else str(step.end) for step in self.steps()]
+        return ", ".join(shown)
