@@ -53,6 +53,12 @@ class Lineage:
         kept = self._ends[:-1] if len(self._ends) and self._ends[-1] < 0 else self._ends
         return Lineage(np.append(kept, -end))
 
+    def upto(self, position: int) -> Lineage:
+        """The part that ends at `position`; nothing where no segment ends there."""
+        found = int(np.searchsorted(np.abs(self._ends), position))
+        at = found < len(self._ends) and abs(int(self._ends[found])) == position
+        return Lineage(self._ends[: found + 1] if at else ())
+
     def steps(self) -> Iterator[Step]:
         """What a run from nothing would have to execute."""
         start = 0

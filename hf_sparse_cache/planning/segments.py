@@ -1,0 +1,128 @@
+"""The two modes of exactness: where a prompt may be cut, which checkpoints it may resume from, and what is then run.
+
+*Bitwise*: every cut of the handle's rule is a cut, captured or not, so that what is stored never shows in a result.
+*Replayable*: a prompt is cut where a checkpoint is taken or resumed, and where pieces are faster; a result depends on
+that, in its last bits, and names the segments behind it so that they can be run again from nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from .cuts import MIN_SUFFIX_TOKENS, CutRule, Positions, Tokens, cut_positions
+from .lineage import Lineage
+
+
+@dataclass(frozen=True)
+class Segmenting:
+    """How the prompts of one handle become segments; `Bitwise` and `Replayable` say it each in their way.
+
+    Attributes:
+        rule: the cuts that follow from a prompt and the handle's settings alone.
+    """
+
+    mode: ClassVar[str]
+
+    rule: CutRule
+
+    def cuts(self, ids: Tokens, overlap: int, marked: tuple[int, ...] = ()) -> Positions:
+        """Where checkpoints of a prompt may sit, besides its end.
+
+        Args:
+            ids: its tokens.
+            overlap: tokens it shares with earlier prompts.
+            marked: lengths of the announced prefixes that it begins with.
+        """
+        raise NotImplementedError
+
+    def fits(self, lineage: Lineage, cuts: Positions, length: int) -> bool:
+        """Whether a prompt of this length with these cuts may resume from a checkpoint of this lineage."""
+        raise NotImplementedError
+
+    def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
+        """Ends of the segments that a prefill runs from `start` to the end of the prompt, `length`.
+
+        Args:
+            start: where it resumes.
+            planned: positions to capture at, each of them one of `cuts`, or the end.
+            cuts: those of the prompt.
+            length: tokens of the prompt.
+
+        Returns:
+            Ascending positions behind `start`, the last one `length`; no segment has fewer than two tokens.
+        """
+        raise NotImplementedError
+
+
+class Bitwise(Segmenting):
+    """Cuts are a function of the tokens and of the settings. Warm equals cold bit for bit, whatever is stored."""
+
+    mode = "bitwise"
+
+    def cuts(self, ids: Tokens, overlap: int, marked: tuple[int, ...] = ()) -> Positions:
+        """Those of the rule."""
+        return self.rule.cuts(ids, marked)
+
+    def fits(self, lineage: Lineage, cuts: Positions, length: int) -> bool:
+        """Only what this very prompt would have run from nothing."""
+        return lineage == Lineage(self.segments(0, [], cuts, length)).upto(lineage.end)
+
+    def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
+        """From cut to cut."""
+        return np.append(cuts[(cuts > start) & (cuts < length)], length)
+
+
+@dataclass(frozen=True)
+class Replayable(Segmenting):
+    """Cut only for a reason. Warm equals, bit for bit, a cold run over the same segments.
+
+    Attributes:
+        step: distance in tokens of the positions at which checkpoints may be planned.
+        piece: most tokens a forward, where pieces are faster or memory is short; None for no limit.
+    """
+
+    mode = "replayable"
+
+    step: int = 64
+    piece: int | None = None
+
+    def cuts(self, ids: Tokens, overlap: int, marked: tuple[int, ...] = ()) -> Positions:
+        """Multiples of the step, ends of messages and strings, the exact junction, announced ends, and the end."""
+        strings = () if self.rule.cut_after is None else self.rule.cut_after.positions(ids).tolist()
+        regular = cut_positions(ids, self.step, self.rule.cut_ids, MIN_SUFFIX_TOKENS).tolist()
+        return _spaced(((len(ids),), marked, (overlap,), strings, regular), len(ids))
+
+    def fits(self, lineage: Lineage, cuts: Positions, length: int) -> bool:
+        """Every state on the path: whoever resumes from it says so."""
+        return True
+
+    def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
+        """From checkpoint to checkpoint, in pieces where there is a limit."""
+        size = length if self.piece is None else self.piece
+        ends: list[int] = []
+        for end in sorted({*(position for position in planned if start < position < length), length}):
+            ends += range(start + size, end - MIN_SUFFIX_TOKENS + 1, size)
+            ends.append(end)
+            start = end
+        return np.asarray(ends, dtype=np.int64)
+
+
+def _spaced(wishes: Sequence[Sequence[int]], length: int) -> Positions:
+    """Positions of which no two, nor one and an end of the prompt, lie closer than a segment may be short.
+
+    Args:
+        wishes: groups of positions, the most important group first: it is the later ones that give way.
+        length: tokens of the prompt; a position at `length` itself is allowed.
+    """
+    taken: set[int] = set()
+    for group in wishes:
+        for position in group:
+            inside = MIN_SUFFIX_TOKENS <= position <= length - MIN_SUFFIX_TOKENS or position == length
+            near = range(position - MIN_SUFFIX_TOKENS + 1, position + MIN_SUFFIX_TOKENS)
+            if inside and taken.isdisjoint(near):
+                taken.add(position)
+    return np.asarray(sorted(taken), dtype=np.int64)
