@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_cache.planning.cuts import CutRule, TextEnds, cut_positions
+from hf_sparse_cache.planning.cuts import CutRule, TextEnds, cut_positions, message_start
 
 
 IDS = st.lists(st.integers(0, 5), max_size=60).map(lambda ids: np.asarray(ids, dtype=np.int32))
@@ -103,3 +103,18 @@ def test_a_character_of_several_tokens_ends_with_its_last() -> None:
     found = TextEnds(["ü", "ke:"], decode).positions(ids).tolist()
     text = "über die Brücke: ja nein"
     assert found == [len(text[: at + 1].encode()) for at in (0, text.index("ücke"), text.index(":"))]
+
+
+@pytest.mark.parametrize(
+    ("ids", "start"),
+    [
+        ([5, 5, 5, 5], 0),  # no special token
+        ([9, 5, 5, 5, 5], 1),
+        ([9, 5, 5, 9, 5, 5, 5, 5, 8, 5, 9, 5, 5], 4),  # what asks for the answer is no message
+        ([9, 9, 5, 5, 5, 9], 2),
+        ([5, 5, 5, 5, 9, 5, 5], 0),
+    ],
+)
+def test_where_the_last_message_begins(ids: list[int], start: int) -> None:
+    assert message_start(np.asarray(ids, dtype=np.int32), (8, 9)) == start
+    assert message_start(np.asarray(ids, dtype=np.int32), ()) == 0

@@ -18,6 +18,8 @@ Positions = NDArray[np.int64]
 
 MIN_SUFFIX_TOKENS = 2  # a resumed run always computes at least this many: one-token steps are not a prefill
 
+MESSAGE_TOKENS = 3  # ordinary tokens that make a message; a role and a line break do not
+
 
 def cut_positions(ids: Tokens, grid: int, cut_ids: Iterable[int] = (), min_distance: int | None = None) -> Positions:
     """Returns the cuts of a prompt, ascending.
@@ -59,6 +61,21 @@ def cut_positions(ids: Tokens, grid: int, cut_ids: Iterable[int] = (), min_dista
             accepted.append(position)
             previous = position
     return np.asarray(accepted, dtype=np.int64)
+
+
+def message_start(ids: Tokens, cut_ids: Iterable[int]) -> int:
+    """Where the last message of a prompt begins, as far as special tokens tell; 0 where none does.
+
+    A message begins behind a special token that `MESSAGE_TOKENS` others follow. What a chat template puts behind the
+    last message, to ask for an answer, is shorter.
+
+    Args:
+        ids: token ids of shape `(N,)`.
+        cut_ids: the special tokens.
+    """
+    special = np.flatnonzero(np.isin(ids, np.fromiter(cut_ids, dtype=np.int64))) + 1
+    followed = np.diff(np.append(special, len(ids) + 1)) > MESSAGE_TOKENS
+    return int(special[followed][-1]) if followed.any() else 0
 
 
 class TextEnds:

@@ -71,6 +71,11 @@ class OverlapModel:
         self.shares = np.full((5, len(self.views)), 1.0 / len(self.views))  # one row a context, the last for all
         self._seen = np.zeros(5)
 
+    @property
+    def observations(self) -> int:
+        """Overlaps that it has learned from."""
+        return int(self._seen[-1])
+
     def forecast(self, cuts: Positions, shape: Shape) -> Forecast:
         """Predicts the next overlap with a prompt of this shape."""
         return Forecast(cuts, self._shares_of(shape.kind) @ self._below(cuts.astype(np.float64), shape))

@@ -11,11 +11,17 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from .overlap import OverlapModel, shape_of
+from .overlap import Forecast, OverlapModel, shape_of
 from .planner import plan_checkpoints  # here, so that what is not compiled is said before the first request
 from .policy import Policy as Policy
 from .policy import Prompt as Prompt
 from .views import Floats
+
+
+MIN_GAIN_TOKENS = 4  # fewer tokens, such as the first words that two questions have in common, are no junction
+FIRST_SIGHT_OBSERVATIONS = 8  # overlaps after which the learned views know better
+FIRST_SIGHT_DISTANCES = (8, 136, 264)  # from the end of a prompt
+FIRST_SIGHT_SHARE = 0.03  # of the prefill that its cuts may cost
 
 
 class NoCheckpoints(Policy):
@@ -153,6 +159,21 @@ class HistogramDP(Policy):
             self._weights[index] += 1.0
 
 
+def first_sight(prompt: Prompt) -> list[int]:
+    """Where the next prompt most likely leaves one of which nothing is known yet, the likeliest first.
+
+    At the start of its last message, where special tokens tell; a few tokens before its end; at a few depths below,
+    since what is asked of a text is mostly short. As many as cost at most `FIRST_SIGHT_SHARE` of the prefill.
+    """
+    length = len(prompt.ids)
+    depths = [length - distance for distance in FIRST_SIGHT_DISTANCES]
+    found: list[int] = []
+    for wish in [prompt.message_start, *depths]:
+        found += [position for position in prompt.snap([wish]) if position not in found]
+    affordable = FIRST_SIGHT_SHARE * (length - prompt.resumed)
+    return found if not prompt.cut_tokens else found[: int(affordable / prompt.cut_tokens)]
+
+
 class Learned(Policy):
     """`learned`: an exact plan on the forecast for this very prompt, at the memory's current price.
 
@@ -176,9 +197,25 @@ class Learned(Policy):
         )
         forecast = prompt.forecast = self.model.forecast(prompt.cuts, prompt.shape)
         limit = self.default_limit if prompt.limit is None else prompt.limit
-        cuts = prompt.open_cuts
-        if not len(cuts) or not limit:
+        if not len(prompt.open_cuts) or not limit:
             return []
+        sure = self._sure(prompt)[: (limit + 1) // 2]
+        return sorted({*sure, *self._planned(prompt, forecast, limit - len(sure))})
+
+    def _sure(self, prompt: Prompt) -> list[int]:
+        """While there is room: the exact junction, and of a prompt of which nothing is known yet what leads there."""
+        if prompt.terms.price > 0.0:
+            return []
+        if prompt.overlap in prompt.open_cuts and prompt.overlap - prompt.resumed >= MIN_GAIN_TOKENS:
+            return [prompt.overlap]
+        known = prompt.overlap >= MIN_GAIN_TOKENS or self.model.observations >= FIRST_SIGHT_OBSERVATIONS
+        return [] if known else first_sight(prompt)
+
+    def _planned(self, prompt: Prompt, forecast: Forecast, limit: int) -> list[int]:
+        """What the forecast and the price of memory say."""
+        if not limit:
+            return []
+        cuts = prompt.open_cuts
         first = len(prompt.cuts) - len(cuts)
         below = np.append(forecast.below[first:], 1.0)
         weights = np.diff(
@@ -189,16 +226,17 @@ class Learned(Policy):
         known, new = weights[: split + 1].sum(), weights[split + 1 :].sum()
         weights[: split + 1] *= terms.known_rate / max(known + new, 1e-12)
         weights[split + 1 :] *= terms.new_rate / max(new, 1e-12)
+        cut_price = prompt.cut_tokens * float(weights.sum())  # paid once, as what a pass saves is counted once
         self._charge(weights, terms.price * prompt.kv_bytes_per_token)
         cost = np.concatenate([[prompt.resumed], cuts]).astype(np.float64)
         cost = cost - cost[0] if self.prefill_cost is None else self.prefill_cost(cost) - self.prefill_cost(cost[:1])
         price = terms.price * prompt.state_bytes
-        plan = plan_checkpoints(weights, limit, prefill_cost=cost, checkpoint_cost=price).positions
+        plan = plan_checkpoints(weights, limit, prefill_cost=cost, checkpoint_cost=price + cut_price).positions
         if not plan and price > 0.0 and prompt.resumed:  # one that takes the resumed one's place may still pay
             plan = plan_checkpoints(weights, 1, prefill_cost=cost).positions
             if plan:
                 saved = cost[plan[0]] * weights[plan[0] :].sum()
-                if saved <= price - terms.price * prompt.refund(int(cuts[plan[0] - 1])):
+                if saved <= price + cut_price - terms.price * prompt.refund(int(cuts[plan[0] - 1])):
                     plan = ()
         return [int(cuts[index - 1]) for index in plan]
 

@@ -55,6 +55,8 @@ class Prompt:
         terms: what new checkpoints would earn and cost.
         state_bytes, kv_bytes_per_token: sizes, averaged over what is stored; 0 before anything is.
         resumed_bytes: size of the state the prefill resumes from.
+        message_start: where the last message begins, as special tokens tell; 0 where none does.
+        cut_tokens: what a cut costs besides the checkpoint, in tokens of prefill; 0 where every prompt is cut anyway.
         shape, forecast: what the policy makes of the prompt, for the eviction and for later prompts.
     """
 
@@ -70,6 +72,8 @@ class Prompt:
     state_bytes: float = 0.0
     kv_bytes_per_token: float = 0.0
     resumed_bytes: int = 0
+    message_start: int = 0
+    cut_tokens: float = 0.0
     shape: Shape | None = None
     forecast: Forecast | None = None
 
