@@ -25,7 +25,8 @@ def test_segments_run_from_the_start_to_the_end_and_pass_every_capture(
     ids: np.ndarray, mode: Segmenting, data: st.DataObject
 ) -> None:
     overlap = data.draw(st.integers(0, len(ids)))
-    cuts = mode.cuts(ids, overlap, tuple(data.draw(st.sets(st.integers(0, len(ids)), max_size=2))))
+    marked = sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=2)))
+    cuts = mode.joined(mode.cuts(ids, marked), overlap, len(ids))
     assert np.all(np.diff(np.append(0, cuts)) >= 2)
     start = data.draw(st.sampled_from([0, *(cut for cut in cuts.tolist() if cut <= len(ids) - 2)]))
     planned = [cut for cut in cuts.tolist() if cut > start and data.draw(st.booleans())]
@@ -42,28 +43,27 @@ def test_bitwise_fits_what_a_cold_run_makes_and_nothing_else(
     ids: np.ndarray, rule: CutRule, data: st.DataObject
 ) -> None:
     mode = Bitwise(rule)
-    cuts = mode.cuts(ids, 0)
-    whole = mode.segments(0, [], cuts, len(ids))
+    cuts = mode.cuts(ids)
+    whole, expected = mode.segments(0, [], cuts, len(ids)), mode.expected(cuts, len(ids))
     for count in range(1, len(whole) + 1):
-        assert mode.fits(Lineage(whole[:count]), cuts, len(ids))
+        assert expected.begins_with(Lineage(whole[:count]))
     other = sorted(data.draw(st.sets(st.integers(1, len(ids)), min_size=1, max_size=6)))
-    fits = mode.fits(Lineage(other), cuts, len(ids))
-    assert fits == (other == whole[: len(other)].tolist())
+    assert expected.begins_with(Lineage(other)) == (other == whole[: len(other)].tolist())
 
 
 def test_the_end_of_a_shorter_prompt_is_no_cut_of_a_longer_one() -> None:
     mode = Bitwise(CutRule(4))
     ids = np.zeros(12, dtype=np.int32)
-    shorter = Lineage(mode.segments(0, [], mode.cuts(ids[:7], 0), 7))
-    assert mode.fits(shorter, mode.cuts(ids[:7], 0), 7)
-    assert not mode.fits(shorter, mode.cuts(ids, 7), 12)
+    shorter = mode.expected(mode.cuts(ids[:7]), 7)
+    assert not mode.expected(mode.cuts(ids), 12).begins_with(shorter)
 
 
 def test_decoded_tokens_fit_replayable_mode_alone() -> None:
     ids = np.zeros(40, dtype=np.int32)
     answer = Lineage([16]).decoded(20)
-    for mode, fits in ((Bitwise(CutRule(4)), False), (Replayable(CutRule(4), 4), True)):
-        assert mode.fits(answer, mode.cuts(ids, 20), 40) is fits
+    bitwise, replayable = Bitwise(CutRule(4)), Replayable(CutRule(4), 4)
+    assert not bitwise.expected(bitwise.cuts(ids), 40).begins_with(answer)
+    assert replayable.expected(replayable.cuts(ids), 40) is None
 
 
 @pytest.mark.parametrize(("piece", "ends"), [(None, [100]), (40, [40, 80, 100]), (49, [49, 98, 100]), (99, [100])])

@@ -53,11 +53,16 @@ class Lineage:
         kept = self._ends[:-1] if len(self._ends) and self._ends[-1] < 0 else self._ends
         return Lineage(np.append(kept, -end))
 
-    def upto(self, position: int) -> Lineage:
-        """The part that ends at `position`; nothing where no segment ends there."""
-        found = int(np.searchsorted(np.abs(self._ends), position))
-        at = found < len(self._ends) and abs(int(self._ends[found])) == position
-        return Lineage(self._ends[: found + 1] if at else ())
+    def begins_with(self, other: Lineage) -> bool:
+        """Whether its first segments are those of another lineage."""
+        return np.array_equal(self._ends[: len(other._ends)], other._ends)
+
+    def part(self, start: int, end: int) -> Lineage:
+        """Its segments behind `start` up to `end`, both of them ends of segments."""
+        first, last = np.searchsorted(np.abs(self._ends), [start, end], side="right").tolist()
+        part = Lineage()
+        part._ends = self._ends[first:last]
+        return part
 
     def steps(self) -> Iterator[Step]:
         """What a run from nothing would have to execute."""

@@ -29,18 +29,21 @@ class Segmenting:
 
     rule: CutRule
 
-    def cuts(self, ids: Tokens, overlap: int, marked: tuple[int, ...] = ()) -> Positions:
-        """Where checkpoints of a prompt may sit, besides its end.
+    def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
+        """Where checkpoints of a prompt may sit, whatever earlier prompts were.
 
         Args:
             ids: its tokens.
-            overlap: tokens it shares with earlier prompts.
             marked: lengths of the announced prefixes that it begins with.
         """
         raise NotImplementedError
 
-    def fits(self, lineage: Lineage, cuts: Positions, length: int) -> bool:
-        """Whether a prompt of this length with these cuts may resume from a checkpoint of this lineage."""
+    def joined(self, cuts: Positions, overlap: int, length: int) -> Positions:
+        """These cuts, and those that follow from the tokens that the prompt shares with earlier ones."""
+        raise NotImplementedError
+
+    def expected(self, cuts: Positions, length: int) -> Lineage | None:
+        """What a prompt may resume from: the first segments of this lineage; None where any lineage will do."""
         raise NotImplementedError
 
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
@@ -63,13 +66,17 @@ class Bitwise(Segmenting):
 
     mode = "bitwise"
 
-    def cuts(self, ids: Tokens, overlap: int, marked: tuple[int, ...] = ()) -> Positions:
+    def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
         """Those of the rule."""
         return self.rule.cuts(ids, marked)
 
-    def fits(self, lineage: Lineage, cuts: Positions, length: int) -> bool:
-        """Only what this very prompt would have run from nothing."""
-        return lineage == Lineage(self.segments(0, [], cuts, length)).upto(lineage.end)
+    def joined(self, cuts: Positions, overlap: int, length: int) -> Positions:
+        """The same: nothing but the prompt and the settings may decide."""
+        return cuts
+
+    def expected(self, cuts: Positions, length: int) -> Lineage:
+        """What this very prompt runs from nothing."""
+        return Lineage(self.segments(0, [], cuts, length))
 
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         """From cut to cut."""
@@ -90,15 +97,22 @@ class Replayable(Segmenting):
     step: int = 64
     piece: int | None = None
 
-    def cuts(self, ids: Tokens, overlap: int, marked: tuple[int, ...] = ()) -> Positions:
-        """Multiples of the step, ends of messages and strings, the exact junction, announced ends, and the end."""
+    def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
+        """Multiples of the step, ends of messages and strings, announced ends, and the end of the prompt."""
         strings = () if self.rule.cut_after is None else self.rule.cut_after.positions(ids).tolist()
         regular = cut_positions(ids, self.step, self.rule.cut_ids, MIN_SUFFIX_TOKENS).tolist()
-        return _spaced(((len(ids),), marked, (overlap,), strings, regular), len(ids))
+        return _spaced(((len(ids),), marked, strings, regular), len(ids))
 
-    def fits(self, lineage: Lineage, cuts: Positions, length: int) -> bool:
-        """Every state on the path: whoever resumes from it says so."""
-        return True
+    def joined(self, cuts: Positions, overlap: int, length: int) -> Positions:
+        """With the exact junction, in place of a cut one token beside it."""
+        if not MIN_SUFFIX_TOKENS <= overlap <= length - MIN_SUFFIX_TOKENS:
+            return cuts
+        near = np.abs(cuts - overlap) < MIN_SUFFIX_TOKENS
+        found: Positions = np.sort(np.append(cuts[~near], overlap))
+        return found
+
+    def expected(self, cuts: Positions, length: int) -> None:
+        """Any: whoever resumes from a state says what made it."""
 
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         """From checkpoint to checkpoint, in pieces where there is a limit."""
