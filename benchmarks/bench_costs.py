@@ -38,7 +38,6 @@ from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
 from hf_sparse_cache.bench.upstream import why_wrong
 from hf_sparse_cache.bench.workloads import Asked
-from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.stats import table
@@ -221,8 +220,8 @@ def fill(handle, count, tokens=512):
     size = handle.size
     kv = (lambda start, end: Sized((end - start) * size.kv_bytes_per_token)) if size.kv_bytes_per_token else None
     for one in prompts(count, tokens, shared=tokens // 2, groups=max(1, count // 20), seed=2):
-        cuts = cut_positions(one.ids, handle.grid)
-        with open_request(handle.store, handle.policy, one.ids, cuts, space=space) as request:
+        segmenting = handle.server.binding.segmenting
+        with open_request(handle.store, handle.policy, one.ids, segmenting, space=space) as request:
             for position in request.planned:
                 request.add(position, Sized(size.state_bytes), kv)
 

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.models import binding, prefill, server
-from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.models import prefill, server
+from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import Policy, make_policy
+from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.tools.builtin import build_model
@@ -74,7 +75,6 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Every request of this process is timed meanwhile."""
         with (
-            mock.patch.object(binding, "cut_positions", self.timed("cuts", binding.cut_positions)),
             mock.patch.object(server, "open_request", self.timed("match and plan", server.open_request)),
             mock.patch.object(Request, "add", self.timed("add", Request.add)),
             mock.patch.object(Request, "close", self.timed("close", Request.close)),
@@ -103,7 +103,7 @@ def fill(store: CheckpointStore, policy: Policy, sizes: tuple[int, int, int], pr
     state_bytes, kv_bytes, grid = sizes
     start, before = time.perf_counter(), store.clock
     for ids in prompts:
-        with open_request(store, policy, ids, cut_positions(ids, grid), space=space) as request:
+        with open_request(store, policy, ids, Bitwise(CutRule(grid)), space=space) as request:
             for position in request.planned:
                 kv = (lambda a, b: Sized((b - a) * kv_bytes)) if kv_bytes else None
                 request.add(position, Sized(state_bytes), kv)

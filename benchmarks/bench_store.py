@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, fingerprint
-from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.cuts import CutRule
+from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.planning.policies import NoCheckpoints
+from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.store.unit import Unit
 from hf_sparse_cache.tools.builtin import build_model
@@ -40,8 +42,7 @@ class Sized:
 
 
 def serve(store, ids, positions, kv_bytes=0):
-    cuts = cut_positions(ids, GRID)
-    with open_request(store, NoCheckpoints(), ids, cuts) as request:
+    with open_request(store, NoCheckpoints(), ids, Bitwise(CutRule(GRID))) as request:
         for position in positions:
             if position > request.resumed_tokens:
                 request.add(position, Sized(1000), (lambda a, b: Sized(kv_bytes * (b - a))) if kv_bytes else None)
@@ -61,7 +62,7 @@ def match_seconds(prompts: int, edited: bool = False) -> float:
         document = documents[number % len(documents)]
         depth = int(draw.integers(1, len(document))) if edited and number else len(document)
         target = np.concatenate([document[:depth], draw.integers(0, 50_000, 600).astype(np.int32)])
-        store.put(Unit("", target, len(target) - 50, Sized(1000)))
+        store.put(Unit("", target, Lineage([len(target) - 50]), Sized(1000)))
         if not number:
             first = target
     times = []

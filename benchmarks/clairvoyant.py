@@ -79,14 +79,14 @@ class ClairvoyantEviction(Scored):
         self.now = now
         self._path = self.future.path(self.trace[now - 1])
         for node in path:
-            for position, checkpoint in node.checkpoints.items():
-                if position <= overlap:
+            for checkpoint in node.checkpoints:
+                if checkpoint.position <= overlap:
                     self._look(checkpoint)
 
     def settled(self, path: Sequence[Node], forecast: object, now: int) -> None:
         """Looks again once the new checkpoints are in."""
         for node in path:
-            for checkpoint in node.checkpoints.values():
+            for checkpoint in node.checkpoints:
                 self._look(checkpoint)
 
     def stored(self, checkpoint: Checkpoint) -> None:
@@ -99,7 +99,7 @@ class ClairvoyantEviction(Scored):
 
     def _next_use(self, checkpoint: Checkpoint) -> int:
         coming = self.future.after(self._edge(checkpoint.position), self.now)
-        deeper = [other.position for node in self._stored_path(checkpoint) for other in node.checkpoints.values()]
+        deeper = [other.position for node in self._stored_path(checkpoint) for other in node.checkpoints]
         behind = [position for position in deeper if position > checkpoint.position and position <= self._path[-1].end]
         taken = set(self.future.after(self._edge(min(behind)), self.now)) if behind else set()
         return next((number for number in coming if number not in taken), NEVER)

@@ -25,7 +25,7 @@ import torch
 from transformers import BambaConfig, BambaForCausalLM
 from transformers.utils import logging
 
-from hf_sparse_cache.bench.contenders import Cached, Contender, Limit
+from hf_sparse_cache.bench.contenders import Cached, Contender, Limit, Replayed
 from hf_sparse_cache.bench.workloads import Asked
 from hf_sparse_cache.stats import format_bytes, table
 from hf_sparse_cache.tools.machine import describe_machine
@@ -92,9 +92,8 @@ def measure(model, prefix, arguments):
         order = [stock, limit, own] if index % 2 == 0 else [own, limit, stock]
         served = {contender.name: contender.serve(asked, arguments.new_tokens, True) for contender in order}
         rows.append({name: result for name, result in served.items() if result is not None})
-    twin = Cached(model, None, "twin", "none", max_memory=None, grid=own.handle.grid)
-    fresh = twin.serve(again[-1], arguments.new_tokens, True)
-    last = rows[-1]["cache"]
+    twin, last = Replayed(own), rows[-1]["cache"]
+    fresh = twin.replay(again[-1], last, arguments.new_tokens)
     stats = own.handle.stats()
     result = {
         "prefix_tokens": prefix,

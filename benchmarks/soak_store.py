@@ -18,8 +18,9 @@ import numpy as np
 import safetensors.numpy
 
 from hf_sparse_cache import CheckpointStore
-from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import make_policy
+from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.tools.traces import load_trace
 
@@ -72,7 +73,7 @@ def main() -> None:
         resident, resumed, total, start = [], 0, 0, time.perf_counter()
         for index in itertools.islice(itertools.cycle(order), options.requests):
             ids = prompts[index]
-            with open_request(store, policy, ids, cut_positions(ids, GRID), max_checkpoints=8) as request:
+            with open_request(store, policy, ids, Bitwise(CutRule(GRID)), max_checkpoints=8) as request:
                 for position in request.planned:
                     request.add(position, Array(STATE_BYTES), lambda a, b: Array(KV_BYTES * (b - a)))
             resumed, total = resumed + request.resumed_tokens, total + len(ids)

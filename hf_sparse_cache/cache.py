@@ -5,11 +5,11 @@ handle points to, so one handle serves any number of prompts, batches and thread
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -24,8 +24,10 @@ from .models.inputs import why_uncached
 from .models.proof import Proof
 from .models.server import Server
 from .models.tensors import LayerTensors
+from .planning.cuts import MIN_SUFFIX_TOKENS
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
+from .planning.segments import Replayable
 from .stats import CacheStats, Cause, Reason, Recorder, RequestInfo, format_bytes
 from .store.seal import Seal
 from .store.store import CheckpointStore
@@ -44,7 +46,7 @@ class SparsePrefixCache(Handle):
     Args:
         model: a causal language model of a supported family.
         tokenizer: optional; prompts may then also be cut after its special tokens, where chats and agents diverge.
-        max_memory, max_checkpoints, exactness, grid, namespace: see `SparseCacheConfig`.
+        max_memory, max_checkpoints, exactness, grid, cut_after, pieces, namespace: see `SparseCacheConfig`.
         policy: where checkpoints go: a name (see `policies`) or a `Policy` object.
         store: a `CheckpointStore` to share with other handles; it has a budget of its own, in place of `max_memory`.
         prove: prove on a short prompt, once for each model object, that its states can be continued (see "Exactness").
@@ -63,8 +65,10 @@ class SparsePrefixCache(Handle):
         *,
         max_memory: int | str | None = "2GiB",
         max_checkpoints: int | None = None,
-        exactness: str = "bitwise",
+        exactness: str = "replayable",
         grid: int | None = None,
+        cut_after: Sequence[str] = (),
+        pieces: int | None = None,
         policy: str | Policy = "learned",
         store: CheckpointStore | None = None,
         namespace: str = "",
@@ -78,7 +82,8 @@ class SparsePrefixCache(Handle):
         if tokenizer is not None and not hasattr(tokenizer, "all_special_ids"):
             raise ValueError(f"tokenizer is {shown(tokenizer)}: give the model's tokenizer, or leave it out")
         name = policy if isinstance(policy, str) else type(policy).__name__
-        given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace)
+        strings: Any = cut_after if isinstance(cut_after, str) else tuple(cut_after)
+        given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace, strings, pieces)
         if config is not None and given != SparseCacheConfig():
             raise ValueError("config holds all settings: give either config or single keywords, not both.")
         self.config = given if config is None else config
@@ -142,7 +147,7 @@ class SparsePrefixCache(Handle):
         space, changed = self.server.space.now()
         decode = None if self.tokenizer is None else self.tokenizer.decode
         costs = Costs(self.size.state_bytes, self.size.kv_bytes_per_token, self.server.binding.smaller_grid)
-        found = explain(self.store, tokens, self.server.cuts(tokens, space), space, costs, decode)
+        found = explain(self.store, tokens, self.server.binding.segmenting, space, costs, decode)
         unsupported = why_uncached(self.model, torch.from_numpy(tokens)[None], None, {}) or self.server.why_not(
             len(tokens)
         )
@@ -154,32 +159,44 @@ class SparsePrefixCache(Handle):
             return found
         return replace(found, resumed_tokens=0, reason=reason, remedy=remedy(reason))
 
-    def mark(self, ids: torch.Tensor | str) -> None:
-        """Announce a prefix that will come back: a checkpoint is kept at its last cut until `clear()`.
+    def simulation(self) -> dict[str, Any]:
+        """Keywords for `simulate` with which it reuses, captures and evicts as this cache does, less its policy."""
+        binding = self.server.binding
+        segmenting = binding.segmenting
+        return {
+            "max_memory": self.store.max_memory,
+            "max_checkpoints": self.config.max_checkpoints,
+            "state_bytes": self.size.state_bytes,
+            "kv_bytes_per_token": self.size.kv_bytes_per_token,
+            "logits_bytes": self.size.logits_bytes,
+            "exactness": self.config.exactness,
+            "grid": segmenting.step if isinstance(segmenting, Replayable) else self.grid,
+            "cut_ids": binding.cut_ids,
+            "cut_tokens": segmenting.cut_tokens,
+            "pieces": segmenting.piece if isinstance(segmenting, Replayable) else None,
+            "prefill_cost": self.prefill_cost,
+        }
 
-        It is captured when the next prompt that begins with it passes, in place of others where memory is short, and
-        is never evicted from then on, unless the weights change. A warning says so when the budget cannot hold it
-        beside what other marks keep.
+    def mark(self, ids: torch.Tensor | str) -> None:
+        """Announce a prefix that will come back: prompts that begin with it are cut at its very end from now on, and a
+        checkpoint is kept there until `clear()`.
+
+        It is captured when the next such prompt passes, in place of others where memory is short, and is never evicted
+        from then on, unless the weights change. A warning says so when the budget cannot hold it beside what other
+        marks keep.
 
         Args:
             ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
 
         Raises:
-            ValueError: The prefix is shorter than the first cut, so that nothing could be kept for it.
+            ValueError: The prefix has fewer than two tokens, so that no prompt can be cut there.
         """
         tokens = self.server.binding.tokens_of(ids)
         space, _ = self.server.space.now()
-        # Two more tokens, which are never special, so that the last cut may be the end of the prefix itself.
-        cuts = self.server.cuts(np.append(tokens, np.full(2, -1, dtype=np.int32)), space, len(tokens))
-        if not len(cuts):
-            grid = self.server.binding.smaller_grid(len(tokens))
-            smaller = f" or make the handle with a smaller grid, such as grid={grid}" if grid else ""
-            raise ValueError(
-                f"ids has {len(tokens)} tokens, less than the first cut at {self.grid}: nothing could be kept for it. "
-                f"Mark a longer prefix{smaller}."
-            )
-        self.store.mark(tokens, cuts, space)
-        position = int(cuts[-1])
+        position = len(tokens)
+        if position < MIN_SUFFIX_TOKENS:
+            raise ValueError(f"ids has {position} token, and no segment has fewer than 2: mark a longer prefix.")
+        self.store.mark(tokens, space)
         need = self.size.state_bytes + position * self.size.kv_bytes_per_token
         bound = self.store.bound(tokens, position, space)
         if bound is not None and bound.kept + need > bound.limit:

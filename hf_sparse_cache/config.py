@@ -10,7 +10,7 @@ from .stats import parse_bytes, table
 
 
 CONFIG_NAME = "sparse_cache_config.json"
-EXACTNESS = ("bitwise", "numerical")
+EXACTNESS = ("replayable", "bitwise")
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,13 @@ class SparseCacheConfig(Shareable):
     Args:
         max_memory: bytes that may be stored, as an integer or such as "2GiB"; None for no limit.
         max_checkpoints: most new checkpoints a prompt; None leaves it to the policy.
-        exactness: "bitwise": a resumed run equals a cold run bit for bit, checkpoints sit on cuts that follow from the
-            prompt alone. "numerical": checkpoints may sit anywhere, at the end of a prompt or where prompts diverge; a
-            resumed run equals stock `generate()` to rounding.
-        grid: tokens between regular cuts; None for the family's own.
+        exactness: "replayable": a prompt is cut only where a checkpoint is taken or resumed, or where pieces are
+            faster; a resumed run equals stock `generate()` to rounding, and bit for bit a cold run over its segments.
+            "bitwise": cuts follow from the prompt and the settings alone; a resumed run equals a cold run bit for bit.
+        grid: bitwise: tokens between regular cuts. Replayable: tokens a piece, where pieces are faster. None for what
+            suits the model and its device.
+        cut_after: strings after which a prompt is always cut, such as "\\n\\nQuestion:"; needs a tokenizer.
+        pieces: most tokens that one forward of a prefill may take, in replayable mode; None for no limit.
         policy: name of the placement policy.
         namespace: a tenant; nothing stored under one is ever matched from another.
 
@@ -35,21 +38,33 @@ class SparseCacheConfig(Shareable):
 
     max_memory: int | str | None = "2GiB"
     max_checkpoints: int | None = None
-    exactness: str = "bitwise"
+    exactness: str = "replayable"
     grid: int | None = None
     policy: str = "learned"
     namespace: str = ""
+    cut_after: tuple[str, ...] = ()
+    pieces: int | None = None
 
     def __post_init__(self) -> None:
         parse_bytes(self.max_memory)
         if self.exactness not in EXACTNESS:
-            raise ValueError(f"exactness must be 'bitwise' or 'numerical', not {shown(self.exactness)}.")
+            instead = "; 'replayable' took the place of 'numerical'" if self.exactness == "numerical" else ""
+            raise ValueError(f"exactness must be 'replayable' or 'bitwise', not {shown(self.exactness)}{instead}.")
         if self.max_checkpoints is not None and not is_whole(self.max_checkpoints, 0):
             raise ValueError(f"max_checkpoints must be None or at least 0, not {shown(self.max_checkpoints)}.")
         if self.grid is not None and not is_whole(self.grid, 2, MOST_ID):
             raise ValueError(
                 f"grid must be at least 2 tokens, not {shown(self.grid)}; leave it out for the family's own."
             )
+        if self.pieces is not None and not is_whole(self.pieces, 2, MOST_ID):
+            raise ValueError(f"pieces must be None or at least 2 tokens, not {shown(self.pieces)}.")
+        strings: Any = self.cut_after
+        if isinstance(strings, str) or not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(
+                f"cut_after must be strings of at least one character, such as ('\\n\\nQuestion:',), not "
+                f"{shown(strings)}."
+            )
+        object.__setattr__(self, "cut_after", tuple(strings))
         text("policy", self.policy, "give the name of a placement policy")
         text("namespace", self.namespace, "give the name of a tenant that UTF-8 can hold")
 

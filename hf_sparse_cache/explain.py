@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .planning.segments import Segmenting
 from .stats import Cause, Reason, format_bytes
 from .store.bounds import Bound
 from .store.tree import Checkpoint, Match, Node
@@ -35,6 +36,8 @@ _REMEDIES = {
     "prompts under namespace {namespace!r} count, with the same weights and settings.",
     Cause.DIVERGES: "That is before the first cut: put what changes behind what stays.{grid}",
     Cause.BEFORE_FIRST: "Call cache.mark() on the shared part: a checkpoint is then kept at its end.",
+    Cause.CUT_OTHERWISE: "Give this handle the grid, cut_after and marks that they were made with, or use "
+    "exactness='replayable', which resumes from any.",
     Cause.EVICTED: "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint.",
     Cause.TOO_SHORT: "So short a prompt is always computed.{grid}",
     Cause.NO_ROOM: "Raise max_memory, or the namespace's share in namespace_memory.",
@@ -96,7 +99,7 @@ class Costs:
 def explain(
     store: CheckpointStore,
     ids: Tokens,
-    cuts: Positions,
+    segmenting: Segmenting,
     space: str,
     costs: Costs,
     decode: Callable[[list[int]], str] | None = None,
@@ -106,19 +109,21 @@ def explain(
     Args:
         store: what is stored.
         ids: the prompt, int32 of shape `(N,)`.
-        cuts: its cuts.
+        segmenting: where it may be cut, and what it may resume from.
         space: where to look.
         costs: what the model's checkpoints take.
         decode: turns token ids into text.
     """
     with store.lock:
-        match = store.match(ids, space)
+        match, marked = store.match(ids, space), store.marks.lengths(ids, space)
+        cuts = segmenting.cuts(ids, marked)
+        expected = segmenting.expected(cuts, len(ids))
+        cuts = segmenting.joined(cuts, match.overlap, len(ids))
         usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
-        stored = match.checkpoints(usable)
-        checkpoint = stored[-1] if stored else None
+        checkpoint = next(match.fitting(len(ids), expected), None)
         reason = cause(match, checkpoint, usable, cuts)
     resumed, overlap = checkpoint.position if checkpoint else 0, match.overlap
-    deeper, known = store.reach(ids, space)
+    deeper, known = store.reach(ids, expected, space)
     if deeper > resumed:
         resumed, overlap, reason = deeper, max(overlap, known), Reason(Cause.RESUMED)
     wanted = int(cuts[cuts <= usable][-1]) if len(cuts) and cuts[0] <= usable else 0
@@ -128,10 +133,10 @@ def explain(
         context = decode(around.tolist())
     advice = remedy(reason, namespace_of(space), costs.smaller_grid(usable))
     if wanted > resumed:
-        marked = any(resumed < position <= wanted for position in store.marks.positions(ids, cuts, space))
+        promised = any(resumed < position <= wanted for position in marked)
         gone = any(resumed < position <= wanted for node in match.path for position in (node.refused, node.lost))
         bound = store.bound(ids, wanted, space)
-        advice = _about_room(bound, costs, resumed, wanted, marked, gone) or advice or _MARK.format(wanted - resumed)
+        advice = _about_room(bound, costs, resumed, wanted, promised, gone) or advice or _MARK.format(wanted - resumed)
     return Explanation(len(ids), overlap, resumed, reason, advice, context)
 
 
@@ -177,6 +182,8 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
         return Reason(Cause.TOO_SHORT)
     if cuts[0] > usable:
         return Reason(Cause.DIVERGES, token=match.overlap)
+    if match.checkpoints(usable):
+        return Reason(Cause.CUT_OTHERWISE, tokens=usable)
     if any(0 < node.lost <= usable for node in match.path):
         return Reason(Cause.EVICTED)
     if any(0 < node.refused <= usable for node in match.path):
@@ -208,7 +215,7 @@ def _first_ahead(path: list[Node], limit: int = 256) -> int | None:
     """The shallowest checkpoint at or below the last node of a path, looking at `limit` nodes at most."""
     level, first = path[-1:], None
     while level and limit > 0:
-        found = [position for node in level for position in node.checkpoints]
+        found = [checkpoint.position for node in level for checkpoint in node.checkpoints]
         if found:
             first = min([*found, first] if first is not None else found)
         limit -= len(level)

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from .checks import shown
 from .config import SparseCacheConfig
 from .errors import DamagedFileError
 from .models import fingerprint
 from .models.binding import Binding
+from .planning.cuts import CutRule, Tokens
+from .planning.lineage import Lineage
 from .store import files
 from .store.headers import is_count, parse_json
 from .store.seal import VARIABLE, Seal
@@ -20,8 +24,10 @@ from .store.seal import VARIABLE, Seal
 NAME = "sparse_cache.json"
 VERSION = 2  # 1 lists no files
 _MAX_BYTES = 2**28
-# What a caller chooses for a handle, whatever the model; and the differences that are named.
-_SETTINGS, _LISTED = ("grid", "exactness", "namespace"), 3
+# What a caller chooses for a handle, whatever the model; what version 1 counted as part of the fingerprint; and the
+# differences that are named.
+_SETTINGS = ("max_memory", "max_checkpoints", "exactness", "grid", "cut_after", "pieces")
+_CUTS, _LISTED = ("grid", "cut ids", "min distance", "exactness"), 3
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Manifest:
     Attributes:
         fingerprint: what its states depend on (see `models.fingerprint`).
         config: the model's configuration, to name what differs.
-        settings: `max_memory` and `max_checkpoints` of the handle that saved it.
+        settings: those of the handle that saved it.
         units: names of the files of its states, least recently used first; None where a save of version 1 lists none.
         parts: names of all its other files.
     """
@@ -50,13 +56,19 @@ class Manifest:
             fingerprint.describe(binding),
             binding.config.namespace,
             fingerprint.config_values(binding.model.config),
-            {"max_memory": max_memory, "max_checkpoints": binding.config.max_checkpoints},
+            {**{name: getattr(binding.config, name) for name in _SETTINGS}, "max_memory": max_memory},
         )
 
     @property
     def space(self) -> str:
         """The space that its states are of."""
         return fingerprint.durable_space(self.fingerprint, self.namespace)
+
+    def lineage(self, tokens: Tokens) -> Lineage:
+        """Of a state of version 1, which its file does not say: that of every cut of the handle that saved it."""
+        cut_ids = tuple(self.fingerprint.get("cut ids", ()))
+        longer = np.append(tokens, np.full(2, -1, dtype=np.int32))
+        return Lineage(CutRule(self.settings["grid"] or 1, cut_ids).cuts(longer))
 
     @property
     def listed(self) -> set[str]:
@@ -114,13 +126,13 @@ class Manifest:
             raise DamagedFileError(f"version is {shown(version)}, and 1 and {VERSION} are read")
         if seal is not None:
             _authenticate(content, seal)
-        _settings(content)
+        settings = _settings(content)
         listed = {name: _names(content, name) for name in ("units", "parts")} if version > 1 else {}
         return cls(
             content["fingerprint"],
             content["namespace"],
             content.get("config", {}),
-            content["settings"],
+            settings,
             listed.get("units"),
             listed.get("parts", []),
         )
@@ -131,8 +143,9 @@ class Manifest:
         Raises:
             ValueError: names what differs, and what to do.
         """
-        found = fingerprint.differences(self.fingerprint, current.fingerprint)
-        names = fingerprint.different(self.fingerprint, current.fingerprint)
+        saved = {name: value for name, value in self.fingerprint.items() if name not in _CUTS}
+        found = fingerprint.differences(saved, current.fingerprint)
+        names = fingerprint.different(saved, current.fingerprint)
         if "other config" in found:
             keys = fingerprint.differences(self.config, current.config)
             found[found.index("other config")] = "other config (" + "; ".join(_shortened(keys)) + ")"
@@ -141,13 +154,10 @@ class Manifest:
             names.append("namespace")
         if not found:
             return
-        values = {**self.fingerprint, "namespace": self.namespace}
         if not loading:
             remedy = "This handle cannot save there; choose another folder, or delete this one."
-        elif set(names) <= {*_SETTINGS, "cut ids"}:  # nothing is wrong with the model
-            advice = [f"leave out {name}=, or pass {name}={values[name]!r}" for name in names if name in _SETTINGS]
-            advice += ["pass the tokenizer that it was saved with"] if "cut ids" in names else []
-            remedy = f"The model fits, the settings do not: {'; '.join(advice)}."
+        elif names == ["namespace"]:  # nothing is wrong with the model
+            remedy = f"The model fits: leave out namespace=, or pass namespace={self.namespace!r}."
         else:
             remedy = "This model cannot continue its states; make a new cache with this model instead."
         listed = "; ".join(_shortened(found))
@@ -171,8 +181,12 @@ def _authenticate(content: dict[str, Any], seal: Seal) -> None:
         raise DamagedFileError(f"signature: it is not that of the key that key= or {VARIABLE} gives")
 
 
-def _settings(content: dict[str, Any]) -> None:
-    """Raises DamagedFileError where what a handle would be made with is out of range."""
+def _settings(content: dict[str, Any]) -> dict[str, Any]:
+    """What a handle would be made with.
+
+    Raises:
+        DamagedFileError: it is out of range.
+    """
     for name, kind in (("fingerprint", dict), ("namespace", str), ("settings", dict)):
         if not isinstance(content.get(name), kind):
             raise DamagedFileError(f"{name} is {shown(content.get(name, 'missing'))}")
@@ -181,23 +195,27 @@ def _settings(content: dict[str, Any]) -> None:
     described, settings = content["fingerprint"], content["settings"]
     if "format" not in described:
         raise DamagedFileError("fingerprint.format is missing")
-    values = {f"settings.{name}": settings.get(name) for name in ("max_memory", "max_checkpoints")}
-    values["fingerprint.grid"] = described.get("grid")
-    for name, value in values.items():
-        if value is not None and not is_count(value) and not (name.endswith("memory") and isinstance(value, str)):
-            raise DamagedFileError(f"{name} is {shown(value)}, not a whole number that can be")
-    exactness = described.get("exactness", "bitwise")
-    try:
-        if "max_checkpoints" not in settings or not isinstance(exactness, str):
-            raise ValueError(f"exactness or max_checkpoints is missing, or of another type: {shown(exactness)}")
-        SparseCacheConfig(
-            max_memory=settings.get("max_memory"),
-            max_checkpoints=settings["max_checkpoints"],
-            exactness=exactness,
-            grid=described.get("grid"),
+    if content.get("version", 1) == 1:  # which has the cuts in its fingerprint
+        settings = {**{name: described[name] for name in ("grid", "exactness") if name in described}, **settings}
+        settings.setdefault("exactness", "bitwise")
+    chosen = {name: settings[name] for name in _SETTINGS if name in settings}
+    if settings.get("exactness") == "numerical":
+        raise DamagedFileError(
+            "exactness is 'numerical', whose states do not say what made them, so that no run from nothing could be "
+            "compared with one that resumes from them"
         )
-    except ValueError as error:
+    for name in ("max_memory", "max_checkpoints", "grid", "pieces"):
+        value = chosen.get(name)
+        if value is not None and not is_count(value) and not (name == "max_memory" and isinstance(value, str)):
+            raise DamagedFileError(f"settings.{name} is {shown(value)}, not a whole number that can be")
+    try:
+        if "max_checkpoints" not in chosen or not isinstance(chosen.get("exactness"), str):
+            raise ValueError(f"exactness or max_checkpoints is missing, or of another type: {shown(settings)}")
+        chosen["cut_after"] = tuple(chosen.get("cut_after", ()))
+        SparseCacheConfig(**chosen)
+    except (ValueError, TypeError) as error:
         raise DamagedFileError(str(error)) from error
+    return chosen
 
 
 def _names(content: dict[str, Any], field_name: str) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.utils import logging
 
 from .checks import printable
@@ -22,6 +23,7 @@ from .manifest import Manifest
 from .models.server import Server
 from .models.tensors import LayerTensors
 from .planning.cuts import Tokens
+from .planning.segments import Segmenting
 from .store import files
 from .store.seal import Seal
 from .store.store import CheckpointStore
@@ -84,7 +86,7 @@ class _Target:
 
     def put(self, tier: Tier, unit: Unit) -> None:
         """Writes a unit of a tier, unless the very same files are there; leaves it out where the tier has lost it."""
-        keys = {span: _path(unit, span[1]) for span in unit.spans}
+        keys = {span: _path(unit, span.end) for span in unit.spans}
         found = tier.fetch(unit, [span for span in unit.spans if keys[span] not in self._kv])
         if found is None:
             return
@@ -119,7 +121,7 @@ class _Target:
                     continue
                 stale.add(name)
                 if files.is_name(name, "state"):  # format 1 says the space in these files alone
-                    stale |= {part for _, _, part in state_record(record, tokens).kv}
+                    stale |= {part for _, part in state_record(record, tokens).kv}
         doomed = [self._folder / name for name in listing.units if name in stale - kept]
         for path in [*doomed, *listing.unfinished]:
             try:
@@ -140,8 +142,8 @@ class _Target:
 
 def _path(unit: Unit, end: int) -> bytes:
     """What tells the state, or the keys and values, at `end` of a unit from any other: its tokens and segments."""
-    spans = [span for span in unit.spans if span[1] <= end]
-    return hashlib.blake2b(repr(spans).encode() + unit.tokens[:end].tobytes(), digest_size=16).digest()
+    segments = repr(unit.lineage.span(0, end)).encode()
+    return hashlib.blake2b(segments + unit.tokens[:end].tobytes(), digest_size=16).digest()
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -158,16 +160,10 @@ def _holds(path: Path, data: bytes) -> bool:
 def settings(save_directory: str | Path, options: dict[str, Any], seal: Seal) -> dict[str, Any]:
     """Keywords for a handle on a saved cache: the saved ones where `options` gives no others."""
     manifest = Manifest.read(Path(save_directory), seal)
-    saved = manifest.fingerprint
-    defaults = {
-        "grid": saved.get("grid"),
-        "exactness": saved.get("exactness", "bitwise"),
-        "namespace": manifest.namespace,
-        "max_checkpoints": manifest.settings["max_checkpoints"],
-    }
-    if options.get("store") is None:
-        defaults["max_memory"] = manifest.settings.get("max_memory")
-    return {**defaults, **options}
+    saved = {**manifest.settings, "namespace": manifest.namespace}
+    if options.get("store") is not None:
+        saved.pop("max_memory", None)
+    return {**saved, **options}
 
 
 def load(server: Server, save_directory: str | Path, seal: Seal, mark: Callable[[Tokens], None]) -> None:
@@ -184,6 +180,7 @@ def load(server: Server, save_directory: str | Path, seal: Seal, mark: Callable[
     source.reader = UnitReader(LayerTensors.from_bytes, seal, server.space.layout)
     prefixes = source.marks()
     units = source.units()
+    source.warn_of_other_cuts(units, server.binding.segmenting)
     marked = [unit for unit in units if any(_begins(prefix, unit.tokens) for prefix in prefixes)]
     loaded = sum(source.restore(unit, server.store, space) for unit in marked)
     for prefix in prefixes:  # before the others come, which may need the room
@@ -219,7 +216,18 @@ class _Source:
                 self._lose(unit.state.path, DamagedFileError(f"it is of another model or namespace than {MANIFEST}"))
             else:
                 own.append(unit)
+        own = [replace(unit, lineage=unit.lineage or self._manifest.lineage(unit.tokens)) for unit in own]
         return sorted(own, key=lambda unit: order.get(unit.state.path.name, 0))
+
+    def warn_of_other_cuts(self, units: list[UnitFiles], segmenting: Segmenting) -> None:
+        """Says how many of the units no prompt of this handle can resume from."""
+        orphans = [unit for unit in units if not _fits(unit, segmenting)]
+        if orphans:
+            logger.warning(
+                f"{len(orphans)} of the {len(units)} checkpoints in {self._folder} were made with other cuts than "
+                "this handle's settings give, so they are not resumed from; load with the grid, cut_after, marks and "
+                "exactness that they were saved with, or with exactness='replayable', which resumes from any."
+            )
 
     def marks(self) -> list[Tokens]:
         """The announced prefixes."""
@@ -262,6 +270,13 @@ class _Source:
 
     def _lose(self, path: Path, error: Exception) -> None:
         self._lost.setdefault(path, str(error))
+
+
+def _fits(unit: UnitFiles, segmenting: Segmenting) -> bool:
+    """Whether a prompt that goes on from a unit could resume from it."""
+    longer = np.append(unit.tokens, np.full(2, -1, dtype=np.int32))
+    expected = segmenting.expected(segmenting.cuts(longer), len(longer))
+    return unit.final or expected is None or (unit.lineage is not None and expected.begins_with(unit.lineage))
 
 
 def _begins(prompt: Tokens, tokens: Tokens) -> bool:

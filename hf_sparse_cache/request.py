@@ -3,17 +3,18 @@
 The live cache and the simulator both go through `open_request`, so they cannot differ:
 
 ```python
-with open_request(store, policy, ids, cut_positions(ids, grid), space=fingerprint) as request:
+with open_request(store, policy, ids, Bitwise(CutRule(grid)), space=fingerprint) as request:
     if request.checkpoint is not None:               # pinned until the request closes
         restore(request.checkpoint.state, request.kv_payloads())
-    for position in request.planned:                 # ascending, each one of the cuts behind request.resumed_tokens
-        state = prefill_up_to(position)              # the store holds no lock meanwhile
-        request.add(position, state, kv)             # kv(start, end) is asked for each cut-to-cut span not stored yet
+    for end in request.segments:                     # ascending; nothing is left where the prompt is known to its end
+        state = prefill_up_to(end)                   # the store holds no lock meanwhile
+        if end in request.planned:
+            request.add(end, state, kv)              # kv(start, end) is asked for each span not stored yet
 ```
 
 Closing counts the prompt in the tree and lets the policy observe it; leaving the block by an exception only unpins,
-and everything added before stays valid. `add` may be called for any cut of the prompt (a mark, say), planned or not. A
-cache that keeps states produced by decoding would go on with `continued` before it closes.
+and everything added before stays valid. `add` may be called for the end of any segment, planned or not. A cache that
+keeps states produced by decoding goes on with `continued` before it closes.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ import numpy as np
 
 from .checks import is_whole, shown
 from .explain import cause
-from .planning.cuts import Positions, Tokens
+from .planning.cuts import MIN_SUFFIX_TOKENS, Tokens
+from .planning.lineage import Lineage, Span
 from .planning.policies import Policy
 from .planning.policy import placed
+from .planning.segments import Segmenting
 from .stats import Cause, Reason, RequestInfo
 from .store.store import CheckpointStore
 from .store.tree import Payload
-from .store.unit import Span, Unit
+from .store.unit import Unit
 from .store.visit import Visit
 
 
@@ -48,16 +51,21 @@ class Request:
         prompt_tokens: length of the prompt.
         overlap_tokens: tokens shared with earlier prompts of the space, remembered or stored.
         resumed_tokens: position of `checkpoint`, 0 when cold.
-        checkpoint: deepest stored checkpoint on the path that leaves at least 2 tokens to compute, or None.
+        checkpoint: deepest stored checkpoint on the path that leaves at least 2 tokens to compute, or none where it is
+            `final`; None when cold.
         planned: positions to capture, ascending.
+        segments: ends of the segments to run from `resumed_tokens` on, ascending; empty where nothing is left.
+        lineage: the segments behind the result, from 0.
         captured: positions stored so far by this request.
         reason: why it resumed where it did.
         match_seconds: time spent finding what is stored.
         plan_seconds: time spent deciding what to capture.
     """
 
-    def __init__(self, store: CheckpointStore, policy: Policy, visit: Visit, reason: Reason) -> None:
-        self._store, self._policy, self._visit = store, policy, visit
+    def __init__(
+        self, store: CheckpointStore, policy: Policy, segmenting: Segmenting, visit: Visit, reason: Reason
+    ) -> None:
+        self._store, self._policy, self._segmenting, self._visit = store, policy, segmenting, visit
         self._prompt = visit.prompt
         self._marked: set[int] = set()
         self._closed = False
@@ -65,22 +73,32 @@ class Request:
         self.match_seconds = self.plan_seconds = 0.0
         self.prompt_tokens, self.overlap_tokens = len(visit.prompt.ids), visit.prompt.overlap
         self.resumed_tokens, self.checkpoint = visit.prompt.resumed, visit.checkpoint
+        self.lineage = Lineage() if visit.checkpoint is None else visit.checkpoint.lineage
         self.planned: list[int] = []
+        self.segments: list[int] = []
         self.captured: list[int] = []
 
     def plan(self) -> None:
-        """Asks the policy where to capture; marks come on top of it."""
+        """Asks the policy where to capture, marks come on top of it, and cuts the rest of the prompt accordingly."""
         with self._policy.lock:
             wanted = placed(self._policy, self._prompt)
-        fresh = _among(self._prompt.open_cuts, wanted, self._prompt.limit)
-        self._marked = {position for position in self._visit.marked if position > self.resumed_tokens}
+        length, resumed = self.prompt_tokens, self.resumed_tokens
+        if resumed == length:
+            return
+        fresh = _among([*self._prompt.open_cuts.tolist(), length], wanted, self._prompt.limit)
+        reached = {length, *self._prompt.open_cuts.tolist()}
+        self._marked = {position for position in self._visit.marked if position in reached}
         self.planned = sorted({*fresh, *self._marked})
+        self.segments = self._segmenting.segments(resumed, self.planned, self._prompt.cuts, length).tolist()
+        self.lineage = self.lineage.then(self.segments)
 
     def start_over(self) -> None:
         """Resumes from nothing after all and captures nothing: there is no memory for either."""
         if self.checkpoint is not None:
             self.reason = Reason(Cause.EVICTED)
         self.resumed_tokens, self.checkpoint, self.planned = 0, None, []
+        self.segments = self._segmenting.segments(0, [], self._prompt.cuts, self.prompt_tokens).tolist()
+        self.lineage = Lineage(self.segments)
 
     def info(self, reason: Reason | None = None) -> RequestInfo:
         """What happened, for those who count; `reason` in place of its own."""
@@ -90,6 +108,7 @@ class Request:
             resumed_tokens=self.resumed_tokens,
             computed_tokens=self.prompt_tokens - self.resumed_tokens,
             captured=tuple(self.captured),
+            segments=self.lineage.ends,
             reason=reason or self.reason,
         )
 
@@ -98,69 +117,82 @@ class Request:
         return [] if self.checkpoint is None else [segment.payload for segment in self.checkpoint.chain()]
 
     def add(self, position: int, state: Payload, kv: KVCapture | None = None) -> bool:
-        """Stores a checkpoint at one cut of the prompt.
+        """Stores a checkpoint at the end of one segment.
 
         Args:
-            position: one of the prompt's cuts.
-            state: the fixed-size payload, with `.nbytes`.
-            kv: called with `(start, end)` for each cut-to-cut span up to `position` not stored yet, with no lock
-                held; None when the model has no full attention layers.
+            position: the end of a segment of this prompt.
+            state: the fixed-size payload, with `.nbytes`; at the end of the prompt with the logits of the last token.
+            kv: called with `(start, end)` for each span up to `position` not stored yet, with no lock held; None when
+                the model has no full attention layers.
 
         Returns:
             True if the checkpoint is stored now, False if there was no room for it.
 
         Raises:
-            ValueError: if `position` is not a cut of this prompt, or the request is closed.
+            ValueError: if no segment of this prompt ends at `position`, or the request is closed.
         """
         if self._closed:
             raise ValueError(f"add({position}) on a closed request; call it inside the with block")
-        cuts = self._prompt.cuts
-        index = int(np.searchsorted(cuts, position))
-        if index == len(cuts) or cuts[index] != position:
-            raise ValueError(f"position={position} is not a cut of this prompt; choose one of its cuts")
+        lineage = self.lineage.upto(position)
         spans: list[Span] = []
         new: dict[Span, Payload] = {}
         if kv is not None:
-            spans = self._spans(position)
-            new = {span: kv(*span) for span in self._store.ledger.missing_spans(self._visit.footing, spans)}
-        share = self._prompt.share(position, self.planned)
-        refund = self._prompt.refund(position) if not self.captured else 0.0
-        unit = Unit(self._visit.space, self._prompt.ids, position, state, spans, new, share=share, refund=refund)
+            spans = self._spans(lineage)
+            missing = self._store.ledger.missing_spans(self._visit.footing, spans)
+            new = {span: kv(span.start, span.end) for span in missing}
+        unit = Unit(
+            self._visit.space,
+            self._prompt.ids,
+            lineage,
+            state,
+            spans,
+            new,
+            final=position == self.prompt_tokens,
+            share=self._prompt.share(position, self.planned),
+            refund=self._prompt.refund(position) if not self.captured else 0.0,
+        )
         # The footing holds its KV: later checkpoints of this prompt chain to it even if it is evicted by then.
         if self._store.put(unit, self._visit.footing, keep=position in self._marked) is None:
             return False
         self.captured.append(position)
         return True
 
-    def _spans(self, position: int) -> list[Span]:
-        """The KV spans up to a cut: those of the chain that the request resumed from, and cut to cut behind it."""
-        chain = self.checkpoint.chain() if self.checkpoint is not None and position > self.resumed_tokens else []
-        cuts = self._prompt.cuts
-        first, last = np.searchsorted(cuts, [chain[-1].end if chain else 0, position], side="right").tolist()
-        ends = [*(segment.end for segment in chain), *cuts[first:last].tolist()]
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+    def _spans(self, lineage: Lineage) -> list[Span]:
+        """The KV spans of a checkpoint: those that the request resumed from, and its own behind them."""
+        chain = [segment.span for segment in self.checkpoint.chain()] if self.checkpoint is not None else []
+        found = [span for span in chain if span.end <= lineage.end]
+        last = found[-1].end if found else 0
+        ends = [end for end in self._segmenting.kv_ends(lineage, self.captured) if last < end < lineage.end]
+        for end in [*ends, *([lineage.end] if lineage.end > last else [])]:
+            found.append(lineage.span(last, end))
+            last = end
+        return found
 
-    def continued(self, output: Tokens, cuts: Positions) -> list[int]:
-        """Goes on with what the model generated, as if its states had been kept while it was decoded.
+    def continued(self, output: Tokens) -> list[int]:
+        """Goes on with what the model generated, whose states were kept while it was decoded.
 
         Call it when everything of the prompt was added. From here on the prompt and the output are one text: `add`
-        takes its cuts, closing remembers it, and the policy and the eviction learn from it.
+        takes its positions, closing remembers it, and the policy and the eviction learn from it.
 
         Args:
             output: the generated tokens, int32 of shape `(M,)`.
-            cuts: the cuts of prompt and output together.
 
         Returns:
             Positions to capture, ascending, none of them before the end of the prompt. A limit of new checkpoints
             counts anew for the output.
         """
         ids = np.concatenate([self._prompt.ids, output.astype(np.int32, copy=False)])
+        cuts = self._segmenting.cuts(ids)
         self._prompt = replace(self._prompt, ids=ids, cuts=cuts, shape=None, forecast=None)
         self._visit.go_on(self._prompt)
+        self.lineage = self._segmenting.expected(cuts, len(ids)) or self.lineage.decoded(len(ids) - 1)
         with self._policy.lock:
             wanted = placed(self._policy, self._prompt)
-        behind = cuts[np.searchsorted(cuts, self.prompt_tokens) :]
-        self.planned = _among(behind, wanted, self._prompt.limit)
+        if self.lineage.has_decoded:  # one state is there, behind the last token that was read
+            self.planned = [len(ids) - 1] if self._prompt.limit != 0 and wanted else []
+        else:
+            behind = cuts[np.searchsorted(cuts, self.prompt_tokens) :].tolist()
+            self.planned = _among(behind, wanted, self._prompt.limit)
         return self.planned
 
     def close(self) -> None:
@@ -190,9 +222,9 @@ class Request:
             self._release()
 
 
-def _among(cuts: Positions, wanted: list[int], limit: int | None) -> list[int]:
+def _among(cuts: list[int], wanted: list[int], limit: int | None) -> list[int]:
     """Those of `wanted` that are cuts, ascending; the deepest `limit` of them."""
-    found = sorted(set(wanted).intersection(cuts.tolist()))
+    found = sorted(set(wanted).intersection(cuts))
     return found if limit is None else found[max(0, len(found) - limit) :]
 
 
@@ -200,7 +232,7 @@ def open_request(
     store: CheckpointStore,
     policy: Policy,
     ids: Tokens,
-    cuts: Positions,
+    segmenting: Segmenting,
     *,
     space: str = "",
     max_checkpoints: int | None = None,
@@ -211,7 +243,7 @@ def open_request(
         store: where checkpoints live.
         policy: where new ones go.
         ids: the prompt's tokens, int32 of shape `(N,)`; not changed, and not to be changed while the request is open.
-        cuts: its cuts, from `cut_positions`.
+        segmenting: where it may be cut, and what it may resume from.
         space: fingerprint and namespace; nothing of one space is ever matched from another.
         max_checkpoints: most new checkpoints for this prompt; None leaves it to the policy.
 
@@ -229,12 +261,13 @@ def open_request(
     if max_checkpoints is not None and not is_whole(max_checkpoints, 0):
         raise ValueError(f"max_checkpoints must be at least 0 or None, got {shown(max_checkpoints)}")
     started = time.perf_counter()
-    visit = store.open(tokens, cuts, space)
+    visit = store.open(tokens, segmenting, space)
     try:
         visit.prompt.limit = max_checkpoints
         with store.lock:
-            reason = cause(visit.match, visit.checkpoint, visit.usable, cuts)
-        request = Request(store, policy, visit, reason)
+            usable = min(visit.match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
+            reason = cause(visit.match, visit.checkpoint, usable, visit.prompt.cuts)
+        request = Request(store, policy, segmenting, visit, reason)
         request.match_seconds = (matched := time.perf_counter()) - started
         request.plan()
         request.plan_seconds = time.perf_counter() - matched

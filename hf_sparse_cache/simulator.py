@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from .checks import MOST_ID, is_whole, shown, whole_number
-from .planning.cuts import cut_positions
+from .checks import MOST_ID, is_whole, shown, token_ids, whole_number
+from .config import EXACTNESS
+from .planning.cuts import CutRule
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
+from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
 from .request import open_request
 from .stats import RequestInfo, counted
@@ -93,16 +94,20 @@ def simulate(
     warmup: float = 0.0,
     eviction: str | Eviction = "learned",
     prefill_cost: Callable[[Floats], Floats] | None = None,
+    exactness: str = "bitwise",
+    marks: Iterable[Sequence[int]] = (),
+    logits_bytes: int = 0,
+    cut_tokens: float = 0.0,
+    pieces: int | None = None,
     store_outputs: bool = False,
+    clock: Callable[[], float] | None = None,
     on_request: Callable[[RequestInfo], None] | None = None,
     progress: bool = True,
 ) -> SimulationResult:
     """Serves a trace with the live cache's own parts and counts what it reuses.
 
-    With the sizes, the grid and the prefill cost of a live cache (`cache.size.state_bytes`,
-    `cache.size.kv_bytes_per_token`, `cache.grid`, `cache.prefill_cost`) and its policy, eviction and budget, every
-    request is matched, captured and evicted for exactly as that cache would. Counts and bytes agree; seconds need a
-    model.
+    With the settings of a live cache (`**cache.simulation()`) and its policy and eviction, every request is matched,
+    captured and evicted for exactly as that cache would. Counts and bytes agree; seconds need a model.
 
     Args:
         trace: a workload folder, a `.jsonl` file, a `datasets.Dataset` with a column `input_ids`, or an iterable of
@@ -112,15 +117,21 @@ def simulate(
         max_checkpoints: most new checkpoints a prompt; None leaves it to the policy.
         state_bytes: size of one checkpoint's fixed-size state.
         kv_bytes_per_token: size of keys and values a token; 0 for a pure recurrent model.
-        grid: distance of the regular cuts in tokens.
+        grid: distance in tokens of the regular cuts; in replayable mode, of the positions that may be captured.
         cut_ids: token ids after which a prompt may be cut as well.
         warmup: leading fraction of the requests that is served but not counted.
         eviction: "learned", "lru", "fifo", or an object.
         prefill_cost: cost of prefilling to each of an array of positions, for the policies by name that weigh it;
             default the positions themselves. `cache.prefill_cost` is the one of a model.
+        exactness: "bitwise" or "replayable", as of `SparsePrefixCache`.
+        marks: announced prefixes, as of `SparsePrefixCache.mark`, each a list of token ids.
+        logits_bytes: what the checkpoint at the end of a prompt holds besides its state.
+        cut_tokens: what a cut costs in tokens of prefill, in replayable mode.
+        pieces: most tokens of a forward, in replayable mode.
         store_outputs: whether what was generated is stored behind each prompt as well, as a cache could that keeps
             states produced by decoding. The live cache does not; this says what it would be worth. The overlap then
             counts tokens shared with earlier outputs too.
+        clock: gives seconds, for policies that look at time; default the time that passes meanwhile.
         on_request: called with what happened to each request, warm-up included, in order: what `cache.last_request`
             is for the live cache. With `store_outputs`, positions captured in the output lie behind the prompt.
 
@@ -152,21 +163,24 @@ def simulate(
     store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)
     prompts = load_trace(trace)
     outputs = prompts.outputs if store_outputs else None
-    state = Sized(state_bytes)
+    state, final = Sized(state_bytes), Sized(state_bytes + logits_bytes)
     kv = (lambda start, end: Sized((end - start) * kv_bytes_per_token)) if kv_bytes_per_token else None
     first = int(len(prompts) * warmup)
     counted = [0, 0, 0]
     captured, planning, started = 0, 0.0, time.perf_counter()
     name = policy if isinstance(policy, str) else type(policy).__name__
     hidden = not progress or not sys.stderr.isatty()
+    segmenting = _segmenting(exactness, CutRule(grid, specials), cut_tokens, pieces)
+    for prefix in marks:
+        store.mark(token_ids(prefix, "marks"))
+    if clock is not None:
+        store.ledger.seconds = clock
     for index, ids in enumerate(tqdm(prompts, desc=f"simulate {name}", unit="req", disable=hidden, leave=False)):
-        cuts = cut_positions(ids, grid, specials)
-        with open_request(store, place, ids, cuts, max_checkpoints=max_checkpoints) as request:
+        with open_request(store, place, ids, segmenting, max_checkpoints=max_checkpoints) as request:
             for position in request.planned:
-                request.add(position, state, kv)
+                request.add(position, final if position == len(ids) else state, kv)
             if outputs is not None and len(outputs[index]):
-                cuts = cut_positions(np.concatenate([ids, outputs[index]]), grid, specials)
-                for position in request.continued(outputs[index], cuts):
+                for position in request.continued(outputs[index]):
                     request.add(position, state, kv)
         captured += len(request.captured)
         planning += request.match_seconds + request.plan_seconds
@@ -187,3 +201,9 @@ def simulate(
         seconds=time.perf_counter() - started,
         plan_seconds=planning,
     )
+
+
+def _segmenting(exactness: str, rule: CutRule, cut_tokens: float, pieces: int | None) -> Segmenting:
+    if exactness not in EXACTNESS:
+        raise ValueError(f"exactness must be 'replayable' or 'bitwise', not {shown(exactness)}")
+    return Bitwise(rule) if exactness == "bitwise" else Replayable(rule, rule.grid, pieces, cut_tokens)

@@ -18,6 +18,7 @@ class Cause(Enum):
     NOTHING_STORED = "nothing stored"
     DIVERGES = "diverges at token {token}"
     BEFORE_FIRST = "overlap of {tokens} tokens ends before the first checkpoint at {position}"
+    CUT_OTHERWISE = "cut otherwise: the checkpoints on the first {tokens} tokens were made with other settings"
     EVICTED = "evicted"
     TOO_SHORT = "never captured: the prompt is shorter than the first cut"
     NO_ROOM = "never captured: no room was made for a checkpoint on the first {tokens} tokens"
@@ -67,6 +68,8 @@ class RequestInfo:
         resumed_tokens: tokens skipped thanks to a checkpoint.
         computed_tokens: tokens run through the model.
         captured: positions of the checkpoints this request stored.
+        segments: ends of the segments behind the prefill's result, from 0; of tokens that were decoded one by one,
+            `(start, end)`. Empty for a request that ran uncached.
         reason: why not more was resumed, or "resumed".
     """
 
@@ -75,6 +78,7 @@ class RequestInfo:
     resumed_tokens: int = 0
     computed_tokens: int = 0
     captured: tuple[int, ...] = ()
+    segments: tuple[int | tuple[int, int], ...] = ()
     reason: Reason = field(kw_only=True)
 
 

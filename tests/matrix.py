@@ -153,7 +153,8 @@ class Bench:
     def handle(self, model: Any = None, **options: Any) -> SparsePrefixCache:
         """A new handle on the model, or on a wrapper of it."""
         return SparsePrefixCache(
-            self.model if model is None else model, **{"grid": self.step, "policy": POLICY} | options
+            self.model if model is None else model,
+            **{"grid": self.step, "policy": POLICY, "exactness": "bitwise"} | options,
         )
 
     def warm(self, handle: SparsePrefixCache) -> None:

@@ -44,7 +44,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, cache: SparsePrefixCache) 
 
 
 def handle(model: PreTrainedModel, **options: Any) -> SparsePrefixCache:
-    return SparsePrefixCache(model, **{"grid": GRID, "policy": "balanced", **options})
+    return SparsePrefixCache(model, **{"grid": GRID, "policy": "balanced", "exactness": "bitwise", **options})
 
 
 def cold_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -467,7 +467,7 @@ def test_rope_by_length(kind: str) -> None:
 
     model = fresh()
     bench = Bench("Llama", model=model)
-    with SparsePrefixCache(model, grid=16, policy="balanced") as cache:
+    with SparsePrefixCache(model, grid=16, policy="balanced", exactness="bitwise") as cache:
         for length in (100, 300, 100, 127, 128, 129, 200, 127, 300, 128, 100):
             ids = random_ids(length, seed=3)
             expected = Bench("Llama", model=fresh()).generate(ids, None, max_new_tokens=2)
@@ -508,7 +508,7 @@ def test_prompts_that_are_learned(peft: Any, method: str) -> None:
     model = peft.get_peft_model(build("Llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=8, **extra)).eval()
     given = options()
     stock = model.generate(**given)
-    with SparsePrefixCache(model, grid=64) as cache:
+    with SparsePrefixCache(model, grid=64, exactness="bitwise") as cache:
         for _ in range(2):
             assert apart(model.generate(**given, past_key_values=cache), stock) <= 1e-4
             assert "call not supported" in reason(cache)
@@ -525,7 +525,7 @@ def test_a_lora_that_wakes_up_in_the_prompt(peft: Any) -> None:
     given = options()
     given["input_ids"][0, -8:-5] = torch.tensor([7, 8, 9])
     stock = model.generate(**given)
-    with SparsePrefixCache(model, grid=64) as cache:
+    with SparsePrefixCache(model, grid=64, exactness="bitwise") as cache:
         for _ in range(2):
             assert apart(model.generate(**given, past_key_values=cache), stock) <= 1e-4
             assert "activated LoRA" in reason(cache)
@@ -556,7 +556,7 @@ def test_adapters_in_turn(peft: Any, method: str) -> None:
         assert apart(model.generate(**given, past_key_values=cache), stock) <= 1e-4
         resumed.append(cache.last_request.resumed_tokens)
 
-    with SparsePrefixCache(model, grid=64) as cache:
+    with SparsePrefixCache(model, grid=64, exactness="bitwise") as cache:
         for turn in range(6):
             model.set_adapter(("first", "second")[turn % 2])
             ask(turn)

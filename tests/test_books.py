@@ -11,13 +11,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from cutting import Anywhere, At, every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_store import Blob
 from test_store import begin, run
 
 from benchmarks.bench_deciding import held_bytes
-from hf_sparse_cache.planning.cuts import cut_positions, with_free_cuts
+from hf_sparse_cache.planning.cuts import CutRule
+from hf_sparse_cache.planning.lineage import Span
 from hf_sparse_cache.planning.policies import NoCheckpoints, make_policy
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.store.audit import WrongBooksError
@@ -35,7 +37,7 @@ def filled(eviction: str = "learned") -> CheckpointStore:
     store = CheckpointStore(1000, eviction)
     run(store, list(range(12)), [4, 10], kv=1)
     run(store, [*range(6), *range(50, 60)], [12], kv=1)
-    store.mark(np.arange(4, dtype=np.int32), np.asarray([2, 4]))
+    store.mark(np.arange(4, dtype=np.int32))
     return store
 
 
@@ -47,12 +49,12 @@ def moved(store: CheckpointStore) -> None:
     """One checkpoint hangs on the wrong edge."""
     checkpoint = deepest(store)
     other = next(node for node in store.forest.nodes("") if node is not checkpoint.node)
-    other.checkpoints[checkpoint.position] = checkpoint
+    other.checkpoints.append(checkpoint)
 
 
 def orphan(store: CheckpointStore) -> None:
     node = deepest(store).node
-    store.ledger.chains.attach(KVSegment(node.end, Blob(1), None, node, store.account("")))
+    store.ledger.chains.attach(KVSegment(Span((0, node.end)), Blob(1), None, node, store.account("")))
 
 
 def change(name: str, amount: int = 1) -> Callable[[CheckpointStore], None]:
@@ -133,8 +135,8 @@ def test_a_fault_in_a_lower_tier_is_found_under_its_name() -> None:
 def serve_freely(store: CheckpointStore, ids: np.ndarray, grid: int) -> int:
     """One prompt of a conversation, cut where it leaves what is known and at its end."""
     free = {store.match(ids).overlap, len(ids)}
-    cuts = with_free_cuts(cut_positions(ids, grid), free, len(ids))
-    with open_request(store, NoCheckpoints(), ids, cuts) as request:
+    cuts = sorted({*range(grid, len(ids) - 1, grid), *free} - {0})
+    with open_request(store, NoCheckpoints(), ids, Anywhere(CutRule(1), cuts)) as request:
         chain = request.kv_payloads()
         ends = [payload.label[1] for payload in chain]
         starts = [payload.label[0] for payload in chain]
@@ -161,19 +163,20 @@ def test_a_chain_goes_on_from_where_its_request_resumed() -> None:
     store = CheckpointStore(None, "lru")
     text = np.arange(40, dtype=np.int32)
 
-    def serve(cuts: list[int], adds: list[int]) -> list[tuple[int, int]]:
-        with open_request(store, NoCheckpoints(), text, np.asarray(cuts)) as request:
+    def serve(mode: type[At], cuts: list[int], adds: list[int]) -> list[tuple[int, int]]:
+        with open_request(store, NoCheckpoints(), text, mode(CutRule(1), cuts)) as request:
             for position in adds:
                 request.add(position, Blob(1), lambda a, b: Blob(b - a, (a, b)))
             return [payload.label for payload in request.kv_payloads()]
 
-    serve([8, 16, 24], [24])
-    serve([6, 16, 24, 30], [16])  # resumes at 24: nothing to do
-    store.evict(deepest(store))
-    serve([6, 16, 24, 30], [24])
-    assert serve([8, 12, 30], [30]) == [(0, 6), (6, 16), (16, 24)]
-    assert serve([8, 12, 30, 36], []) == [(0, 6), (6, 16), (16, 24), (24, 30)]
-    serve([8, 16, 24, 32], [32])
+    serve(At, [8, 16, 24], [24])
+    serve(At, [6, 16, 24, 30], [24])
+    assert [item.lineage.ends for item in store.stored()] == [(8, 16, 24), (6, 16, 24)]
+    store.verify()
+    assert serve(At, [6, 16, 24, 30], [30]) == [(0, 6), (6, 16), (16, 24)]
+    assert serve(Anywhere, [8, 12, 30, 36], [36]) == [(0, 6), (6, 16), (16, 24), (24, 30)]
+    assert serve(Anywhere, [], []) == [(0, 6), (6, 16), (16, 24), (24, 30), (30, 36)]
+    assert serve(At, [8, 16, 24, 32], [32]) == [(0, 8), (8, 16), (16, 24)]
     store.verify()
     for checkpoint in sorted(store.stored(), key=lambda item: item.position):
         store.evict(checkpoint)
@@ -271,7 +274,7 @@ def test_clear_of_one_space_leaves_the_others() -> None:
     for space in ("x\x1fa", "x\x1fb"):
         with begin(store, list(range(12)), space) as request:
             request.add(4, Blob(10))
-        store.mark(np.arange(4, dtype=np.int32), np.asarray([2, 4]), space)
+        store.mark(np.arange(4, dtype=np.int32), space)
     store.clear("x\x1fa")
     store.verify()
     assert [(space, item.pins) for space, _, item in store.checkpoints()] == [("x\x1fb", 1)]
@@ -359,7 +362,7 @@ def branches(kind: str, count: int) -> list[np.ndarray]:
 def test_tree_bytes_are_those_of_the_objects(kind: str) -> None:
     store, policy = CheckpointStore(None, max_remembered_tokens=None), make_policy("learned")
     for ids in branches(kind, 300):
-        with open_request(store, policy, ids, cut_positions(ids, 64)):
+        with open_request(store, policy, ids, every(64)):
             pass
     store.verify()
     assert store.tree_bytes == pytest.approx(held_bytes(store.forest), rel=0.2)
@@ -369,7 +372,7 @@ def test_short_branches_are_bounded_by_the_byte() -> None:
     tokens = 2**16
     store, policy = CheckpointStore(None, max_remembered_tokens=tokens), make_policy("learned")
     for ids in branches("flat", 2500):
-        with open_request(store, policy, ids, cut_positions(ids, 64)) as request:
+        with open_request(store, policy, ids, every(64)) as request:
             if not request.overlap_tokens:
                 request.add(64, Blob(10))
         assert store.tree_bytes <= 4 * tokens + max(4 * tokens, LEAST_NODE_BYTES)
@@ -383,12 +386,12 @@ def test_marks_are_bounded_and_forgotten() -> None:
     store = CheckpointStore(None, max_remembered_tokens=100)
     text = np.arange(200, dtype=np.int32)
     for _ in range(3):  # announcing it again takes nothing
-        store.mark(text[:60], np.asarray([50]))
+        store.mark(text[:60])
     assert store.marks.tokens == 60
     with pytest.raises(ValueError, match=r"41 tokens, beside 60 of other marks, .* max_remembered_tokens=100; take"):
-        store.mark(text[:41], np.asarray([40]), "b")
+        store.mark(text[:41], "b")
     assert store.marks.lengths(text, "b") == []
-    store.mark(text[:40], np.asarray([40]), "b")
+    store.mark(text[:40], "b")
     assert (store.marks.lengths(text, ""), store.marks.lengths(text, "b")) == ([60], [40])
     assert store.marks.lengths(text[1:], "") == store.marks.lengths(text[:59], "") == []
     assert [prefix.tolist() for prefix in store.marks.prefixes("b")] == [list(range(40))]
@@ -401,7 +404,7 @@ def test_marks_are_bounded_and_forgotten() -> None:
 def test_resize_below_what_is_kept_says_so(caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(100, "lru")
     run(store, list(range(12)), [4, 8])
-    store.mark(np.arange(4, dtype=np.int32), np.asarray([2, 4]))
+    store.mark(np.arange(4, dtype=np.int32))
     with caplog.at_level(logging.WARNING):
         store.resize(10)
     assert not caplog.records and store.used_bytes == 10

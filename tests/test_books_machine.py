@@ -9,11 +9,13 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from cutting import Anywhere
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from reference_store import LIVE, Blob
 
+from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.store.store import CheckpointStore
@@ -24,7 +26,7 @@ SPACES = st.sampled_from(["m\x1fa", "m\x1fb", "n\x1fb"])
 
 
 class BooksMachine(RuleBasedStateMachine):
-    """Free cuts as in numerical mode, tenants with budgets, marks, tiers; no oracle but the books themselves."""
+    """Cuts anywhere, as in replayable mode, tenants with budgets, marks, tiers; no oracle but the books themselves."""
 
     @initialize(
         budget=st.none() | st.integers(10, 120),
@@ -68,8 +70,8 @@ class BooksMachine(RuleBasedStateMachine):
     @rule(ids=PROMPTS, space=SPACES, picks=st.sets(st.integers(2, 12)))
     def begin(self, ids: list[int], space: str, picks: set[int]) -> None:
         tokens = np.asarray(ids, dtype=np.int32)
-        cuts = np.asarray(sorted(pick for pick in picks if pick <= len(ids)), dtype=np.int64)
-        request = open_request(self.store, self.policy, tokens, cuts, space=space)
+        cuts = sorted(pick for pick in picks if pick <= len(ids))
+        request = open_request(self.store, self.policy, tokens, Anywhere(CutRule(1), cuts), space=space)
         assert request.checkpoint is None or request.checkpoint.state.label == (
             space,
             tuple(ids)[: request.resumed_tokens],
@@ -83,7 +85,7 @@ class BooksMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3), pick=st.integers(0, 12))
     def add(self, which: int, pick: int) -> None:
         request, cuts = self.open[which % len(self.open)]
-        ahead = [int(cut) for cut in cuts if cut > request.resumed_tokens]
+        ahead = [cut for cut in cuts if cut > request.resumed_tokens]
         if not ahead:
             return
         position = ahead[pick % len(ahead)]
@@ -105,7 +107,7 @@ class BooksMachine(RuleBasedStateMachine):
     @rule(ids=PROMPTS, space=SPACES, cut=st.integers(1, 12))
     def mark(self, ids: list[int], space: str, cut: int) -> None:
         if self.remembered is None or self.store.marks.tokens + len(ids) <= self.remembered:
-            self.store.mark(np.asarray(ids, dtype=np.int32), np.asarray([min(cut, len(ids))]), space)
+            self.store.mark(np.asarray(ids, dtype=np.int32)[: max(cut, 1)], space)
 
     @rule(space=st.none() | SPACES)
     def clear(self, space: str | None) -> None:

@@ -19,6 +19,7 @@ from test_disk import failing
 from test_store import begin
 
 from hf_sparse_cache import CheckpointStore
+from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.store import files
 from hf_sparse_cache.store.unit import Unit
 
@@ -131,7 +132,7 @@ def test_room_that_another_thread_makes_is_not_used_before_it_is_there(
     store = opened()
     budget = 3 * one_unit(store)
     store = opened(disk_memory=budget)
-    large = Unit("", np.array(prompt(80), dtype=np.int32), 4, Blob(budget - 500, (80, 4)))
+    large = Unit("", np.array(prompt(80), dtype=np.int32), Lineage([4]), Blob(budget - 500, (80, 4)))
     assert disk_of(store).write(large) and disk_of(store).used_bytes > budget * 2 // 3
     own, stopped, go = os.unlink, threading.Event(), threading.Event()
 
@@ -141,7 +142,9 @@ def test_room_that_another_thread_makes_is_not_used_before_it_is_there(
         own(path, *args, **kwargs)
 
     def write(first: int) -> None:
-        assert disk_of(store).write(Unit("", np.array(prompt(first), dtype=np.int32), 4, Blob(10, (first, 4))))
+        assert disk_of(store).write(
+            Unit("", np.array(prompt(first), dtype=np.int32), Lineage([4]), Blob(10, (first, 4)))
+        )
 
     with watched(monkeypatch, tmp_path / "tier", budget), monkeypatch.context() as patch:
         patch.setattr(files.os, "unlink", held_up)

@@ -20,7 +20,7 @@ PROMPTS = [torch.cat([DOCUMENT, random_ids(40 + extra, seed=2 + extra)], dim=1) 
 
 def warmed(model: PreTrainedModel, seed: int = 1) -> SparsePrefixCache:
     """A handle that has seen a document with a question of its own."""
-    cache = SparsePrefixCache(model, grid=GRID, policy="balanced")
+    cache = SparsePrefixCache(model, grid=GRID, policy="balanced", exactness="bitwise")
     model.generate(
         torch.cat([random_ids(160, seed=seed), random_ids(48, seed=9)], dim=1), past_key_values=cache, max_new_tokens=1
     )
@@ -42,7 +42,7 @@ def test_exact_cache_passes(model: PreTrainedModel) -> None:
 
 
 def test_nothing_resumed_does_not_pass(model: PreTrainedModel) -> None:
-    with SparsePrefixCache(model, grid=GRID, policy="none") as cache:
+    with SparsePrefixCache(model, grid=GRID, policy="none", exactness="bitwise") as cache:
         report = check_exactness(model, PROMPTS[:1], cache=cache, max_new_tokens=2)
     assert report.bitwise and not report.passed
     assert "nothing was resumed" in str(report)
@@ -153,7 +153,7 @@ def test_broken_mamba1_resume_is_rejected(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_prompts_of_every_allowed_shape(jamba: PreTrainedModel) -> None:
-    with SparsePrefixCache(jamba, grid=GRID, policy="balanced") as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", exactness="bitwise") as cache:
         assert check_exactness(jamba, [PROMPTS[0][0], PROMPTS[1]], cache=cache, max_new_tokens=1).passed
         with pytest.raises(ValueError, match="prompts is empty"):
             check_exactness(jamba, [], cache=cache)

@@ -229,7 +229,7 @@ class TestErrors:
 
     def test_not_a_model(self) -> None:
         with pytest.raises(UnsupportedModelError, match="Linear"):
-            SparsePrefixCache(torch.nn.Linear(2, 2))
+            SparsePrefixCache(torch.nn.Linear(2, 2), exactness="bitwise")
 
     def test_cache_implementation(self, jamba: PreTrainedModel) -> None:
         with handle(jamba) as cache, pytest.raises(ValueError, match="cache_implementation"):
@@ -237,10 +237,10 @@ class TestErrors:
 
 
 def test_what_it_says_of_itself(jamba: PreTrainedModel) -> None:
-    with SparsePrefixCache(jamba, grid=32, policy="last") as cache:
+    with SparsePrefixCache(jamba, grid=32, policy="last", exactness="bitwise") as cache:
         cache.model.generate(tiny_models.random_ids(50, seed=1), past_key_values=cache, max_new_tokens=1)
         said = repr(cache)
         assert "of 2.0 GiB: 1 request " in said and "computed 50 · 1 checkpoint, " in said and "recomputed" not in said
         assert said.endswith("0 evictions)") and str(cache.store).startswith("CheckpointStore(1 checkpoint, ")
-    with SparsePrefixCache(jamba, max_memory=None) as cache:
+    with SparsePrefixCache(jamba, max_memory=None, exactness="bitwise") as cache:
         assert "without a limit" in repr(cache)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -242,7 +241,7 @@ def test_marks_come_back_and_are_pinned_again(jamba: PreTrainedModel, tmp_path: 
 
 
 def test_threads_matter_where_more_than_rounding_is_promised(jamba: PreTrainedModel, tmp_path: Path) -> None:
-    for mode in ("bitwise", "numerical"):
+    for mode in ("bitwise", "replayable"):
         folder = tmp_path / mode
         with handle(jamba, exactness=mode) as cache:
             logits(jamba, question(2), cache)
@@ -250,14 +249,7 @@ def test_threads_matter_where_more_than_rounding_is_promised(jamba: PreTrainedMo
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
         try:
-            if mode == "bitwise":
-                with pytest.raises(ValueError, match=f"threads {threads} instead of {threads + 1}"):
-                    SparsePrefixCache.from_pretrained(folder, jamba)
-                continue
-            with SparsePrefixCache.from_pretrained(folder, jamba) as cache:
-                logits(jamba, question(3), cache)
-                assert cache.last_request is not None and cache.last_request.resumed_tokens >= 96
-                cache.save_pretrained(folder)  # takes the place of the other
-            assert json.loads((folder / "sparse_cache.json").read_text())["fingerprint"]["threads"] == threads + 1
+            with pytest.raises(ValueError, match=f"threads {threads} instead of {threads + 1}"):
+                SparsePrefixCache.from_pretrained(folder, jamba)
         finally:
             torch.set_num_threads(threads)

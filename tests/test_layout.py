@@ -29,7 +29,12 @@ def filled(model: Any, tokens: int) -> LiveCache:
 
 def layout_of(model: Any) -> Layout:
     name = cache_name_of(model)
-    return Layout(lambda: states.probe(model, LiveCache(model.config.get_text_config(decoder=True)), name))
+
+    def probe() -> tuple[Any, Any]:
+        cache = LiveCache(model.config.get_text_config(decoder=True))
+        return cache, states.probe(model, cache, name)
+
+    return Layout(probe)
 
 
 @pytest.mark.parametrize("family", [name for name in tiny_models.available_families() if name not in UNSUPPORTED])

@@ -156,7 +156,7 @@ def test_a_warm_forward_copies_what_a_ready_live_cache_copies(family: str) -> No
     """Attention layers alone, layers with both kinds of state, and no recurrent state at all."""
     model = build(family)
     ids = random_ids(PROMPT)
-    with SparsePrefixCache(model, grid=GRID) as handle:
+    with SparsePrefixCache(model, grid=GRID, exactness="bitwise") as handle:
         name, binding = handle.server.binding.cache_name, handle.server.binding
         source = binding.live_cache()
         model(ids[:, :PREFIX], use_cache=True, **{name: source})
@@ -183,7 +183,7 @@ def test_a_warm_forward_copies_what_a_ready_live_cache_copies(family: str) -> No
 
 def test_a_restored_cache_that_nobody_ran_can_be_captured() -> None:
     model = build("Zamba2")
-    with SparsePrefixCache(model, grid=GRID) as handle:
+    with SparsePrefixCache(model, grid=GRID, exactness="bitwise") as handle:
         source, live = handle.server.live_cache(), handle.server.live_cache()
         with torch.no_grad():
             model(random_ids(PREFIX), use_cache=True, **{handle.server.binding.cache_name: source})
@@ -207,7 +207,7 @@ def test_spans_in_the_wrong_place_are_noticed(family: str, sabotaged: bool, monk
     wait = lazy_kv.waiting
     model = build(family)
     prompt = random_ids(PROMPT)
-    with SparsePrefixCache(model, grid=GRID, policy="balanced") as handle:
+    with SparsePrefixCache(model, grid=GRID, policy="balanced", exactness="bitwise") as handle:
         model.generate(prompt, past_key_values=handle, max_new_tokens=1)
         if sabotaged:
             monkeypatch.setattr(states, "waiting", first_twice)

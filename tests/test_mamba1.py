@@ -123,8 +123,10 @@ def test_a_copy_of_the_modeling_file(fork: Any) -> None:
     original = build("Mamba")
     model = fork.MambaForCausalLM(original.config).eval()
     model.load_state_dict(original.state_dict())
-    with SparsePrefixCache(original, grid=16, policy="balanced") as other:  # both files are bound, each for its model
-        with SparsePrefixCache(model, grid=16, policy="balanced") as cache:
+    with SparsePrefixCache(
+        original, grid=16, policy="balanced", exactness="bitwise"
+    ) as other:  # both files are bound, each for its model
+        with SparsePrefixCache(model, grid=16, policy="balanced", exactness="bitwise") as cache:
             report = check_exactness(model, [random_ids(60, seed=1)], cache=cache, max_new_tokens=2)
         assert report.passed, str(report)
         assert check_exactness(original, [random_ids(60, seed=1)], cache=other, max_new_tokens=2).passed
@@ -160,7 +162,7 @@ def test_a_handle_that_goes_while_a_prompt_is_computed(family: str, how: str) ->
             return super().place(prompt)
 
     policy = Leaving()
-    handles = [SparsePrefixCache(model, grid=16, policy=policy, store=store)]
+    handles = [SparsePrefixCache(model, grid=16, policy=policy, store=store, exactness="bitwise")]
     cold = run(handles[0])
     policy.armed = True
     warm = run(handles[0])
@@ -168,5 +170,5 @@ def test_a_handle_that_goes_while_a_prompt_is_computed(family: str, how: str) ->
     assert torch.equal(warm, cold)
     assert all(name not in model.__dict__ for name in ("_prefill", "_prepare_cache_for_generation"))
     assert not mamba1._bound
-    with SparsePrefixCache(model, grid=16, store=store, policy="balanced") as later:
+    with SparsePrefixCache(model, grid=16, store=store, policy="balanced", exactness="bitwise") as later:
         assert torch.equal(run(later), cold) and later.last_request.resumed_tokens > 0

@@ -18,7 +18,8 @@ def store() -> CheckpointStore:
 
 
 def handle(model: PreTrainedModel, store: CheckpointStore, namespace: str) -> SparsePrefixCache:
-    return SparsePrefixCache(model, store=store, namespace=namespace, grid=GRID, policy="balanced")
+    settings = {"grid": GRID, "policy": "balanced", "exactness": "bitwise"}
+    return SparsePrefixCache(model, store=store, namespace=namespace, **settings)
 
 
 def serve(model: PreTrainedModel, cache: SparsePrefixCache, ids: torch.Tensor) -> int:

@@ -29,7 +29,7 @@ def serve(model: PreTrainedModel, cache: SparsePrefixCache, count: int, shared: 
 
 
 def test_it_warns_once_and_names_reason_and_remedy(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
-    with SparsePrefixCache(jamba, grid=GRID) as cache:
+    with SparsePrefixCache(jamba, grid=GRID, exactness="bitwise") as cache:
         serve(jamba, cache, 19, shared=20)
         assert misses(caplog) == []
         serve(jamba, cache, 25, shared=20, first=19)
@@ -41,7 +41,7 @@ def test_it_warns_once_and_names_reason_and_remedy(jamba: PreTrainedModel, caplo
 
 
 def test_one_hit_is_enough(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
-    with SparsePrefixCache(jamba, grid=GRID, policy="balanced") as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", exactness="bitwise") as cache:
         serve(jamba, cache, 2, shared=70)
         assert cache.last_request.resumed_tokens > 0
         serve(jamba, cache, 30, shared=0, first=40)
@@ -49,7 +49,7 @@ def test_one_hit_is_enough(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixt
 
 
 def test_calls_that_are_not_supported_count(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
-    with SparsePrefixCache(jamba, grid=GRID) as cache:
+    with SparsePrefixCache(jamba, grid=GRID, exactness="bitwise") as cache:
         jamba.train()
         serve(jamba, cache, 20, shared=70)
     (said,) = misses(caplog)
@@ -58,9 +58,9 @@ def test_calls_that_are_not_supported_count(jamba: PreTrainedModel, caplog: pyte
 
 def test_a_handle_that_is_to_store_nothing_may_miss(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
     """As the cold runs of `check_exactness` do."""
-    with SparsePrefixCache(jamba, grid=GRID, policy="none") as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="none", exactness="bitwise") as cache:
         serve(jamba, cache, 25, shared=70)
-    with SparsePrefixCache(jamba, grid=GRID, policy="balanced") as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", exactness="bitwise") as cache:
         check_exactness(jamba, [random_ids(80, seed=seed) for seed in range(21)], cache=cache, max_new_tokens=1)
     assert misses(caplog) == []
 

@@ -58,7 +58,7 @@ class Outline(HTMLParser):
 
 
 def test_tree_and_requests(jamba: PreTrainedModel) -> None:
-    with SparsePrefixCache(jamba, grid=GRID, policy="balanced") as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", exactness="bitwise") as cache:
         assert "Nothing is stored yet" in cache._repr_html_()
         serve(jamba, cache, 2, 3)
         shown = Outline(cache._repr_html_())
@@ -76,7 +76,7 @@ def test_tree_and_requests(jamba: PreTrainedModel) -> None:
 
 
 def test_it_is_bounded(jamba: PreTrainedModel) -> None:
-    with SparsePrefixCache(jamba, grid=2, policy="block") as cache:
+    with SparsePrefixCache(jamba, grid=2, policy="block", exactness="bitwise") as cache:
         for seed in range(60):
             jamba.generate(random_ids(9, seed=seed), past_key_values=cache, max_new_tokens=1)
         page = cache._repr_html_()
@@ -94,7 +94,7 @@ def test_text_is_escaped_and_nothing_is_loaded(jamba: PreTrainedModel) -> None:
     text = "<script>alert('&')</script> <b>bold</b> " * 8
     tokenizer = build_tokenizer([text * 3])
     ids = tokenizer(text, return_tensors="pt")["input_ids"] % 128
-    with SparsePrefixCache(jamba, tokenizer, grid=2, policy="block") as cache:
+    with SparsePrefixCache(jamba, tokenizer, grid=2, policy="block", exactness="bitwise") as cache:
         tokenizer.decode = lambda tokens: text
         jamba.generate(ids, past_key_values=cache, max_new_tokens=1)
         page = cache._repr_html_()
@@ -105,7 +105,7 @@ def test_text_is_escaped_and_nothing_is_loaded(jamba: PreTrainedModel) -> None:
 
 def test_looking_changes_nothing(jamba: PreTrainedModel) -> None:
     store = CheckpointStore("1MiB", "lru")
-    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", store=store) as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", store=store, exactness="bitwise") as cache:
         serve(jamba, cache, 2, 3)
         cache.mark(DOCUMENT)
 
@@ -128,8 +128,8 @@ def test_looking_changes_nothing(jamba: PreTrainedModel) -> None:
 def test_other_namespaces_are_not_shown(jamba: PreTrainedModel) -> None:
     store = CheckpointStore()
     with (
-        SparsePrefixCache(jamba, grid=GRID, store=store, namespace="a") as one,
-        SparsePrefixCache(jamba, grid=GRID, store=store, namespace="b") as other,
+        SparsePrefixCache(jamba, grid=GRID, store=store, namespace="a", exactness="bitwise") as one,
+        SparsePrefixCache(jamba, grid=GRID, store=store, namespace="b", exactness="bitwise") as other,
     ):
         serve(jamba, one, 2)
         assert "168" in one._repr_html_()
@@ -140,20 +140,20 @@ def test_every_tier_is_shown(jamba: PreTrainedModel, tmp_path: Path) -> None:
     def made() -> CheckpointStore:
         return CheckpointStore(disk_memory="64MiB", disk_dir=tmp_path)
 
-    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", store=made()) as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", store=made(), exactness="bitwise") as cache:
         serve(jamba, cache, 2)
         cache.store.flush()
         page = cache._repr_html_()
         assert "KV in memory, 0 hits" in page and "KV in disk, 0 hits" in page
         Outline(page)
         cache.store.close()
-    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", store=made()) as cache:
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", store=made(), exactness="bitwise") as cache:
         assert "shows with the first prompt" in cache._repr_html_()  # before it, the weights have no name on disk
         cache.store.close()
 
 
 def test_it_waits_for_the_store(jamba: PreTrainedModel) -> None:
-    with SparsePrefixCache(jamba, grid=GRID) as cache:
+    with SparsePrefixCache(jamba, grid=GRID, exactness="bitwise") as cache:
         serve(jamba, cache, 2)
         pages: list[str] = []
         looking = threading.Thread(target=lambda: pages.append(cache._repr_html_()))

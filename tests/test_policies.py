@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 import pytest
+from cutting import every
 
 from hf_sparse_cache import SparsePrefixCache
-from hf_sparse_cache.planning.cuts import cut_positions
+from hf_sparse_cache.planning.cuts import CutRule, cut_positions
 from hf_sparse_cache.planning.policies import POLICIES, Last, Learned, Policy, Prompt, make_policy
+from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized, simulate
 from hf_sparse_cache.store.store import CheckpointStore
@@ -54,8 +56,9 @@ def test_plans_are_open_cuts_within_the_limit(name: str, limit: int | None) -> N
     for ids in list(conversations())[:30]:
         ids = np.where(GENERATOR.random(len(ids)) < 0.01, 7, ids).astype(np.int32)
         cuts = cut_positions(ids, 32, [7])
-        with open_request(store, policy, ids, cuts, max_checkpoints=limit) as request:
-            assert request.planned == sorted(set(request.planned) & set(cuts.tolist()))
+        rule = Bitwise(CutRule(32, (7,)))
+        with open_request(store, policy, ids, rule, max_checkpoints=limit) as request:
+            assert request.planned == sorted(set(request.planned) & {*cuts.tolist(), len(ids)})
             assert all(position > request.resumed_tokens for position in request.planned)
             assert limit is None or len(request.planned) <= limit
             for position in request.planned:
@@ -65,7 +68,7 @@ def test_plans_are_open_cuts_within_the_limit(name: str, limit: int | None) -> N
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "none"])
 def test_works_from_the_first_request(name: str) -> None:
     ids = tokens(4000)
-    with open_request(CheckpointStore(None), make_policy(name), ids, cut_positions(ids, 64)) as request:
+    with open_request(CheckpointStore(None), make_policy(name), ids, every(64)) as request:
         assert request.planned
 
 
@@ -133,7 +136,7 @@ def test_what_is_no_policy_is_refused_before_the_first_request(policy: object, s
     with pytest.raises(TypeError, match=re.escape(said)):
         simulate([range(200)], policy=policy, state_bytes=1)
     with pytest.raises(TypeError, match=re.escape(said)):
-        SparsePrefixCache(None, policy=policy)
+        SparsePrefixCache(None, policy=policy, exactness="bitwise")
 
 
 def test_price_thins_out_checkpoints() -> None:
@@ -145,11 +148,10 @@ def test_price_thins_out_checkpoints() -> None:
 
 def test_learned_weighs_the_prefill_cost_it_is_given() -> None:
     ids = tokens(4000)
-    cuts = cut_positions(ids, 64)
     late = Learned(prefill_cost=lambda positions: positions**4)
     depths = []
     for policy in (Learned(), late):
-        with open_request(CheckpointStore(None), policy, ids, cuts, max_checkpoints=2) as request:
+        with open_request(CheckpointStore(None), policy, ids, every(64), max_checkpoints=2) as request:
             depths.append(sum(request.planned))
     assert depths[1] > depths[0]
 

@@ -25,7 +25,7 @@ Patch = pytest.MonkeyPatch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", supported_families())
 def test_honest_models_pass(family: str, dtype: str) -> None:
-    with SparsePrefixCache(build(family, DTYPES[dtype])) as cache:
+    with SparsePrefixCache(build(family, DTYPES[dtype]), exactness="bitwise") as cache:
         assert cache.stats().proved
 
 
@@ -203,11 +203,11 @@ def test_what_breaks_upstream_is_refused(
     before, random = dict(vars(model)), torch.get_rng_state()
     how(monkeypatch)
     with pytest.raises(UnsupportedModelError, match=reason):
-        SparsePrefixCache(model, grid=16)
+        SparsePrefixCache(model, grid=16, exactness="bitwise")
     assert dict(vars(model)) == before and torch.equal(torch.get_rng_state(), random)
     assert not mamba1._bound
     monkeypatch.undo()
-    with SparsePrefixCache(build(family), grid=16) as cache:
+    with SparsePrefixCache(build(family), grid=16, exactness="bitwise") as cache:
         assert cache.stats().proved
 
 
@@ -238,15 +238,15 @@ def forwards(monkeypatch: Patch) -> list[int]:
 
 def test_once_for_each_model(forwards: list[int]) -> None:
     model = build("Jamba")
-    with SparsePrefixCache(model):
+    with SparsePrefixCache(model, exactness="bitwise"):
         assert sum(forwards) <= 512 and len(forwards) <= 6
         forwards.clear()
-        with SparsePrefixCache(model) as second:
+        with SparsePrefixCache(model, exactness="bitwise") as second:
             assert sum(forwards) <= 2 and second.stats().proved
 
 
 def test_skipped_when_asked(forwards: list[int]) -> None:
-    with SparsePrefixCache(build("Jamba"), prove=False) as cache:
+    with SparsePrefixCache(build("Jamba"), prove=False, exactness="bitwise") as cache:
         assert sum(forwards) <= 2 and not cache.stats().proved
 
 
@@ -266,7 +266,7 @@ def test_random_numbers_and_gradients_are_left_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    with SparsePrefixCache(model):
+    with SparsePrefixCache(model, exactness="bitwise"):
         assert torch.equal(torch.rand(3), expected)
     assert torch.is_grad_enabled() and all(parameter.grad is None for parameter in model.parameters())
 
@@ -276,13 +276,13 @@ def test_weights_that_give_no_numbers() -> None:
     model = build("Jamba")
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = float("nan")
-    with SparsePrefixCache(model) as cache:
+    with SparsePrefixCache(model, exactness="bitwise") as cache:
         assert cache.stats().proved
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(UnsupportedModelError, match="not finite"):
-        SparsePrefixCache(build_like(model))
-    with SparsePrefixCache(model, prove=False) as cache:
+        SparsePrefixCache(build_like(model), exactness="bitwise")
+    with SparsePrefixCache(model, prove=False, exactness="bitwise") as cache:
         assert not cache.stats().proved
 
 
@@ -298,7 +298,7 @@ def test_a_model_is_not_kept_alive() -> None:
     import weakref
 
     model = build("Mamba2")
-    with SparsePrefixCache(model):
+    with SparsePrefixCache(model, exactness="bitwise"):
         gone = weakref.ref(model)
     identity(model)
     del model

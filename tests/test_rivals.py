@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cutting import every
 
 from benchmarks.clairvoyant import ClairvoyantEviction, ClairvoyantPolicy, Future
 from benchmarks.rivals import (
@@ -17,7 +18,6 @@ from benchmarks.rivals import (
     VLLMAlign,
     VLLMAll,
 )
-from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.planning.policies import Policy
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.simulator import Sized, simulate
@@ -27,7 +27,7 @@ from hf_sparse_cache.tools.traces import Trace
 
 
 def serve(store: CheckpointStore, policy: Policy, ids: np.ndarray) -> Request:
-    with open_request(store, policy, ids, cut_positions(ids, 64)) as request:
+    with open_request(store, policy, ids, every(64)) as request:
         for position in request.planned:
             request.add(position, Sized(1))
     return request

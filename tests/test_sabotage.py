@@ -98,7 +98,9 @@ def test_sabotaged_twin_is_rejected(family: str) -> None:
             bench.warm(cache)
             sabotage(bench, cache)
             report = check_exactness(bench.model, [bench.prompt(1)], cache=cache, max_new_tokens=2)
-            assert report.resumed_tokens > 0
+            if report.resumed_tokens == 0:  # a window of another length is noticed before anything is served
+                assert not report.passed and "are due" in report.rows[0].reason, f"{how}: {report}"
+                continue
             assert not report.bitwise and not report.passed, f"{how} was not noticed"
             assert report.max_abs_logit_diff > 1e-3, (
                 f"{how} changed the logits by {report.max_abs_logit_diff:.1e} only"

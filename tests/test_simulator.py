@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cutting import every
 
-from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized, simulate
@@ -61,7 +61,7 @@ def test_same_as_driving_the_store_by_hand(policy: str, kv: int) -> None:
     trace, store, place = prompts(), CheckpointStore(2000, max_remembered_tokens=None), make_policy(policy)
     resumed = captured = 0
     for ids in trace:
-        with open_request(store, place, ids, cut_positions(ids, 16)) as request:
+        with open_request(store, place, ids, every(16)) as request:
             for position in request.planned:
                 request.add(position, Sized(50), (lambda a, b: Sized(kv * (b - a))) if kv else None)
         resumed += request.resumed_tokens

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from cutting import every
 from reference_store import Blob
 
-from hf_sparse_cache.planning.cuts import cut_positions
 from hf_sparse_cache.planning.policies import NoCheckpoints, make_policy
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.stats import parse_bytes
@@ -21,7 +21,7 @@ GRID = 2
 
 def begin(store: CheckpointStore, ids: list[int], space: str = "") -> Request:
     tokens = np.asarray(ids, dtype=np.int32)
-    return open_request(store, NoCheckpoints(), tokens, cut_positions(tokens, GRID), space=space)
+    return open_request(store, NoCheckpoints(), tokens, every(GRID), space=space)
 
 
 def run(store: CheckpointStore, ids: list[int], positions: list[int], kv: int = 0) -> Request:
@@ -125,15 +125,15 @@ BAD_CALLS: list[Callable[[], object]] = [
     lambda: CheckpointStore(eviction="best"),
     lambda: CheckpointStore(max_remembered_tokens=0),
     lambda: make_policy("best"),
-    lambda: open_request(CheckpointStore(), NoCheckpoints(), np.zeros((1, 4), np.int32), np.zeros(0, np.int64)),
-    lambda: open_request(CheckpointStore(), NoCheckpoints(), np.asarray([1, 2**31]), np.zeros(0, np.int64)),
+    lambda: open_request(CheckpointStore(), NoCheckpoints(), np.zeros((1, 4), np.int32), every(GRID)),
+    lambda: open_request(CheckpointStore(), NoCheckpoints(), np.asarray([1, 2**31]), every(GRID)),
     lambda: run(CheckpointStore(), list(range(9)), [3]),
 ]
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_errors_say_what_to_do(call: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match="choose|at least|pass"):
+    with pytest.raises(ValueError, match="choose|at least|pass|those end at"):
         call()
 
 

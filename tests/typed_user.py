@@ -32,7 +32,7 @@ def serve(model: Any, tokenizer: Any, folder: Path) -> int:
         cache = SparsePrefixCache(model, tokenizer, config=same, store=store)
     except UnsupportedModelError as error:
         return len(str(error))
-    with cache, SparsePrefixCache(model, policy=LastCut(), max_memory=2**30) as other:
+    with cache, SparsePrefixCache(model, policy=LastCut(), max_memory=2**30, exactness="bitwise") as other:
         print(cache.explain("text").reason, other.stats().resumed_tokens)
     request = cache.last_request
     return 0 if request is None else request.resumed_tokens

@@ -27,6 +27,7 @@ class Served:
             cache spent on this request, see `CacheStats`; eviction is not part of capture here. 0 where there is no
             cache.
         captured: positions of the checkpoints stored by this request.
+        segments: ends of the segments behind the prefill's result; empty where there is no cache.
         checkpoints, checkpoint_bytes, kv_bytes: what is stored afterwards.
         device_peak_bytes: most bytes allocated on an accelerator during the call; 0 on a CPU.
         reason: why not more was resumed.
@@ -48,6 +49,7 @@ class Served:
     restore_seconds: float = 0.0
     eviction_seconds: float = 0.0
     captured: tuple[int, ...] = ()
+    segments: tuple[int | tuple[int, int], ...] = ()
     checkpoints: int = 0
     checkpoint_bytes: int = 0
     kv_bytes: int = 0
@@ -56,8 +58,8 @@ class Served:
     reason: str = ""
 
     def row(self) -> dict[str, Any]:
-        """What goes into a table: everything but the tensors."""
-        row = {name: value for name, value in vars(self).items() if name not in ("tokens", "logits")}
+        """What goes into a table: everything but the tensors and the segments."""
+        row = {name: value for name, value in vars(self).items() if name not in ("tokens", "logits", "segments")}
         return {**row, "captured": list(self.captured)}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,14 @@ import torch
 from transformers import DynamicCache
 
 from ..cache import SparsePrefixCache
+from ..exactness import Replay
 from ..models import prefill, states
 from ..models.families import cache_name_of
 from ..models.lazy_kv import settle
 from ..models.live import LiveCache
 from ..models.server import Server
 from ..planning.cuts import MIN_SUFFIX_TOKENS
+from ..planning.lineage import Lineage
 from ..planning.policies import Policy, Prompt
 from ..store.store import CheckpointStore
 from ..store.tree import Checkpoint
@@ -164,6 +166,7 @@ class Cached(Contender):
             restore_seconds=after.restore_seconds - before.restore_seconds,
             eviction_seconds=evicting,
             captured=info.captured,
+            segments=info.segments,
             checkpoints=after.checkpoints,
             checkpoint_bytes=after.checkpoint_bytes,
             kv_bytes=after.kv_bytes,
@@ -194,6 +197,25 @@ class Cached(Contender):
         self.handle.detach()
 
 
+class Replayed(Contender):
+    """From nothing, over the segments behind another run's result: what that run must equal bit for bit."""
+
+    name = "cold"
+
+    def __init__(self, follows: Cached) -> None:
+        super().__init__(follows.model)
+        self._handle = SparsePrefixCache(follows.model, max_memory=None, policy="none", prove=False)
+        self._server = self._handle.server
+
+    def replay(self, asked: Asked, served: Served, max_new_tokens: int) -> Served:
+        """Serves a request once more, cold, and as it was served."""
+        self._handle.server = Replay(self._server, Lineage.from_ends(served.segments))
+        return serve(self.model, self.ids(asked), max_new_tokens, logits=True, past_key_values=self._handle)
+
+    def close(self) -> None:
+        self._handle.detach()
+
+
 class Limit(Contender):
     """What no cache can beat: `generate()` on a live cache that is ready, at the position from which another resumes.
 
@@ -206,21 +228,26 @@ class Limit(Contender):
     def __init__(self, follows: Cached) -> None:
         super().__init__(follows.model)
         self._follows = follows
+        handle = follows.handle
         self._handle = SparsePrefixCache(
-            follows.model, follows.handle.tokenizer, max_memory=None, grid=follows.handle.grid
+            handle.model, handle.tokenizer, max_memory=None, grid=handle.grid, exactness=handle.config.exactness
         )
         self._server = self._handle.server = _Ready(self._handle.server)
 
     def prepare(self, asked: Asked) -> None:
         server = self._follows.handle.server
-        usable = len(asked.ids) - MIN_SUFFIX_TOKENS
-        stored = server.store.match(asked.ids, server.space.now()[0]).checkpoints(usable)
+        space, segmenting = server.space.now()[0], server.binding.segmenting
+        cuts = segmenting.cuts(asked.ids, server.store.marks.lengths(asked.ids, space))
+        expected, match = segmenting.expected(cuts, len(asked.ids)), server.store.match(asked.ids, space)
+        stored = next(match.fitting(len(asked.ids) - 1, expected), None)
         self._server.ready = None
-        if stored:
-            state: Any = stored[-1].state
+        if stored is not None:
+            state: Any = stored.state
             live = self._server.ready = server.binding.live_cache()
-            self._server.resumed_tokens = stored[-1].position
-            states.restore(live, state, _spans(stored[-1]))
+            self._server.resumed_tokens = stored.position
+            self._server.segments = segmenting.segments(stored.position, [], cuts, len(asked.ids)).tolist()
+            spans: list[Any] = [segment.payload for segment in stored.chain()]
+            states.restore(live, state, spans)
             settle(live.layers)
 
     def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
@@ -240,6 +267,7 @@ class _Ready(Server):
     # What `prefill_row` asks of a request.
     checkpoint = None
     planned = ()
+    segments: Sequence[int] = ()
 
     def __init__(self, server: Server) -> None:
         super().__init__(server.binding, server.store, server.policy, server.recorder)
@@ -253,9 +281,8 @@ class _Ready(Server):
     def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
     ) -> Any:
-        cuts = self.cuts(ids.to("cpu", torch.int32).numpy(), "")
         request: Any = self
-        return prefill.prefill_row(self.binding, live, ids, cuts, request, kwargs, position_dims)[0]
+        return prefill.prefill_row(self.binding, live, ids, request, kwargs, position_dims)[0]
 
 
 def _spans(checkpoint: Checkpoint) -> list[Any]:

@@ -15,7 +15,7 @@ from ..cache import SparsePrefixCache
 from ..tools import builtin
 from ..tools.machine import peak_process_bytes
 from .clock import Served, serve
-from .contenders import Cached, Chunked, Contender, DeepCopy, EveryCut, Limit
+from .contenders import Cached, Chunked, Contender, DeepCopy, EveryCut, Limit, Replayed
 from .results import Settings, Trial
 from .upstream import why_wrong
 from .workloads import Asked, Workload, common_prefixes
@@ -132,8 +132,7 @@ def _serve_all(
                     served[contender.name] = result
                 bar.update(len(asked.ids))
             if index in checked:
-                cold = twin.serve(asked, settings.max_new_tokens, True) if twin else None
-                _compare(served, cold, exactness)
+                _compare(asked, served, twin, settings.max_new_tokens, exactness)
             stock = served.get("stock")
             for contender in contenders:
                 if contender.name in served:
@@ -147,7 +146,9 @@ def _serve_all(
     return rows, exactness
 
 
-def _compare(served: dict[str, Served], cold: Served | None, exactness: dict[str, Any]) -> None:
+def _compare(
+    asked: Asked, served: dict[str, Served], twin: Replayed | None, max_new_tokens: int, exactness: dict[str, Any]
+) -> None:
     """Logits of the first new token: against stock for all, and bit for bit against a cold run where one resumed."""
     stock = served.get("stock")
     for name, result in served.items():
@@ -156,20 +157,19 @@ def _compare(served: dict[str, Served], cold: Served | None, exactness: dict[str
         if stock is not None and stock.logits is not None:
             difference = float((result.logits - stock.logits).abs().max())
             found["max_abs_logit_diff"] = max(found["max_abs_logit_diff"], difference)
-        if cold is not None and cold.logits is not None and result.prefill_seconds and result.resumed_tokens:
+        if twin is not None and result.segments and result.resumed_tokens:
+            cold = twin.replay(asked, result, max_new_tokens)
+            assert cold.logits is not None
             found["requests"] += 1
             found["bitwise"] += int(
                 torch.equal(result.logits, cold.logits) and torch.equal(result.tokens, cold.tokens)
             )
 
 
-def _twin(contenders: list[Contender]) -> Cached | None:
-    """A handle that stores nothing: what it serves, it serves cold."""
+def _twin(contenders: list[Contender]) -> Replayed | None:
+    """What serves cold; None where no contender has a cache."""
     first = next((contender for contender in contenders if isinstance(contender, Cached)), None)
-    if first is None:
-        return None
-    handle = first.handle
-    return Cached(handle.model, handle.tokenizer, "cold", "none", max_memory=None, grid=handle.grid)
+    return None if first is None else Replayed(first)
 
 
 def _checked(requests: list[Asked], count: int) -> set[int]:

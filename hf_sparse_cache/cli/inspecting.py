@@ -1,6 +1,6 @@
 """What a folder of stored states holds: by prefix, by model and by byte. Nothing in the folder is changed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ from typing import Any
 from ..checks import printable
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
+from ..planning.lineage import Lineage
 from ..stats import counted, format_bytes
 from ..store.files import kind_of
 from ..store.headers import parse_json
 from ..store.seal import Seal
 from ..store.store import CheckpointStore
-from ..store.unit import Unit
 from ..store.unit_files import find
 from ..tools import recall
 from ..tools.builtin_sizes import SIZES
@@ -23,7 +23,7 @@ from .screen import Screen
 
 # Tokens of a prefix that are shown, at its end, where prefixes that begin alike differ.
 _SHOWN_TOKENS = 8
-_DESCRIBED = ("model", "dtype", "grid", "exactness", "torch", "transformers")
+_DESCRIBED = ("model", "dtype", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Stored:
 
     Attributes:
         tokens: of its path, `(position,)`.
+        lineage: the segments that made it.
         depth: how many stored checkpoints lie on this path before it.
         state_bytes: of its states.
         kv_bytes: of the keys and values that it adds to those of the checkpoint before it.
@@ -41,6 +42,7 @@ class Stored:
 
     space: str
     tokens: Tokens
+    lineage: Lineage
     depth: int
     state_bytes: int
     kv_bytes: int
@@ -60,8 +62,8 @@ def read(folder: Path) -> list[Stored]:
     for part in (folder, *sorted(path for path in folder.iterdir() if kind_of(path) == "a folder")):
         found = find(part, seal)
         for unit in found.units:
-            spans = list(unit.kv)
-            source.put(Unit(unit.space, unit.tokens, len(unit.tokens), unit.state, spans, unit.kv), urgent=True)
+            known = unit.lineage or Lineage([len(unit.tokens)])  # format 1 does not say it without keys and values
+            source.put(replace(unit, lineage=known).unit(), urgent=True)
         refused = refused or "".join(f" ({path.name}: {reason})" for path, reason in [*found.lost.items()][:1])
     stored: list[Stored] = []
     with source.lock:
@@ -74,7 +76,16 @@ def read(folder: Path) -> list[Stored]:
                     kv_bytes = added_kv_bytes(checkpoint, before)
                     before = checkpoint.position
                     stored.append(
-                        Stored(space, path[:before], depth, checkpoint.nbytes, kv_bytes, used, state.path.parent)
+                        Stored(
+                            space,
+                            path[:before],
+                            checkpoint.lineage,
+                            depth,
+                            checkpoint.nbytes,
+                            kv_bytes,
+                            used,
+                            state.path.parent,
+                        )
                     )
     if not stored:
         raise ValueError(
@@ -122,7 +133,7 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
             screen.say(f"In {', '.join(map(str, folders))}:")
         states, kv = sum(item.state_bytes for item in own), sum(item.kv_bytes for item in own)
         screen.say(
-            f"{about['model']} ({_listed(about['dtype'])}, grid {about['grid']}, namespace '{namespace}'): "
+            f"{about['model']} ({_listed(about['dtype'])}, namespace '{namespace}'): "
             f"{counted(len(own), 'checkpoint')}, {format_bytes(states)} of states, {format_bytes(kv)} of keys and "
             "values",
             style="bold",
@@ -132,18 +143,20 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
                 ("  " * item.depth if tree else "") + f"{len(item.tokens):,}",
                 format_bytes(item.state_bytes),
                 format_bytes(item.kv_bytes),
+                _shortened(item.lineage),
                 _time(item.used),
                 _end(item.tokens, tokenizer),
             )
             for item in (own if tree else sorted(own, key=lambda item: -item.used))
         ]
-        screen.table(("position", "state", "KV added", "last used", "its prefix ends with"), rows)
+        screen.table(("position", "state", "KV added", "segments", "last used", "its prefix ends with"), rows)
         checkpoints = [
             {
                 "position": len(item.tokens),
                 "depth": item.depth,
                 "state_bytes": item.state_bytes,
                 "kv_bytes": item.kv_bytes,
+                "segments": item.lineage.to_json(),
                 "last_used": item.used,
             }
             for item in own
@@ -161,6 +174,12 @@ def _describe(space: str) -> tuple[dict[str, Any], str]:
         about = None
     known = about if isinstance(about, dict) else {}
     return {name: _safe(known.get(name, "unknown")) for name in _DESCRIBED}, printable(namespace)
+
+
+def _shortened(lineage: Lineage) -> str:
+    """Of a lineage the number of segments, and where the last ones end."""
+    ends = str(lineage).split(", ")
+    return f"{len(ends)}: {'… ' if len(ends) > 3 else ''}{', '.join(ends[-3:])}"
 
 
 def _listed(value: Any) -> str:

@@ -13,11 +13,12 @@ from transformers.utils import logging
 
 from ..config import SparseCacheConfig
 from ..errors import UnsupportedModelError, out_of_memory
-from ..planning.cuts import Positions, Tokens, cut_positions
+from ..planning.cuts import CutRule, TextEnds, Tokens
+from ..planning.segments import Bitwise, Replayable, Segmenting
 from . import states
 from .cost import prefill_cost
 from .families import Family, cache_name_of, family_of, unwrapped
-from .inputs import as_ids, check_ids
+from .inputs import as_ids, check_ids, input_device
 from .live import LiveCache
 from .methods import require_methods
 from .states import StateSize
@@ -40,8 +41,10 @@ class Binding:
         text_config: the configuration of the model's text part.
         grid: tokens between regular cuts.
         cut_ids: token ids after which a prompt may also be cut, ascending.
+        segmenting: how its prompts become segments.
         prefill_cost: G(t) of this model, what policies weigh.
         size: bytes that its states take.
+        output_type: class of its forward's output.
     """
 
     model: Any
@@ -52,8 +55,10 @@ class Binding:
     text_config: Any
     grid: int
     cut_ids: tuple[int, ...]
+    segmenting: Segmenting
     prefill_cost: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     size: StateSize
+    output_type: Callable[..., Any]
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, config: SparseCacheConfig) -> Self:
@@ -70,6 +75,9 @@ class Binding:
         cache_name = cache_name_of(model)
         probe = LiveCache(text_config, family.repeated(text_config))
         states.check_layers(probe, type(model).__name__)
+        output = _probed(model, probe, cache_name)
+        grid = _grid(model, family, text_config, config.grid)
+        cut_ids = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
         return cls(
             model=model,
             tokenizer=tokenizer,
@@ -77,10 +85,12 @@ class Binding:
             family=family,
             cache_name=cache_name,
             text_config=text_config,
-            grid=_grid(model, family, text_config, config.grid),
-            cut_ids=tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else (),
+            grid=grid,
+            cut_ids=cut_ids,
+            segmenting=_segmenting(model, family, CutRule(grid, cut_ids, _text_ends(tokenizer, config)), config),
             prefill_cost=prefill_cost(model, probe.full_attention_layers),
-            size=_measured(model, probe, cache_name),
+            size=states.measure(probe, output),
+            output_type=type(output),
         )
 
     @property
@@ -102,9 +112,9 @@ class Binding:
         check_ids(given, self.model.get_input_embeddings().num_embeddings, "ids")
         return given[0].to("cpu", torch.int32).numpy()
 
-    def cuts(self, tokens: Tokens) -> Positions:
-        """The cuts that follow from the prompt's own tokens alone."""
-        return cut_positions(tokens, self.grid, self.cut_ids)
+    def output(self, logits: torch.Tensor, live: LiveCache) -> Any:
+        """The model's output for logits `(batch, 1, vocabulary)` that are known, and the live cache behind them."""
+        return self.output_type(logits=logits, **{self.cache_name: live})
 
     def smaller_grid(self, tokens: int) -> int:
         """The grid halved until a prefix of so many tokens has a cut, in whole kernel chunks; 0 where none does."""
@@ -115,14 +125,14 @@ class Binding:
         return grid if grid >= 2 else 0
 
 
-def _measured(model: Any, probe: LiveCache, cache_name: str) -> StateSize:
-    """What a checkpoint would hold.
+def _probed(model: Any, probe: LiveCache, cache_name: str) -> Any:
+    """The output for a few tokens, which fill the probe.
 
     Raises:
         UnsupportedModelError: The model cannot be called as models of its family are.
     """
     try:
-        return states.measure(model, probe, cache_name)
+        return states.probe(model, probe, cache_name)
     except Exception as error:
         if out_of_memory(error) or isinstance(error, UnsupportedModelError):
             raise
@@ -135,7 +145,7 @@ def _measured(model: Any, probe: LiveCache, cache_name: str) -> StateSize:
 def _grid(model: Any, family: Family, text_config: Any, asked: int | None) -> int:
     """Tokens between regular cuts: as asked for, or the family's own."""
     if asked is None:
-        return family.grid(text_config)
+        return family.grid(text_config, input_device(model).type)
     chunk = family.chunk(text_config)
     if asked % chunk:
         logger.warning_once(
@@ -143,3 +153,33 @@ def _grid(model: Any, family: Family, text_config: Any, asked: int | None) -> in
             "still exact, but every segment is padded to the chunk and costs as much."
         )
     return asked
+
+
+def _text_ends(tokenizer: Any, config: SparseCacheConfig) -> TextEnds | None:
+    """What finds the ends of the strings after which prompts are cut.
+
+    Raises:
+        ValueError: There are such strings, and no tokenizer.
+    """
+    if not config.cut_after:
+        return None
+    if tokenizer is None:
+        raise ValueError(
+            f"cut_after={config.cut_after!r} needs a tokenizer to find these strings: SparsePrefixCache(model, "
+            "tokenizer, ...)."
+        )
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    return TextEnds(config.cut_after, decode)
+
+
+def _segmenting(model: Any, family: Family, rule: CutRule, config: SparseCacheConfig) -> Segmenting:
+    if config.exactness == "bitwise":
+        return Bitwise(rule)
+    text_config, device = model.config.get_text_config(decoder=True), input_device(model).type
+    pieces = [config.pieces, rule.grid if family.scans and device == "cpu" else None]
+    piece = min((size for size in pieces if size is not None), default=None)
+    return Replayable(rule, family.step(text_config), piece, family.cut_tokens(text_config, device))

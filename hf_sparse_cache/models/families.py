@@ -17,6 +17,12 @@ from ..errors import UnsupportedModelError
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
+ACCELERATOR_GRID = 1024  # until it is measured: about as many tokens as the launches of one forward take
+STEP = 64
+# Of models with 30 M parameters on two cores of a CPU.
+CUT_TOKENS, CHUNKED_CUT_TOKENS = 8.0, 48.0
+
+
 @dataclass(frozen=True)
 class Family:
     """What a prefill in segments must know about one family of models.
@@ -26,20 +32,36 @@ class Family:
         kernel_chunk: tokens to which the kernels pad a segment, or the config attribute that holds that number. Grid
             steps are multiples of it.
         default_grid: tokens between cuts that cost next to nothing on this family (rounded up to the kernel chunk).
+        scans: whether a torch loop over the tokens runs on a CPU, which is faster in pieces of the default grid: what
+            it works on stays in the processor's cache.
         repeated: of a config, the indices of the layers that the first forward adds to its cache once more, in order.
     """
 
     name: str
     kernel_chunk: int | str = 1
     default_grid: int = 256
+    scans: bool = False
     repeated: Callable[[Any], Sequence[int]] = lambda config: ()
 
     def chunk(self, config: Any) -> int:
         return self.kernel_chunk if isinstance(self.kernel_chunk, int) else int(getattr(config, self.kernel_chunk))
 
-    def grid(self, config: Any) -> int:
+    def grid(self, config: Any, device: str = "cpu") -> int:
+        """Tokens between the cuts of bitwise mode, whole kernel chunks. An accelerator pays for each with launches."""
         chunk = self.chunk(config)
-        return -(-self.default_grid // chunk) * chunk
+        wanted = self.default_grid if device == "cpu" else max(self.default_grid, ACCELERATOR_GRID)
+        return -(-wanted // chunk) * chunk
+
+    def step(self, config: Any) -> int:
+        """Distance in tokens of the positions at which checkpoints may be planned in replayable mode."""
+        chunk = self.chunk(config)
+        return -(-STEP // chunk) * chunk
+
+    def cut_tokens(self, config: Any, device: str = "cpu") -> float:
+        """What one more forward costs, in tokens of prefill, until `tune` has measured it."""
+        if device != "cpu":
+            return float(ACCELERATOR_GRID)
+        return CHUNKED_CUT_TOKENS if self.chunk(config) > 1 else CUT_TOKENS
 
 
 def _mamba2(name: str) -> Family:
@@ -59,11 +81,11 @@ def _loops(config: Any) -> list[int]:
 
 # Keyed by `model_type` of the text config.
 FAMILIES: dict[str, Family] = {
-    "mamba": Family("Mamba"),
-    "falcon_mamba": Family("FalconMamba"),
+    "mamba": Family("Mamba", scans=True),
+    "falcon_mamba": Family("FalconMamba", scans=True),
     "mamba2": Family("Mamba2", kernel_chunk="chunk_size"),
-    "jamba": Family("Jamba"),
-    "zamba": Family("Zamba"),
+    "jamba": Family("Jamba", scans=True),
+    "zamba": Family("Zamba", scans=True),
     "zamba2": Family("Zamba2", kernel_chunk="chunk_size"),
     "bamba": _mamba2("Bamba"),
     "granitemoehybrid": _mamba2("GraniteMoeHybrid"),

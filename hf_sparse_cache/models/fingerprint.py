@@ -62,10 +62,8 @@ def space_of(binding: Binding, weights: Identity, durable: bool) -> str:
     for a saved cache, by their content. The namespace follows the first unit separator, which JSON never contains.
     """
     if not durable:
-        segmentation = f"grid {binding.grid}, cut ids {binding.cut_ids}, {binding.config.exactness}"
-        exactness, on_cpu = binding.config.exactness, input_device(binding.model).type == "cpu"
-        threads = torch.get_num_threads() if on_cpu and exactness != "numerical" else "any"
-        return f"{weights}, {segmentation}, threads {threads}, {_modes(binding.model)}\x1f{binding.config.namespace}"
+        threads = torch.get_num_threads() if input_device(binding.model).type == "cpu" else "any"
+        return f"{weights}, threads {threads}, {_modes(binding.model)}\x1f{binding.config.namespace}"
     key = (weights, torch.get_num_threads(), _modes(binding.model))
     known = _spaces.get(binding)
     if known is None or known[0] != key:
@@ -103,10 +101,6 @@ def describe(binding: Binding) -> dict[str, Any]:
         "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "grid": binding.grid,
-        "cut ids": list(binding.cut_ids),
-        "min distance": max(2, binding.grid // 4),
-        "exactness": binding.config.exactness,
     }
 
 

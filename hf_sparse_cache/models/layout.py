@@ -22,14 +22,14 @@ class Layout:
     """Names, types, shapes and devices of every layer's states. Measured by one short forward when first asked for.
 
     Args:
-        probe: gives a fresh cache that two tokens of the model have filled.
+        probe: gives a fresh cache that two tokens of the model have filled, and the model's output.
     """
 
-    def __init__(self, probe: Callable[[], Any]) -> None:
+    def __init__(self, probe: Callable[[], tuple[Any, Any]]) -> None:
         self._probe = probe
         self._measured = False
         self._windows: tuple[int, ...] = ()
-        self._state = self._kv = _Shapes((), ())
+        self._state = self._kv = self._final = _Shapes((), ())
 
     @property
     def has_kv(self) -> bool:
@@ -37,12 +37,13 @@ class Layout:
         self._measure()
         return any(self._kv.layers)
 
-    def state_bytes(self, position: int) -> int:
-        """Bytes of the tensors of a state after `position` tokens."""
+    def state_bytes(self, position: int, final: bool = False) -> int:
+        """Bytes of the tensors of a state after `position` tokens, with logits where it is that of a whole prompt."""
         self._measure()
+        layers = self._final.layers if final else self._state.layers
         tensors = [
             (math.prod(self._shape(index, name, value, position)), value.element_size())
-            for index, layer in enumerate(self._state.layers)
+            for index, layer in enumerate(layers)
             for name, value in layer.items()
             if torch.is_tensor(value)
         ]
@@ -54,14 +55,14 @@ class Layout:
         held: int = sum(value.nbytes for layer in self._kv.layers for value in layer.values())
         return held // states.PROBE_TOKENS * (end - start)
 
-    def check_state(self, payload: LayerTensors, position: int) -> None:
+    def check_state(self, payload: LayerTensors, position: int, final: bool = False) -> None:
         """Holds a state against the model's own.
 
         Raises:
             DamagedFileError: it cannot be the model's state after `position` tokens; says in which layer and tensor.
         """
         self._measure()
-        for index, name, value, like in self._state.check(payload):
+        for index, name, value, like in (self._final if final else self._state).check(payload):
             place = f"{name!r} of layer {index}"
             if torch.is_tensor(like):
                 _check_tensor(place, value, like, self._shape(index, name, like, position))
@@ -82,9 +83,10 @@ class Layout:
     def _measure(self) -> None:
         if self._measured:
             return
-        cache = self._probe()
+        cache, output = self._probe()
         self._windows = tuple(getattr(layer, "sliding_window", 1) - 1 for layer in cache.layers)
-        self._state = _Shapes.of(states.capture_state(cache))
+        state = states.capture_state(cache)
+        self._state, self._final = _Shapes.of(state), _Shapes.of(states.with_logits(state, output.logits))
         self._kv = _Shapes.of(states.capture_kv(cache, 0, states.PROBE_TOKENS))
         self._measured = True
 

@@ -1,8 +1,8 @@
 """The prefill of one request: restore the deepest checkpoint, run the remaining segments, capture on the way.
 
-A cold and a resumed run execute the same segments on the same state, which is why their results agree bit for bit: the
-cuts are a pure, causal function of the prompt's tokens (see `segmentation`). Every distinct row of a batch runs alone,
-without its padding, and the rows are stacked afterwards.
+A run that is resumed, and one from nothing over the same segments, execute the same forwards on the same states, which
+is why their results agree bit for bit (see `planning.segments`). Every distinct row of a batch runs alone, without its
+padding, and the rows are stacked afterwards.
 """
 
 import inspect
@@ -16,7 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..errors import out_of_memory
-from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions
+from ..planning.lineage import Lineage
 from ..request import Request
 from . import states, watch
 from .binding import Binding
@@ -40,7 +40,6 @@ def prefill_row(
     binding: Binding,
     live: LiveCache,
     ids: torch.Tensor,
-    cuts: Positions,
     request: Request,
     kwargs: dict[str, Any],
     position_dims: tuple[int, ...] = (),
@@ -52,8 +51,7 @@ def prefill_row(
         binding: the model, whose own `prepare_inputs_for_generation` and forward run every segment.
         live: a fresh cache, filled in place.
         ids: the prompt `(length,)`, without padding.
-        cuts: where the prompt is cut into segments.
-        request: the prompt's open request: what to restore and what to capture.
+        request: the prompt's open request: what to restore, which segments to run, what to capture.
         kwargs: further keywords for the model, the same for every segment.
         position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
         capture: asked before each checkpoint that the request wants to keep whether it may.
@@ -69,16 +67,19 @@ def prefill_row(
     restore_seconds = time.perf_counter() - clock
     capture_seconds = 0.0
     planned = set(request.planned)
-    start = live.length = request.resumed_tokens
-    output = None
-    ahead = cuts[(cuts >= start + MIN_SUFFIX_TOKENS) & (cuts < len(ids))].tolist()
-    for end in (*ahead, len(ids)):
+    live.length = request.resumed_tokens
+    if not request.segments:  # the same prompt was read to its end before
+        assert request.checkpoint is not None
+        settle(live.layers)
+        logits = states.logits_of(cast(LayerTensors, request.checkpoint.state))
+        return binding.output(logits, live), Timing(0.0, restore_seconds)
+    for end in request.segments:
         output = segment(binding, live, row[:, :end], kwargs, position_dims)
-        start = end
         if end in planned:
             clock = time.perf_counter()
             try:
                 state, kv = states.capture_state(live), partial(states.capture_kv, live)
+                state = states.with_logits(state, output.logits) if end == len(ids) else state
                 if capture():
                     request.add(end, state, kv if live.full_attention_layers else None)
             except Exception as error:
@@ -87,6 +88,25 @@ def prefill_row(
                 logger.warning_once(f"No memory to capture a checkpoint; the request goes on without it: {error}")
             capture_seconds += time.perf_counter() - clock
     return output, Timing(capture_seconds, restore_seconds)
+
+
+def replay(
+    binding: Binding,
+    live: LiveCache,
+    ids: torch.Tensor,
+    lineage: Lineage,
+    kwargs: dict[str, Any],
+    position_dims: tuple[int, ...] = (),
+) -> Any:
+    """Bring a fresh live cache to the end of a text `(length,)` by the segments of a lineage, from nothing.
+
+    Tokens that were decoded run one by one, as they did then. Returns the model's output for the last segment.
+    """
+    output = None
+    for step in lineage.steps():
+        for end in range(step.start + 1, step.end + 1) if step.decoded else (step.end,):
+            output = segment(binding, live, ids[None, :end], kwargs, position_dims)
+    return output
 
 
 def segment(
@@ -125,7 +145,7 @@ def _takes_positions(model: Any) -> bool:
 
 
 def join_rows(
-    cache_name: str, live: LiveCache, rows: list[LiveCache], outputs: list[Any], order: list[int], width: int
+    binding: Binding, live: LiveCache, rows: list[LiveCache], outputs: list[Any], order: list[int], width: int
 ) -> Any:
     """One output and one live cache for a whole batch from those of its distinct rows.
 
@@ -138,7 +158,7 @@ def join_rows(
     states.stack(live, [rows[index] for index in order], width)
     live.length = width
     logits = torch.cat([outputs[index].logits[:, -1:] for index in order])
-    return type(outputs[0])(logits=logits, **{cache_name: live})
+    return binding.output(logits, live)
 
 
 def _uncompiled(model: Any) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ from transformers.utils import logging
 from .. import forks
 from ..errors import out_of_memory
 from ..explain import frequent, not_supported, remedy
-from ..planning.cuts import Positions, Tokens, with_free_cuts
 from ..planning.policies import NoCheckpoints, Policy
 from ..request import Request, open_request
 from ..stats import Cause, Reason, Recorder, RequestInfo, format_bytes
@@ -116,8 +115,8 @@ class Server:
             self.on_prefill(caches[-1])
         if alone:
             return outputs[0]
-        name, width = self.binding.cache_name, input_ids.shape[1]
-        return self._with_room(live, lambda _: prefill.join_rows(name, live, caches, outputs, order, width))
+        binding, width = self.binding, input_ids.shape[1]
+        return self._with_room(live, lambda _: prefill.join_rows(binding, live, caches, outputs, order, width))
 
     def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
@@ -145,17 +144,16 @@ class Server:
         limit = self.binding.config.max_checkpoints
 
         def attempt(spacious: bool) -> tuple[Any, Request, dict[str, float]]:
-            begun = time.perf_counter()
-            cuts = self.cuts(tokens, space)
-            opened = time.perf_counter()
-            with open_request(self.store, self.policy, tokens, cuts, space=space, max_checkpoints=limit) as request:
+            segmenting = self.binding.segmenting
+            with open_request(
+                self.store, self.policy, tokens, segmenting, space=space, max_checkpoints=limit
+            ) as request:
                 if not spacious:
                     request.start_over()
                 output, timing = prefill.prefill_row(
                     self.binding,
                     live,
                     ids,
-                    cuts,
                     request,
                     kwargs,
                     position_dims,
@@ -168,7 +166,7 @@ class Server:
                 output,
                 request,
                 {
-                    "match_seconds": opened - begun + request.match_seconds,
+                    "match_seconds": request.match_seconds,
                     "plan_seconds": request.plan_seconds + time.perf_counter() - served,
                     "capture_seconds": timing.capture_seconds,
                     "restore_seconds": timing.restore_seconds,
@@ -181,15 +179,6 @@ class Server:
         info = request.info(Reason(Cause.WEIGHTS_CHANGED) if changed and not request.resumed_tokens else None)
         self._note(info, prefill_seconds=time.perf_counter() - started, **seconds)
         return output
-
-    def cuts(self, tokens: Tokens, space: str, marked: int = 0) -> Positions:
-        """Where a prompt is cut. In numerical mode also where earlier prompts, and marks such as `marked`, end."""
-        cuts = self.binding.cuts(tokens)
-        if self.binding.config.exactness == "bitwise":
-            return cuts
-        with self.store.lock:
-            free = {self.store.match(tokens, space).overlap, len(tokens), *self.store.marks.lengths(tokens, space)}
-        return with_free_cuts(cuts, free | ({marked} if marked else set()), len(tokens))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

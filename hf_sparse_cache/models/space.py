@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 from transformers.utils import logging
 
@@ -68,7 +69,12 @@ class Space:
 
     def _fresh_layout(self) -> Layout:
         binding = self._binding
-        return Layout(lambda: states.probe(binding.model, binding.live_cache(), binding.cache_name))
+
+        def probe() -> tuple[Any, Any]:
+            cache = binding.live_cache()
+            return cache, states.probe(binding.model, cache, binding.cache_name)
+
+        return Layout(probe)
 
     def _name_for(self, weights: Identity) -> str:
         return fingerprint.space_of(self._binding, weights, durable=self._store.outlives_process)

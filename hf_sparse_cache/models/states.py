@@ -209,6 +209,8 @@ _BY_NAME: dict[str, tuple[Part, ...]] = {
     "DummyLayer": (),
 }
 # By class, less those that this transformers does not have.
+LOGITS = "logits"
+
 _RULES: dict[type, tuple[Part, ...]] = {
     getattr(cache_utils, name): parts for name, parts in _BY_NAME.items() if hasattr(cache_utils, name)
 }
@@ -235,6 +237,16 @@ def check_layers(cache: Cache, model_name: str) -> None:
 def capture_state(cache: Cache) -> LayerTensors:
     """Clone the fixed-size state of every layer of a batch-1 cache at its current position."""
     return LayerTensors(tuple(_merged(part.fixed(layer) for part in _parts(layer)) for layer in cache.layers))
+
+
+def with_logits(state: LayerTensors, logits: torch.Tensor) -> LayerTensors:
+    """A state at the end of a prompt, with what the last token gave: `(1, 1, vocabulary)`, kept behind the layers."""
+    return LayerTensors((*state.layers, {LOGITS: _own(logits[:, -1:])}))
+
+
+def logits_of(state: LayerTensors) -> torch.Tensor:
+    """The logits `(1, 1, vocabulary)` that `with_logits` put there, to be changed at will."""
+    return _own(state.layers[-1][LOGITS])
 
 
 def capture_kv(cache: Cache, start: int, end: int) -> LayerTensors:
@@ -313,30 +325,31 @@ class StateSize:
     Attributes:
         state_bytes: the fixed-size state of one checkpoint.
         kv_bytes_per_token: keys and values of the full-attention layers.
+        logits_bytes: what the checkpoint at the end of a prompt holds besides.
     """
 
     state_bytes: int
     kv_bytes_per_token: int
+    logits_bytes: int = 0
 
 
 @torch.no_grad()
-def probe(model: Any, cache: Cache, cache_name: str) -> Cache:
-    """Run `PROBE_TOKENS` tokens through the model, on a fresh cache, to see what it keeps of them."""
+def probe(model: Any, cache: Cache, cache_name: str) -> Any:
+    """The output of the model for `PROBE_TOKENS` tokens on a fresh cache, which shows what it keeps of them."""
     ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=input_device(model))
-    model(input_ids=ids, use_cache=True, **{cache_name: cache})
-    return cache
+    return model(input_ids=ids, use_cache=True, return_dict=True, **{cache_name: cache})
 
 
-def measure(model: Any, cache: Cache, cache_name: str) -> StateSize:
-    """Measure what a checkpoint of a model would hold, on a fresh cache.
+def measure(cache: Cache, output: Any) -> StateSize:
+    """Measure what a checkpoint of a model would hold, by what `probe` filled and returned.
 
     Sliding windows are counted as full, since they are once a prompt is long enough.
     """
-    probe(model, cache, cache_name)
     state = 0
     for layer, held in zip(cache.layers, capture_state(cache).layers, strict=True):
         for name, value in held.items():
             if torch.is_tensor(value):
                 windows = (getattr(layer, "sliding_window", 1) - 1) / PROBE_TOKENS if name in TOKEN_DIMS else 1
                 state += int(value.nbytes * windows)
-    return StateSize(state, capture_kv(cache, 0, PROBE_TOKENS).nbytes // PROBE_TOKENS)
+    kv = capture_kv(cache, 0, PROBE_TOKENS).nbytes // PROBE_TOKENS
+    return StateSize(state, kv, output.logits[:, -1:].nbytes)

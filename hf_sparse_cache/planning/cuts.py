@@ -152,19 +152,3 @@ class CutRule:
             elif position - last >= needed:
                 accepted.append(position)
         return np.asarray(accepted, dtype=np.int64)
-
-
-def with_free_cuts(cuts: Positions, extra: Iterable[int], length: int) -> Positions:
-    """Adds cuts that do not follow from the tokens alone (the end of the prompt, a junction): numerical mode only.
-
-    Args:
-        cuts: regular cuts, ascending.
-        extra: positions to cut at; those that would leave a segment of one token at either end are left out.
-        length: tokens of the prompt; a cut at `length` itself is allowed, there the state of the whole prompt is kept.
-
-    Returns:
-        int64 positions, ascending, no two closer than `MIN_SUFFIX_TOKENS`.
-    """
-    free = sorted({e for e in extra if e == length or MIN_SUFFIX_TOKENS <= e <= length - MIN_SUFFIX_TOKENS})
-    kept = [c for c in cuts.tolist() if all(abs(c - e) >= MIN_SUFFIX_TOKENS for e in free)]
-    return np.asarray(sorted({*kept, *free}), dtype=np.int64)

@@ -7,7 +7,7 @@ same bits. Tokens that were decoded ran one by one; a run of them is kept as a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,23 @@ class Step(NamedTuple):
     start: int
     end: int
     decoded: bool
+
+
+class Span(tuple[int, ...]):
+    """Tokens whose keys and values are kept together: where they start, and where each forward over them ended.
+
+    Runs of decoded tokens end in negative numbers, as in `Lineage`.
+    """
+
+    __slots__ = ()
+
+    @property
+    def start(self) -> int:
+        return self[0]
+
+    @property
+    def end(self) -> int:
+        return abs(self[-1])
 
 
 class Lineage:
@@ -57,12 +74,28 @@ class Lineage:
         """Whether its first segments are those of another lineage."""
         return np.array_equal(self._ends[: len(other._ends)], other._ends)
 
-    def part(self, start: int, end: int) -> Lineage:
-        """Its segments behind `start` up to `end`, both of them ends of segments."""
+    def upto(self, position: int) -> Lineage:
+        """Its first segments, up to the one that ends at `position`.
+
+        Raises:
+            ValueError: none of them ends there.
+        """
+        count = int(np.searchsorted(np.abs(self._ends), position))
+        if count == len(self._ends) or abs(int(self._ends[count])) != position:
+            raise ValueError(f"position={position} is not the end of a segment; those end at {self}")
+        found = Lineage()
+        found._ends = self._ends[: count + 1]
+        return found
+
+    def span(self, start: int, end: int) -> Span:
+        """The forwards behind `start` up to `end`, both of them ends of segments."""
         first, last = np.searchsorted(np.abs(self._ends), [start, end], side="right").tolist()
-        part = Lineage()
-        part._ends = self._ends[first:last]
-        return part
+        return Span((start, *self._ends[first:last].tolist()))
+
+    @classmethod
+    def of(cls, spans: Iterable[Sequence[int]]) -> Lineage:
+        """That of spans which follow each other from 0 on."""
+        return cls([end for span in spans for end in span[1:]])
 
     def steps(self) -> Iterator[Step]:
         """What a run from nothing would have to execute."""
@@ -76,9 +109,19 @@ class Lineage:
         """Whether any part of it was decoded token by token."""
         return bool((self._ends < 0).any())
 
+    @property
+    def ends(self) -> tuple[int | tuple[int, int], ...]:
+        """Ends as numbers, runs of decoded tokens as `(start, end)`."""
+        return tuple((step.start, step.end) if step.decoded else step.end for step in self.steps())
+
     def to_json(self) -> list[int | list[int]]:
-        """Ends as numbers, runs of decoded tokens as `[start, end]`."""
-        return [[step.start, step.end] if step.decoded else step.end for step in self.steps()]
+        """The same, as JSON has it."""
+        return [list(entry) if isinstance(entry, tuple) else entry for entry in self.ends]
+
+    @classmethod
+    def from_ends(cls, ends: Sequence[int | tuple[int, int]]) -> Lineage:
+        """Reads `ends` back."""
+        return cls([-entry[1] if isinstance(entry, tuple) else entry for entry in ends])
 
     @classmethod
     def from_json(cls, content: object) -> Lineage:

@@ -197,10 +197,13 @@ class Learned(Policy):
         )
         forecast = prompt.forecast = self.model.forecast(prompt.cuts, prompt.shape)
         limit = self.default_limit if prompt.limit is None else prompt.limit
-        if not len(prompt.open_cuts) or not limit:
+        if not limit:
             return []
         sure = self._sure(prompt)[: (limit + 1) // 2]
-        return sorted({*sure, *self._planned(prompt, forecast, limit - len(sure))})
+        found = {*sure, *self._planned(prompt, forecast, limit - len(sure))}
+        if prompt.terms.price == 0.0 and (prompt.limit is None or len(found) < limit):
+            found.add(len(prompt.ids))  # the same prompt again has nothing left to compute
+        return sorted(found)
 
     def _sure(self, prompt: Prompt) -> list[int]:
         """While there is room: the exact junction, and of a prompt of which nothing is known yet what leads there."""
@@ -213,9 +216,9 @@ class Learned(Policy):
 
     def _planned(self, prompt: Prompt, forecast: Forecast, limit: int) -> list[int]:
         """What the forecast and the price of memory say."""
-        if not limit:
-            return []
         cuts = prompt.open_cuts
+        if not limit or not len(cuts):
+            return []
         first = len(prompt.cuts) - len(cuts)
         below = np.append(forecast.below[first:], 1.0)
         weights = np.diff(

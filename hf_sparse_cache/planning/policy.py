@@ -56,6 +56,7 @@ class Prompt:
         state_bytes, kv_bytes_per_token: sizes, averaged over what is stored; 0 before anything is.
         resumed_bytes: size of the state the prefill resumes from.
         message_start: where the last message begins, as special tokens tell; 0 where none does.
+        seconds: when it was opened, by a clock that never goes back.
         cut_tokens: what a cut costs besides the checkpoint, in tokens of prefill; 0 where every prompt is cut anyway.
         shape, forecast: what the policy makes of the prompt, for the eviction and for later prompts.
     """
@@ -74,6 +75,7 @@ class Prompt:
     resumed_bytes: int = 0
     message_start: int = 0
     cut_tokens: float = 0.0
+    seconds: float = 0.0
     shape: Shape | None = None
     forecast: Forecast | None = None
 

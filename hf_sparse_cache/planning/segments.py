@@ -23,11 +23,16 @@ class Segmenting:
 
     Attributes:
         rule: the cuts that follow from a prompt and the handle's settings alone.
+        cut_tokens: what a cut costs besides the checkpoint, in tokens of prefill.
     """
 
     mode: ClassVar[str]
 
     rule: CutRule
+
+    @property
+    def cut_tokens(self) -> float:
+        return 0.0
 
     def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
         """Where checkpoints of a prompt may sit, whatever earlier prompts were.
@@ -60,6 +65,15 @@ class Segmenting:
         """
         raise NotImplementedError
 
+    def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
+        """Where keys and values are cut into spans.
+
+        Args:
+            lineage: of the prefill.
+            captured: positions of its checkpoints.
+        """
+        raise NotImplementedError
+
 
 class Bitwise(Segmenting):
     """Cuts are a function of the tokens and of the settings. Warm equals cold bit for bit, whatever is stored."""
@@ -82,6 +96,10 @@ class Bitwise(Segmenting):
         """From cut to cut."""
         return np.append(cuts[(cuts > start) & (cuts < length)], length)
 
+    def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
+        """At every cut: whoever shares a prompt up to a cut shares these."""
+        return [step.end for step in lineage.steps()]
+
 
 @dataclass(frozen=True)
 class Replayable(Segmenting):
@@ -90,12 +108,18 @@ class Replayable(Segmenting):
     Attributes:
         step: distance in tokens of the positions at which checkpoints may be planned.
         piece: most tokens a forward, where pieces are faster or memory is short; None for no limit.
+        price: what a cut costs besides the checkpoint, in tokens of prefill.
     """
 
     mode = "replayable"
 
     step: int = 64
     piece: int | None = None
+    price: float = 0.0
+
+    @property
+    def cut_tokens(self) -> float:
+        return self.price
 
     def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
         """Multiples of the step, ends of messages and strings, announced ends, and the end of the prompt."""
@@ -123,6 +147,10 @@ class Replayable(Segmenting):
             ends.append(end)
             start = end
         return np.asarray(ends, dtype=np.int64)
+
+    def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
+        """At checkpoints: nobody else can build on what lies between."""
+        return list(captured)
 
 
 def _spaced(wishes: Sequence[Sequence[int]], length: int) -> Positions:

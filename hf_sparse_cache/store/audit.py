@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
+from ..planning.lineage import Lineage
 from .ledger import Ledger
 from .tree import DESCRIPTION_BYTES, Account, Checkpoint, KVSegment, Node, Tree
 
@@ -39,7 +40,7 @@ def _nodes(ledger: Ledger) -> list[Node]:
 
 
 def _checkpoints(ledger: Ledger) -> list[Checkpoint]:
-    return [checkpoint for node in _nodes(ledger) for checkpoint in node.checkpoints.values()]
+    return [checkpoint for node in _nodes(ledger) for checkpoint in node.checkpoints]
 
 
 def _segments(ledger: Ledger) -> list[KVSegment]:
@@ -108,17 +109,24 @@ def _queue(ledger: Ledger) -> Iterator[str]:
 def _entries(ledger: Ledger) -> Iterator[str]:
     """Everything hangs on the edge that covers it, once, and chains lead down to position 0 on one path."""
     for node in _nodes(ledger):
-        for position, checkpoint in node.checkpoints.items():
-            if checkpoint.node is not node or checkpoint.position != position:
-                yield f"checkpoint at {checkpoint.position} is owned by two places, one of them {_where(node)}"
+        positions = [checkpoint.position for checkpoint in node.checkpoints]
+        if positions != sorted(positions):
+            yield f"checkpoints on {_where(node)} are out of order: {positions}"
+        for checkpoint in node.checkpoints:
+            position = checkpoint.position
+            if checkpoint.node is not node or checkpoint.lineage.end != position:
+                yield f"checkpoint at {position} is owned by two places, one of them {_where(node)}"
             elif not node.start < position <= node.end:
                 yield f"checkpoint at {position} hangs on {_where(node)}"
+            elif node.find(checkpoint.lineage) is not checkpoint:
+                yield f"checkpoint at {position} is stored twice under one lineage"
             yield from _chain(checkpoint)
-        for (parent, end), segment in node.segments.items():
-            if segment.node is not node or segment.parent is not parent or segment.end != end:
+        for (parent, span), segment in node.segments.items():
+            below = parent.end if parent is not None else 0
+            if segment.node is not node or segment.parent is not parent or segment.span != span:
                 yield f"segment {segment.start}..{segment.end} is owned by two places, one of them {_where(node)}"
-            elif not node.start < end <= node.end:
-                yield f"segment {segment.start}..{end} hangs on {_where(node)}"
+            elif not node.start < segment.end <= node.end or segment.start != below:
+                yield f"segment {segment.start}..{segment.end} hangs on {_where(node)}"
     payloads = Counter(id(entry) for entry in [*_checkpoints(ledger), *_segments(ledger)])
     if any(count > 1 for count in payloads.values()):
         yield "an entry is stored in two places"
@@ -133,11 +141,13 @@ def _chain(checkpoint: Checkpoint) -> Iterator[str]:
     for segment in reversed(checkpoint.chain()):
         if segment.end != end or segment.node not in path:
             yield f"{name} needs a segment {segment.start}..{segment.end} that is not on its way"
-        if segment.node.segments.get((segment.parent, segment.end)) is not segment:
+        if segment.node.segments.get((segment.parent, segment.span)) is not segment:
             yield f"{name} needs a segment {segment.start}..{segment.end} that is not stored"
         end = segment.start
     if checkpoint.kv is not None and end != 0:
         yield f"{name} has no keys and values below {end}"
+    if checkpoint.kv is not None and Lineage.of(segment.span for segment in checkpoint.chain()) != checkpoint.lineage:
+        yield f"{name} was made by other segments than its keys and values"
 
 
 # -- who uses them ----------------------------------------------------------------------------------------------------

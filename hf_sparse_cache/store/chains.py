@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from ..planning.lineage import Span
 from .forest import Forest, Trail
 from .tree import KVSegment, Payload
-from .unit import Span, chain_of
+from .unit import chain_of
 
 
 class Footing:
@@ -31,7 +32,7 @@ class Footing:
         """The part of the chain that covers the first of `spans`, cut for cut."""
         count = 0
         for segment, span in zip(self.chain, spans, strict=False):
-            if (segment.start, segment.end) != span:
+            if segment.span != span:
                 break
             count += 1
         return self.chain[:count]
@@ -71,7 +72,7 @@ class Chains:
         chain = footing.shared(spans)
         if len(chain) < len(spans):
             path, depth = footing.trail.known()
-            found = chain_of(path, [span for span in spans[len(chain) :] if span[1] <= depth], chain)
+            found = chain_of(path, [span for span in spans[len(chain) :] if span.end <= depth], chain)
             if found:
                 chain += found
                 self.stand(footing, chain)
@@ -87,7 +88,7 @@ class Chains:
 
     def attach(self, segment: KVSegment) -> KVSegment:
         """Stores a segment behind the one it continues."""
-        segment.node.segments[segment.parent, segment.end] = segment
+        segment.node.segments[segment.parent, segment.span] = segment
         if segment.parent is not None:
             segment.parent.refs += 1
         self._count(segment, 1)
@@ -124,7 +125,7 @@ class Chains:
     def _free(self, segment: KVSegment | None) -> None:
         """Frees every segment down the chain that nothing needs any more."""
         while segment is not None and not segment.refs and not segment.holds:
-            del segment.node.segments[segment.parent, segment.end]
+            del segment.node.segments[segment.parent, segment.span]
             self._count(segment, -1)
             self.gone(segment.payload)
             self.forest.released(segment.node)

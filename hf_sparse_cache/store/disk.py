@@ -13,10 +13,12 @@ import re
 import threading
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ..checks import printable
 from ..errors import DamagedFileError, out_of_memory
+from ..planning.lineage import Span
 from . import files
 from .chains import Footing
 from .eviction import LRU
@@ -25,7 +27,7 @@ from .ledger import Ledger
 from .seal import Seal
 from .tier import Demote, Tier
 from .tree import KVSegment, Payload
-from .unit import Expected, Span, Unit, shared_chain
+from .unit import Expected, Unit, shared_chain
 from .unit_files import Found, Packing, StoredFile, UnitFiles, UnitReader, find
 
 
@@ -124,7 +126,7 @@ class DiskTier(Tier):
         with self.ledger.footing(unit.tokens, unit.space) as footing:
             with self.lock:
                 match = self.match(unit.tokens, unit.space)
-                if any(item.position == unit.position for item in match.checkpoints(unit.position)):
+                if any(item.lineage == unit.lineage for item in match.checkpoints(unit.position)):
                     return True
                 self.ledger.missing_spans(footing, unit.spans)  # what is there stays while it is written
             contents = self._contents(unit, footing.shared(unit.spans))
@@ -169,7 +171,7 @@ class DiskTier(Tier):
         if len(missing) != len(written) - 1:
             return False
         new = dict(zip(missing, written, strict=False))
-        filed = Unit(unit.space, unit.tokens, unit.position, written[-1], unit.spans, new, unit.hits)
+        filed = replace(unit, state=written[-1], kv=new)
         self.ledger.reserved_bytes -= need
         stored = self.put(filed, None, footing, urgent=True)
         if stored is None or stored.state is not written[-1]:
@@ -275,7 +277,7 @@ class DiskTier(Tier):
         if self.reader is None:
             return None
         kv = {span: _file(payload) for span, payload in unit.kv.items()}
-        stored = UnitFiles(unit.space, unit.tokens[: unit.position], _file(unit.state), kv)
+        stored = UnitFiles(unit.space, unit.tokens[: unit.position], unit.lineage, unit.final, _file(unit.state), kv)
         try:
             read = UnitReader(self.reader, self.seal, self._expected.get(unit.space)).read(stored, spans)
         except DamagedFileError as error:
@@ -286,7 +288,7 @@ class DiskTier(Tier):
             return None
         with suppress(OSError):
             os.utime(stored.state.path, follow_symlinks=False)  # the next start keeps the order of use
-        return Unit(unit.space, unit.tokens, unit.position, read.state, unit.spans, read.kv, unit.hits)
+        return replace(unit, state=read.state, kv=read.kv)
 
     def expect(self, space: str, like: Expected) -> None:
         """Learns what the states of a space must be; as long as `like` lives, none that is not is brought up."""
@@ -328,9 +330,12 @@ class DiskTier(Tier):
         except (OSError, DamagedFileError) as error:
             self._lost(path, error)
             return None
-        for unit in [unit for unit in found.units if self.folder_of(unit.space) != path]:
-            found.units.remove(unit)
-            found.lost[unit.state.path] = DamagedFileError("it lies in the folder of another model or namespace")
+        for unit in list(found.units):
+            why = "" if self.folder_of(unit.space) == path else "it lies in the folder of another model or namespace"
+            why = why or ("" if unit.lineage is not None else "it was written before states named what made them")
+            if why:
+                found.units.remove(unit)
+                found.lost[unit.state.path] = DamagedFileError(why)
         for lost, reason in found.lost.items():
             self._lost(lost, reason)
         return found
@@ -349,8 +354,8 @@ class DiskTier(Tier):
         spans = list(unit.kv)
         chain = shared_chain(self.match(unit.tokens, unit.space), spans)
         # Else it is left over from before its keys and values were written anew.
-        if all(segment.payload is unit.kv[segment.start, segment.end] for segment in chain):
-            self.put(Unit(unit.space, unit.tokens, len(unit.tokens), unit.state, spans, unit.kv), urgent=True)
+        if all(segment.payload is unit.kv[segment.span] for segment in chain):
+            self.put(unit.unit(), urgent=True)
 
     def _put_aside(self, item: StoredFile) -> None:
         """Keeps a file that is not for this store, as long as there is room."""

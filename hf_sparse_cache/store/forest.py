@@ -209,10 +209,11 @@ class Forest:
         node.parent.children[int(upper.tokens[0])] = upper
         node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper
         upper.children[int(node.tokens[0])] = upper.recent = node
-        for position in [p for p in node.checkpoints if p <= depth]:
-            checkpoint = upper.checkpoints[position] = node.checkpoints.pop(position)
+        upper.checkpoints = [checkpoint for checkpoint in node.checkpoints if checkpoint.position <= depth]
+        node.checkpoints = node.checkpoints[len(upper.checkpoints) :]
+        for checkpoint in upper.checkpoints:
             checkpoint.node = upper
-        for key in [k for k in node.segments if k[1] <= depth]:
+        for key in [k for k in node.segments if k[1].end <= depth]:
             segment = upper.segments[key] = node.segments.pop(key)
             segment.node = upper
         if 0 < node.lost <= depth:

@@ -15,6 +15,7 @@ import numpy as np
 from .. import jsontext
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
+from ..planning.lineage import Lineage, Span
 
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors itself has it
@@ -150,16 +151,20 @@ def canonical(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class StateRecord:
-    """What the file of a state says: whose it is, and which files hold the keys and values below it.
+    """What the file of a state says: whose it is, what made it, and which files hold the keys and values below it.
 
     Attributes:
-        kv: start, end and file name of each span, gapless from 0 to the position, or none.
+        lineage: the segments that made it; None where a file of format 1 does not say.
+        final: whether it keeps the logits of the last token of a prompt.
+        kv: each span and its file's name, gapless from 0 to the position, or none.
     """
 
     format: int
     space: str
     tokens: Tokens
-    kv: tuple[tuple[int, int, str], ...]
+    lineage: Lineage | None
+    final: bool
+    kv: tuple[tuple[Span, str], ...]
 
     @classmethod
     def parse(cls, record: dict[str, Any], tokens: Tokens) -> StateRecord:
@@ -173,13 +178,38 @@ class StateRecord:
             raise DamagedFileError("its record lacks its space, its position or its keys and values")
         if position != len(tokens) or not len(tokens):
             raise DamagedFileError(f"it says position {position} and holds {len(tokens)} tokens")
-        end = 0
-        for item in kv:
-            if not (isinstance(item, list) and len(item) == 3 and item[0] == end and isinstance(item[2], str)):
+        spans, names = _spans(kv)
+        if spans and spans[-1].end != position:
+            raise DamagedFileError(f"its keys and values end at {spans[-1].end}, not at its position {position}")
+        lineage = _lineage(record, spans)
+        if lineage is not None and (lineage.end != position or (spans and lineage != Lineage.of(spans))):
+            raise DamagedFileError("its segments are not those of its keys and values, or do not lead to its position")
+        final = record.get("final", False)
+        if not isinstance(final, bool):
+            raise DamagedFileError("it does not say whether it stands at the end of a prompt")
+        return cls(record["format"], space, tokens, lineage, final, tuple(zip(spans, names, strict=True)))
+
+
+def _spans(kv: list[Any]) -> tuple[list[Span], list[str]]:
+    """Spans and file names from a record, gapless from 0 on."""
+    spans: list[Span] = []
+    for item in kv:
+        end = spans[-1].end if spans else 0
+        name = item[-1] if isinstance(item, list) and len(item) >= 3 else None
+        if not isinstance(name, str) or not is_count(item[0]) or item[0] != end:
+            raise DamagedFileError(f"its keys and values are not gapless at {end}")
+        for forward in item[1:-1]:
+            if type(forward) is not int or not end < abs(forward) <= MAX_POSITION:
                 raise DamagedFileError(f"its keys and values are not gapless at {end}")
-            if not is_count(item[0]) or not is_count(item[1], MAX_POSITION) or item[1] <= end:
-                raise DamagedFileError(f"its keys and values are not gapless at {end}")
-            end = item[1]
-        if kv and end != position:
-            raise DamagedFileError(f"its keys and values end at {end}, not at its position {position}")
-        return cls(record["format"], space, tokens, tuple((start, end, name) for start, end, name in kv))
+            end = abs(forward)
+        spans.append(Span(item[:-1]))
+    return spans, [item[-1] for item in kv]
+
+
+def _lineage(record: dict[str, Any], spans: list[Span]) -> Lineage | None:
+    if record["format"] == 1:
+        return Lineage.of(spans) if spans else None
+    try:
+        return Lineage.from_json(record.get("lineage"))
+    except ValueError as error:
+        raise DamagedFileError(str(error)) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import out_of_memory
+from ..planning.lineage import Span
 from .eviction import LRU
 from .ledger import Ledger
 from .tier import Demote, Tier
 from .tree import Checkpoint
-from .unit import Span, Unit, movable
+from .unit import Unit, movable
 
 
 class HostTier(Tier):
@@ -36,7 +39,7 @@ class HostTier(Tier):
                     raise
                 self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
                 return False
-            moved = Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)
+            moved = replace(unit, state=state, kv=kv)
             stored = self.put(moved, demote, footing, urgent=True)
         self.tidy()
         return stored is not None
@@ -51,4 +54,4 @@ class HostTier(Tier):
         """A pinned checkpoint's unit on the model's device, with the KV of `spans`."""
         state = movable(unit.state).moved_to("device")
         kv = {span: movable(unit.kv[span]).moved_to("device") for span in spans}
-        return Unit(unit.space, unit.tokens, unit.position, state, unit.spans, kv, unit.hits)
+        return replace(unit, state=state, kv=kv)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from bisect import insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from ..planning.cuts import Positions, Tokens
+from ..planning.cuts import Tokens
+from ..planning.lineage import Span
 from .chains import Chains, Footing
 from .eviction import LRU, Eviction
 from .forest import Forest, Trail
 from .marks import Marks
 from .tree import Account, Checkpoint, KVSegment, Match, Node, Payload
-from .unit import Span, Unit, holder, namespace_of, unit_of
+from .unit import Unit, holder, namespace_of, unit_of
 
 
 # Empty accounts beyond this number are closed, the oldest first.
@@ -54,6 +57,7 @@ class Ledger:
     ) -> None:
         self.max_memory = max_memory
         self.max_remembered_tokens = max_remembered_tokens
+        self.seconds: Callable[[], float] = time.monotonic
         self._limits = limits or {}
         self._fresh_eviction = copy.deepcopy(eviction)
         self._start(eviction)
@@ -111,7 +115,7 @@ class Ledger:
         with self.lock:
             spaces = list(self.forest.trees) if space is None else [space]
             nodes = [node for name in spaces for node in self.forest.nodes(name) if node.checkpoints]
-            return [node.checkpoints[position] for node in nodes for position in sorted(node.checkpoints)]
+            return [checkpoint for node in nodes for checkpoint in node.checkpoints]
 
     def checkpoints(self, space: str | None = None) -> list[tuple[str, Tokens, Checkpoint]]:
         """Every stored checkpoint with its space and the tokens of its path up to its position."""
@@ -126,7 +130,7 @@ class Ledger:
         """Everything stored: states, and keys and values."""
         with self.lock:
             nodes = [node for space in self.forest.trees for node in self.forest.nodes(space)]
-            states: list[Payload] = [item.state for node in nodes for item in node.checkpoints.values()]
+            states: list[Payload] = [item.state for node in nodes for item in node.checkpoints]
             return states + [segment.payload for node in nodes for segment in node.segments.values()]
 
     def account(self, namespace: str) -> Account:
@@ -201,8 +205,8 @@ class Ledger:
             return Entry(None)
         path = footing.trail.grown(self.clock)
         home = holder(path, unit.position)
-        if unit.position in home.checkpoints:
-            known = home.checkpoints[unit.position]
+        known = home.find(unit.lineage)
+        if known is not None:
             known.hits = max(known.hits, unit.hits)
             return Entry(known)
         wanted = self.chains.advance(footing, unit.spans)
@@ -210,7 +214,8 @@ class Ledger:
             return Entry(None)  # a shared segment was freed while the caller computed: nothing to chain to
         need = int(unit.state.nbytes) + sum(int(unit.kv[span].nbytes) for span in wanted)
         account = self.account(namespace_of(unit.space))
-        checkpoint = Checkpoint(unit.position, unit.state, home, account, self.clock)
+        checkpoint = Checkpoint(unit.lineage, unit.state, home, account, self.clock)
+        checkpoint.final = unit.final
         checkpoint.held, checkpoint.share, checkpoint.refund = need, unit.share, unit.refund
         checkpoint.hits = unit.hits
         room = self.make_room(need, checkpoint, urgent=urgent, demotes=demotes)
@@ -221,7 +226,7 @@ class Ledger:
         chain = footing.shared(unit.spans)
         for span in wanted:
             below = chain[-1] if chain else None
-            chain.append(self.chains.attach(KVSegment(span[1], unit.kv[span], below, holder(path, span[1]), account)))
+            chain.append(self.chains.attach(KVSegment(span, unit.kv[span], below, holder(path, span.end), account)))
         self._store(checkpoint, chain[-1] if chain else None)
         if wanted:
             self.chains.stand(footing, chain)
@@ -252,7 +257,7 @@ class Ledger:
         if kv is not None:
             checkpoint.kv = kv
             kv.refs += 1
-        checkpoint.node.checkpoints[checkpoint.position] = checkpoint
+        insort(checkpoint.node.checkpoints, checkpoint, key=lambda item: item.position)
         self._count(checkpoint, 1)
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         for order in self._orders(checkpoint.owner):
@@ -328,7 +333,7 @@ class Ledger:
 
     def _evict(self, checkpoint: Checkpoint, demoted: bool = False) -> None:
         node = checkpoint.node
-        del node.checkpoints[checkpoint.position]
+        node.checkpoints = [item for item in node.checkpoints if item is not checkpoint]
         self._count(checkpoint, -1)
         self.demotions += demoted
         self.evictions += not demoted
@@ -405,8 +410,8 @@ class Ledger:
             if unit is not None:
                 self.done_with(checkpoint)
 
-    def mark(self, prefix: Tokens, cuts: Positions, space: str = "") -> None:
-        """Announces a prefix: the checkpoint at the last of `cuts` is kept from now on, or once it is stored.
+    def mark(self, prefix: Tokens, space: str = "") -> None:
+        """Announces a prefix: the checkpoint at its end is kept from now on, or once it is stored.
 
         Raises:
             ValueError: marks would take more tokens than may be remembered.
@@ -419,9 +424,8 @@ class Ledger:
                     f"max_remembered_tokens={limit:,}; take marks back with clear(), or give the store a larger one"
                 )
             self.marks.add(prefix, space)
-            wanted = self.marks.positions(prefix, cuts, space)
             for checkpoint in self.match(prefix, space).checkpoints(len(prefix)):
-                if checkpoint.position in wanted:
+                if checkpoint.position == len(prefix):
                     self.keep(checkpoint, space)
 
     def keep(self, checkpoint: Checkpoint, space: str = "") -> None:

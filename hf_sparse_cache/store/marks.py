@@ -1,10 +1,10 @@
-"""Prefixes that the caller has announced: a checkpoint is kept at the last cut of each, come what may."""
+"""Prefixes that the caller has announced: a checkpoint is kept at the end of each, come what may."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..planning.cuts import Positions, Tokens
+from ..planning.cuts import Tokens
 from .tree import Checkpoint
 
 
@@ -36,11 +36,6 @@ class Marks:
         """Lengths of the announced prefixes that this prompt begins with, ascending."""
         known = self._prefixes.get(space, {})
         return sorted(length for length in known if length <= len(ids) and ids[:length].tobytes() in known[length])
-
-    def positions(self, ids: Tokens, cuts: Positions, space: str) -> set[int]:
-        """The last cut of each announced prefix that this prompt begins with."""
-        last = [int(np.searchsorted(cuts, length, side="right")) for length in self.lengths(ids, space)]
-        return {int(cuts[count - 1]) for count in last if count}
 
     def forget(self, space: str | None = None) -> list[Checkpoint]:
         """Drop the announcements of one space, or all; returns the checkpoints that were kept for them."""

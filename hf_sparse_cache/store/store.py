@@ -18,7 +18,9 @@ from pathlib import Path
 from .. import forks
 from ..checks import is_whole, shown, text
 from ..errors import out_of_memory
-from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
+from ..planning.cuts import Tokens
+from ..planning.lineage import Lineage
+from ..planning.segments import Segmenting
 from ..stats import counted, parse_bytes
 from .bounds import Bound, tightest
 from .chains import Footing
@@ -152,12 +154,12 @@ class CheckpointStore(Shown):
         """The tightest budget for a checkpoint at `position` of `ids`; None without any."""
         return tightest(self.ledger, ids, position, space)
 
-    def reach(self, ids: Tokens, space: str = "") -> tuple[int, int]:
+    def reach(self, ids: Tokens, expected: Lineage | None, space: str = "") -> tuple[int, int]:
         """How far the tiers below would resume a prompt, and how much of it they know; reads no file."""
         found = [tier.match(ids, space) for tier in self.tiers[1:]]
-        limit = len(ids) - MIN_SUFFIX_TOKENS
-        deepest = [item.position for match in found for item in match.checkpoints(limit)[-1:]]
-        return max(deepest, default=0), max((match.overlap for match in found), default=0)
+        deepest = [next(match.fitting(len(ids), expected), None) for match in found]
+        positions = [checkpoint.position for checkpoint in deepest if checkpoint is not None]
+        return max(positions, default=0), max((match.overlap for match in found), default=0)
 
     def __repr__(self) -> str:
         limit = "no limit" if self.max_memory is None else f"{self.max_memory:,}"
@@ -165,19 +167,21 @@ class CheckpointStore(Shown):
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
-    def open(self, ids: Tokens, cuts: Positions, space: str = "") -> Visit:
+    def open(self, ids: Tokens, segmenting: Segmenting, space: str = "") -> Visit:
         """Begins a request: brings up what the tiers below have, matches the prompt, pins what it may resume from.
 
         Args:
             ids: the prompt's tokens, int32 of shape `(N,)`.
-            cuts: its cuts, ascending.
+            segmenting: where it may be cut, and what it may resume from.
             space: nothing of one space is ever matched from another.
 
         Returns:
             What was found, and what `put` needs of it; to be given back to `leave`.
         """
-        self.lift(ids, space)
-        return Visit.begin(self.ledger, ids, cuts, space)
+        if len(self.tiers) > 1:
+            cuts = segmenting.cuts(ids, self.marks.lengths(ids, space))
+            self.lift(ids, segmenting.expected(cuts, len(ids)), space)
+        return Visit.begin(self.ledger, ids, segmenting, space)
 
     def leave(self, visit: Visit) -> None:
         """Ends a request: what only it pinned or held may go, and goes where the budget is smaller by now."""
@@ -207,17 +211,16 @@ class CheckpointStore(Shown):
         """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
         return self.ledger.remember(Trail(self.forest, ids, space))
 
-    def mark(self, prefix: Tokens, cuts: Positions, space: str = "") -> None:
-        """Announces a prefix: the checkpoint at its last cut is kept from now on, or as soon as a prompt brings it.
+    def mark(self, prefix: Tokens, space: str = "") -> None:
+        """Announces a prefix: the checkpoint at its end is kept from now on, or as soon as a prompt brings it.
 
         Args:
             prefix: int32 `(length,)`.
-            cuts: the cuts of a longer prompt that begins with it, up to `length`.
 
         Raises:
             ValueError: marks would take more tokens than may be remembered.
         """
-        self.ledger.mark(prefix, cuts, space)
+        self.ledger.mark(prefix, space)
 
     def resize(self, max_memory: int | str | None) -> None:
         """Changes the budget; demotes or evicts down to it, and warns where marks and open requests keep more.
@@ -295,26 +298,34 @@ class CheckpointStore(Shown):
 
     # -- between the tiers --------------------------------------------------------------------------------------------
 
-    def lift(self, ids: Tokens, space: str = "") -> None:
-        """Brings the deepest checkpoint of this prompt up, where a tier below has a deeper one than memory."""
+    def lift(self, ids: Tokens, expected: Lineage | None, space: str = "") -> None:
+        """Brings the deepest checkpoint of this prompt up, where a tier below has a deeper one than memory.
+
+        Args:
+            ids: the prompt.
+            expected: how the prompt itself would be cut; None where any lineage will do.
+            space: where to look.
+        """
         lost: set[Checkpoint] = set()
-        while (best := self._deeper_below(ids, space, lost)) is not None:
+        while (best := self._deeper_below(ids, expected, space, lost)) is not None:
             tier, checkpoint, overlap = best
             if self.bring_up(tier, checkpoint, ids[:overlap]):
                 return
             lost.add(checkpoint)
 
-    def _deeper_below(self, ids: Tokens, space: str, lost: set[Checkpoint]) -> tuple[Tier, Checkpoint, int] | None:
+    def _deeper_below(
+        self, ids: Tokens, expected: Lineage | None, space: str, lost: set[Checkpoint]
+    ) -> tuple[Tier, Checkpoint, int] | None:
         """The deepest checkpoint that lies deeper than those in memory, its tier, and the tokens any tier shares."""
         found: tuple[Tier, Checkpoint] | None = None
-        limit, depth, overlap = len(ids) - MIN_SUFFIX_TOKENS, 0, 0
-        for tier in self.tiers if len(self.tiers) > 1 else ():
+        depth, overlap = 0, 0
+        for tier in self.tiers:
             with tier.lock:
                 match = tier.match(ids, space)
-                usable = [item for item in match.checkpoints(limit) if item not in lost]
+                best = next(match.fitting(len(ids), expected, lost), None)
             overlap = max(overlap, match.overlap)
-            if usable and usable[-1].position > depth:
-                depth, found = usable[-1].position, (tier, usable[-1])
+            if best is not None and best.position > depth:
+                depth, found = best.position, (tier, best)
         return None if found is None or found[0] is self.tiers[0] else (*found, overlap)
 
     def bring_up(

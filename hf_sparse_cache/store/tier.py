@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from threading import RLock
 
 from ..planning.cuts import Tokens
+from ..planning.lineage import Span
 from .audit import WrongBooksError, audit
 from .chains import Footing
 from .eviction import Eviction
 from .forest import Forest
 from .ledger import Ledger
 from .tree import Checkpoint, Match
-from .unit import Expected, MovablePayload, Span, Unit
+from .unit import Expected, MovablePayload, Unit
 
 
 logger = logging.getLogger(__name__)

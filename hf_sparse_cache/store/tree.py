@@ -6,13 +6,14 @@ states are gone, so that overlap depths and junctions can still be learned. `for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from ..planning.cuts import Tokens
+from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
+from ..planning.lineage import Lineage, Span
 from ..planning.views import Shape
 
 
@@ -45,17 +46,16 @@ class Account:
 class KVSegment:
     """Keys and values of the tokens `start .. end`: one link of a chain down to position 0.
 
-    A segment is the one that continues `parent` up to `end`. Another one over the same span, made behind another
-    chain, is another segment: its bytes may differ in their last bits.
+    A segment is the one that continues `parent` by the forwards of its span. Another one over the same tokens, made
+    behind another chain or by other forwards, is another segment: its bytes may differ in their last bits.
 
     `refs` counts the checkpoints and child segments that need it, `holds` the open requests that build on it.
     """
 
-    __slots__ = ("end", "holds", "nbytes", "node", "owner", "parent", "payload", "refs", "start")
+    __slots__ = ("end", "holds", "nbytes", "node", "owner", "parent", "payload", "refs", "span", "start")
 
-    def __init__(self, end: int, payload: Payload, parent: KVSegment | None, node: Node, owner: Account) -> None:
-        self.start = parent.end if parent is not None else 0
-        self.end: int = end
+    def __init__(self, span: Span, payload: Payload, parent: KVSegment | None, node: Node, owner: Account) -> None:
+        self.span, self.start, self.end = span, span.start, span.end
         self.payload, self.parent, self.node, self.owner = payload, parent, node, owner
         self.refs = 0
         self.holds = 0
@@ -63,15 +63,21 @@ class KVSegment:
 
 
 class Checkpoint:
-    """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain."""
+    """The fixed-size state of every layer after `position` tokens of one path, with the end of its KV chain.
+
+    `final` says that it was taken at the end of a prompt and keeps the logits of the last token: of the same prompt
+    nothing is left to compute.
+    """
 
     __slots__ = (
         "__weakref__",
         "doomed",
+        "final",
         "held",
         "hits",
         "kv",
         "last_used",
+        "lineage",
         "nbytes",
         "node",
         "owner",
@@ -83,8 +89,10 @@ class Checkpoint:
         "state",
     )
 
-    def __init__(self, position: int, state: Payload, node: Node, owner: Account, now: int) -> None:
-        self.position, self.state, self.node, self.owner = position, state, node, owner
+    def __init__(self, lineage: Lineage, state: Payload, node: Node, owner: Account, now: int) -> None:
+        self.lineage, self.state, self.node, self.owner = lineage, state, node, owner
+        self.position = lineage.end
+        self.final = False
         self.kv: KVSegment | None = None  # the end of its chain; None without full attention
         self.pins = 0
         self.doomed = False  # goes as soon as nothing pins it: its space was cleared
@@ -101,7 +109,7 @@ class Checkpoint:
     @property
     def stored(self) -> bool:
         """Whether it is still in its tree; one that was evicted may live on in a request that uses it."""
-        return self.node.checkpoints.get(self.position) is self
+        return any(checkpoint is self for checkpoint in self.node.checkpoints)
 
     def chain(self) -> list[KVSegment]:
         """Its KV segments, from position 0 upwards."""
@@ -122,22 +130,22 @@ class Checkpoint:
     def above(self) -> Checkpoint | None:
         """The nearest checkpoint nearer to the start of the prompt."""
         node = self.node
-        found = [position for position in node.checkpoints if position < self.position]
+        found = [checkpoint for checkpoint in node.checkpoints if checkpoint.position < self.position]
         while not found and node.parent is not None:
             node = node.parent
-            found = list(node.checkpoints)  # all of them lie above
-        return node.checkpoints[max(found)] if found else None
+            found = node.checkpoints  # all of them lie above
+        return found[-1] if found else None
 
     def below(self, limit: int = 16) -> list[Checkpoint]:
         """The next checkpoints on every path that runs on from here, looking at `limit` nodes at most."""
-        found = [position for position in self.node.checkpoints if position > self.position]
-        if found:
-            return [self.node.checkpoints[min(found)]]
+        for checkpoint in self.node.checkpoints:
+            if checkpoint.position > self.position:
+                return [checkpoint]
         nearest: list[Checkpoint] = []
         level = list(self.node.children.values())
         while level and limit > 0:
             limit -= len(level)
-            nearest += [node.checkpoints[min(node.checkpoints)] for node in level if node.checkpoints]
+            nearest += [node.checkpoints[0] for node in level if node.checkpoints]
             level = [child for node in level if not node.checkpoints for child in node.children.values()]
         return nearest
 
@@ -211,8 +219,8 @@ class Node:
         self.tokens, self.start, self.parent, self.tree = tokens, start, parent, tree
         self.end = start + len(tokens)
         self.children: dict[int, Node] = {}
-        self.checkpoints: dict[int, Checkpoint] = {}
-        self.segments: dict[tuple[KVSegment | None, int], KVSegment] = {}  # by what each continues, and its end
+        self.checkpoints: list[Checkpoint] = []  # shallow to deep; one position may hold several, each of its lineage
+        self.segments: dict[tuple[KVSegment | None, Span], KVSegment] = {}  # by what each continues, and its span
         self.passes = 0  # prompts that ran along the whole edge
         self.last_used = 0  # request that passed it last
         self.queued = False  # whether it waits for its turn to be forgotten
@@ -226,7 +234,13 @@ class Node:
     @property
     def kept(self) -> int:
         """The deepest position at which it holds something; 0 when it holds nothing."""
-        return max([*self.checkpoints, *(end for _, end in self.segments)], default=0)
+        held: list[Checkpoint | KVSegment] = [*self.checkpoints[-1:], *self.segments.values()]
+        return max((item.position if isinstance(item, Checkpoint) else item.end for item in held), default=0)
+
+    def find(self, lineage: Lineage) -> Checkpoint | None:
+        """Its checkpoint of this lineage."""
+        end = lineage.end
+        return next((item for item in self.checkpoints if item.position == end and item.lineage == lineage), None)
 
     def path_tokens(self) -> Tokens:
         """All tokens from the root to this node's end."""
@@ -248,10 +262,23 @@ class Match:
     def checkpoints(self, limit: int) -> list[Checkpoint]:
         """Stored checkpoints on the path at positions up to `limit`, shallow to deep."""
         limit = min(limit, self.overlap)
-        return [
-            node.checkpoints[position]
-            for node in self.path
-            if node.checkpoints
-            for position in sorted(node.checkpoints)
-            if position <= limit
-        ]
+        return [checkpoint for node in self.path for checkpoint in node.checkpoints if checkpoint.position <= limit]
+
+    def fitting(
+        self, length: int, expected: Lineage | None, without: Container[Checkpoint] = ()
+    ) -> Iterator[Checkpoint]:
+        """The checkpoints from which a prompt of this length may go on, deep to shallow.
+
+        At least two tokens are left to compute, or none at all where a checkpoint keeps what the last token gave.
+
+        Args:
+            length: tokens of the prompt.
+            expected: how the prompt itself would be cut; None where any lineage will do.
+            without: checkpoints that are out of the question.
+        """
+        for checkpoint in reversed(self.checkpoints(length)):
+            reached = checkpoint.position
+            leaves = reached <= length - MIN_SUFFIX_TOKENS or (reached == length and checkpoint.final)
+            fits = expected is None or expected.begins_with(checkpoint.lineage)
+            if leaves and fits and checkpoint not in without:
+                yield checkpoint

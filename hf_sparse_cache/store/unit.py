@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from ..planning.cuts import Tokens
+from ..planning.lineage import Lineage, Span
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
-
-
-Span = tuple[int, int]
 
 
 @runtime_checkable
@@ -32,13 +30,13 @@ class Expected(Protocol):
     def has_kv(self) -> bool:
         """Whether any layer keeps keys and values of every token."""
 
-    def state_bytes(self, position: int) -> int:
-        """Most bytes of the tensors of a state."""
+    def state_bytes(self, position: int, final: bool) -> int:
+        """Most bytes of the tensors of a state; `final` with those that the end of a prompt has besides."""
 
     def kv_bytes(self, start: int, end: int) -> int:
         """Most bytes of the tensors of a span of keys and values."""
 
-    def check_state(self, payload: Any, position: int) -> None:
+    def check_state(self, payload: Any, position: int, final: bool) -> None:
         """Raises DamagedFileError unless it can be this model's state after `position` tokens."""
 
     def check_kv(self, payload: Any, start: int, end: int) -> None:
@@ -51,9 +49,11 @@ class Unit:
 
     Attributes:
         tokens: the text it lies on, int32 `(length,)`, at least up to its position; what lies behind is remembered.
+        lineage: the segments that made it, from 0 to its position.
         state: the fixed-size payload.
-        spans: its KV spans `(start, end)` from 0 to `position`, gapless; empty without full attention.
+        spans: its KV spans from 0 to `position`, gapless; empty without full attention.
         kv: payloads of the spans, at least of those that the receiver does not have.
+        final: whether it was taken at the end of a prompt, with the logits of the last token.
         hits: how often it was resumed.
         share: of the prompts that will pass it, those expected to leave before the next checkpoint.
         refund: bytes of checkpoints that it makes superfluous.
@@ -61,13 +61,18 @@ class Unit:
 
     space: str
     tokens: Tokens
-    position: int
+    lineage: Lineage
     state: Payload
     spans: Sequence[Span] = ()
     kv: Mapping[Span, Payload] = field(default_factory=dict)
+    final: bool = False
     hits: int = 0
     share: float = 1.0
     refund: float = 0.0
+
+    @property
+    def position(self) -> int:
+        return self.lineage.end
 
     def __post_init__(self) -> None:
         if not 1 <= self.position <= len(self.tokens):
@@ -97,10 +102,19 @@ def namespace_of(space: str) -> str:
 
 def unit_of(checkpoint: Checkpoint) -> Unit:
     """A stored checkpoint as a unit; to be called under its ledger's lock."""
-    node, position = checkpoint.node, checkpoint.position
-    kv = {(segment.start, segment.end): segment.payload for segment in checkpoint.chain()}
-    tokens = node.path_tokens()[:position]
-    return Unit(node.tree.space, tokens, position, checkpoint.state, list(kv), kv, checkpoint.hits)
+    node = checkpoint.node
+    kv = {segment.span: segment.payload for segment in checkpoint.chain()}
+    tokens = node.path_tokens()[: checkpoint.position]
+    return Unit(
+        node.tree.space,
+        tokens,
+        checkpoint.lineage,
+        checkpoint.state,
+        list(kv),
+        kv,
+        final=checkpoint.final,
+        hits=checkpoint.hits,
+    )
 
 
 def holder(path: list[Node], position: int) -> Node:
@@ -113,11 +127,11 @@ def chain_of(path: list[Node], spans: Sequence[Span], below: Sequence[KVSegment]
     chain: list[KVSegment] = []
     last = below[-1] if below else None
     index = 0
-    for start, end in spans:
-        while index < len(path) and path[index].end < end:
+    for span in spans:
+        while index < len(path) and path[index].end < span.end:
             index += 1
-        segment = path[index].segments.get((last, end)) if index < len(path) else None
-        if segment is None or segment.start != start:
+        segment = path[index].segments.get((last, span)) if index < len(path) else None
+        if segment is None:
             break
         chain.append(segment)
         last = segment
@@ -126,4 +140,4 @@ def chain_of(path: list[Node], spans: Sequence[Span], below: Sequence[KVSegment]
 
 def shared_chain(match: Match, spans: Sequence[Span]) -> list[KVSegment]:
     """The stored segments of a match. The last edge of its path may go on as another prompt does, hence the bound."""
-    return chain_of(match.path, [span for span in spans if span[1] <= match.overlap])
+    return chain_of(match.path, [span for span in spans if span.end <= match.overlap])

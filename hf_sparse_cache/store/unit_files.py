@@ -7,7 +7,7 @@ Names end in checksums, so nothing damaged, lost or swapped is ever used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ import safetensors.numpy
 
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
+from ..planning.lineage import Lineage, Span
 from . import files
 from .headers import RefusedFileError, StateRecord, canonical, is_count
 from .seal import Seal
 from .tree import Payload
-from .unit import Expected, MovablePayload, Span, Unit, movable
+from .unit import Expected, MovablePayload, Unit, movable
 
 
 FORMAT = 2  # of the files
@@ -53,7 +54,8 @@ class Packing:
     def state(self, unit: Unit, names: Sequence[str]) -> tuple[str, bytes]:
         """Name and bytes of the file of a state, which builds on the files `names`, one for each span of the unit."""
         kv = [[*span, name] for span, name in zip(unit.spans, names, strict=True)]
-        about = {"space": unit.space, "position": unit.position, "kv": kv}
+        about = {"space": unit.space, "position": unit.position, "lineage": unit.lineage.to_json(), "kv": kv}
+        about |= {"final": True} if unit.final else {}
         return self._file("state", movable(unit.state).to_bytes, about, unit.tokens[: unit.position])
 
     def marks(self, prefixes: Sequence[Tokens], space: str) -> tuple[str, bytes]:
@@ -79,15 +81,31 @@ class UnitFiles:
     """One unit on disk.
 
     Attributes:
-        used: when it was last used or written, in seconds since the epoch.
+        lineage: the segments that made it; None where its file is of format 1 and does not say.
+        final: whether it keeps the logits of the last token of a prompt.
         kv: the file of each of its spans, from 0 upwards.
+        used: when it was last used or written, in seconds since the epoch.
     """
 
     space: str
     tokens: Tokens
+    lineage: Lineage | None
+    final: bool
     state: StoredFile
     kv: dict[Span, StoredFile]
     used: float = 0.0
+
+    def unit(self, state: Payload | None = None, kv: Mapping[Span, Payload] | None = None) -> Unit:
+        """As a unit: of the files themselves, or of what was read of them.
+
+        Raises:
+            DamagedFileError: it does not say what made it.
+        """
+        if self.lineage is None:
+            raise DamagedFileError("it was written before states named the segments that made them")
+        payloads = self.kv if kv is None else kv
+        state = self.state if state is None else state
+        return Unit(self.space, self.tokens, self.lineage, state, list(self.kv), payloads, final=self.final)
 
 
 @dataclass(frozen=True)
@@ -129,10 +147,11 @@ def find(folder: Path, seal: Seal) -> Found:
 
 def _unit(state: StoredFile, stored: dict[str, StoredFile], seal: Seal) -> UnitFiles:
     record = state_record(*files.peek(state.path, seal))
-    if any(not files.is_name(name, "kv") or name not in stored for _, _, name in record.kv):
+    if any(not files.is_name(name, "kv") or name not in stored for _, name in record.kv):
         raise DamagedFileError("keys and values it builds on are gone")
-    kv = {(start, end): stored[name] for start, end, name in record.kv}
-    return UnitFiles(record.space, record.tokens, state, kv, state.path.stat().st_mtime)
+    kv = {span: stored[name] for span, name in record.kv}
+    used = state.path.stat().st_mtime
+    return UnitFiles(record.space, record.tokens, record.lineage, record.final, state, kv, used)
 
 
 @dataclass(frozen=True)
@@ -154,12 +173,12 @@ class UnitReader:
         Raises:
             DamagedFileError: a file, named by its `path`, cannot be used.
         """
-        state = self._payload(unit.state, partial(self._state, unit), self._most(len(unit.tokens), None))
+        state = self._payload(unit.state, partial(self._state, unit), self._most(len(unit.tokens), None, unit.final))
         kv = {
             span: self._payload(unit.kv[span], partial(self._kv, unit.space, span), self._most(0, span))
             for span in spans
         }
-        return Unit(unit.space, unit.tokens, len(unit.tokens), state, list(unit.kv), kv)
+        return unit.unit(state, kv)
 
     def _payload(self, file: StoredFile, make: Callable[[bytes], MovablePayload], most: int | None) -> MovablePayload:
         try:
@@ -169,33 +188,35 @@ class UnitReader:
             refused.path = file.path
             raise refused from error
 
-    def _most(self, position: int, span: Span | None) -> int | None:
+    def _most(self, position: int, span: Span | None, final: bool = False) -> int | None:
         if self.expected is None:
             return None
-        tensors = self.expected.state_bytes(position) if span is None else self.expected.kv_bytes(*span)
+        expected = self.expected
+        tensors = expected.state_bytes(position, final) if span is None else expected.kv_bytes(span.start, span.end)
         return tensors + _FRAME_BYTES + 256 * position
 
     def _state(self, unit: UnitFiles, data: bytes) -> MovablePayload:
         record = state_record(*files.record_of(data))
-        named = tuple((*span, file.path.name) for span, file in unit.kv.items())
-        if record.space != unit.space or record.kv != named or not np.array_equal(record.tokens, unit.tokens):
+        named = tuple((span, file.path.name) for span, file in unit.kv.items())
+        told = record.space, record.kv, record.final, record.lineage or unit.lineage
+        if told != (unit.space, named, unit.final, unit.lineage) or not np.array_equal(record.tokens, unit.tokens):
             raise DamagedFileError("it belongs to another prompt than its folder says")
         payload = self.make(data)
         if self.expected is not None:
             if bool(unit.kv) != self.expected.has_kv:
                 raise DamagedFileError("it has keys and values where the model has none, or none where it has them")
-            self.expected.check_state(payload, len(unit.tokens))
+            self.expected.check_state(payload, len(unit.tokens), unit.final)
         return payload
 
     def _kv(self, space: str, span: Span, data: bytes) -> MovablePayload:
         record, _ = files.record_of(data)
         if record["format"] not in READ_FORMATS or record.get("span") != list(span):
-            raise DamagedFileError(f"it holds other keys and values than those of the tokens {span[0]} to {span[1]}")
+            raise DamagedFileError(f"it holds other keys and values than those of tokens {span.start} to {span.end}")
         if record.get("space", space if record["format"] == 1 else None) != space:
             raise DamagedFileError("its keys and values belong to another model or namespace")
         payload = self.make(data)
         if self.expected is not None:
-            self.expected.check_kv(payload, *span)
+            self.expected.check_kv(payload, span.start, span.end)
         return payload
 
 

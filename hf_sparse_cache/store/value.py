@@ -57,8 +57,8 @@ class Scored(Eviction):
         """Marks every checkpoint that the prompt shares as passed now."""
         self.now = now
         for level, node in enumerate(path, 1):
-            for position, checkpoint in node.checkpoints.items():
-                if position <= overlap and self.touched(checkpoint.slot, checkpoint is resumed):
+            for checkpoint in node.checkpoints:
+                if checkpoint.position <= overlap and self.touched(checkpoint.slot, checkpoint is resumed):
                     self.ticks[checkpoint.slot] = now
                     self.cells[checkpoint.slot] = cell_of(node.passes + 1, level)
 
@@ -170,7 +170,7 @@ class LeastValue(Scored):
                     self._bypass(node.recent)
                 node.recent = child
             if node.checkpoints:
-                stored += [node.checkpoints[position] for position in sorted(node.checkpoints)]
+                stored += node.checkpoints
                 rates += [self.tables.rate(cell_of(node.passes, level))] * len(node.checkpoints)
                 apart += [junctions] * len(node.checkpoints)
             junctions += _branches(node, child)
@@ -192,7 +192,7 @@ class LeastValue(Scored):
             if node.waiting is not None:
                 cell, since = node.waiting
                 node.waiting = self.tables.bypass(cell, since), since
-            for checkpoint in node.checkpoints.values():
+            for checkpoint in node.checkpoints:
                 self.cells[checkpoint.slot] |= 1
             node = node.recent
 

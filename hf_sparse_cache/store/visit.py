@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
+from ..planning.cuts import Positions, Tokens, message_start
+from ..planning.lineage import Lineage
 from ..planning.policy import Prompt, Terms
+from ..planning.segments import Segmenting
 from .chains import Footing
 from .forest import Trail
 from .ledger import Ledger
@@ -21,9 +23,9 @@ class Visit:
     Attributes:
         footing: its text and the chain that its checkpoints build on; walked once, reused by every `put`.
         match: what the tree knew of the prompt.
-        usable: the deepest position at which it may resume.
         checkpoint: where it resumes, pinned meanwhile; None when cold.
-        marked: cuts at which a checkpoint is to be kept.
+        marked: lengths of announced prefixes, at whose ends a checkpoint is to be kept.
+        expected: how the prompt itself would be cut; None where it may resume from any lineage.
         prompt: what a policy may look at.
     """
 
@@ -31,34 +33,36 @@ class Visit:
     space: str
     footing: Footing
     match: Match
-    usable: int
     checkpoint: Checkpoint | None
     marked: set[int]
+    expected: Lineage | None
     prompt: Prompt
 
     @classmethod
-    def begin(cls, ledger: Ledger, ids: Tokens, cuts: Positions, space: str) -> Visit:
+    def begin(cls, ledger: Ledger, ids: Tokens, segmenting: Segmenting, space: str) -> Visit:
         """Matches a prompt, pins the deepest checkpoint it may resume from, and says what a policy may look at."""
         with ledger.lock:
             ledger.clock += 1
             footing = ledger.chains.begin(Trail(ledger.forest, ids, space))
             match = Match(*footing.trail.known(), space in ledger.forest.trees)
-            usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
-            stored = match.checkpoints(usable)
-            checkpoint = stored[-1] if stored else None
+            marked = ledger.marks.lengths(ids, space)
+            cuts = segmenting.cuts(ids, marked)
+            expected = segmenting.expected(cuts, len(ids))
+            checkpoint = next(match.fitting(len(ids), expected), None)
             if checkpoint is not None:
                 ledger.take(checkpoint)
                 checkpoint.hits += 1
                 checkpoint.last_used = ledger.clock
                 if checkpoint.kv is not None:
                     ledger.chains.stand(footing, checkpoint.chain())
-            marked = ledger.marks.positions(ids, cuts, space)
-            for item in stored:  # a tier below may have brought it after it was announced
-                if item.position in marked:
+            for item in match.fitting(len(ids), expected) if marked else ():
+                if item.position in marked:  # a tier below may have brought it after it was announced
                     ledger.keep(item, space)
             ledger.passed(match, checkpoint, space)
-            prompt = _prompt(ledger, ids, cuts, match, checkpoint)
-            return cls(ledger, space, footing, match, usable, checkpoint, marked, prompt)
+            prompt = _prompt(ledger, ids, segmenting.joined(cuts, match.overlap, len(ids)), match, checkpoint)
+            prompt.cut_tokens, prompt.seconds = segmenting.cut_tokens, ledger.seconds()
+            prompt.message_start = message_start(ids, segmenting.rule.cut_ids)
+            return cls(ledger, space, footing, match, checkpoint, set(marked), expected, prompt)
 
     def go_on(self, prompt: Prompt) -> None:
         """The text becomes a longer one that begins with it."""

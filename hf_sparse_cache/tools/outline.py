@@ -43,7 +43,7 @@ def outline(root: Node | None, limit: int | None = None) -> Iterator[Branch]:
         node, level, above, before = waiting.pop()
         children = sorted(node.children.values(), key=_order)
         kept = children if shown is None else [child for child in children if id(child) in shown]
-        checkpoints = [node.checkpoints[position] for position in sorted(node.checkpoints)]
+        checkpoints = list(node.checkpoints)
         yield Branch(node, level, checkpoints, above, before, len(children) - len(kept))
         above, before = above + len(checkpoints), checkpoints[-1].position if checkpoints else before
         waiting += [(child, level + 1, above, before) for child in reversed(kept)]
