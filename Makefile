@@ -50,7 +50,7 @@ format: .venv/dev  ## Format and sort imports in place
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 # Exactness on the newest and on the oldest supported transformers.
-MATRIX_TESTS := $(addprefix tests/test_,matrix.py sabotage.py exactness.py mamba1.py numerical.py multimodal.py requests.py weights.py calls.py \
+MATRIX_TESTS := $(addprefix tests/test_,matrix.py sabotage.py exactness.py mamba1.py replayable.py multimodal.py requests.py weights.py calls.py \
     upstream.py)
 
 test-matrix: .venv/dev test-floor  ## The exactness tests on the oldest supported transformers and on the newest

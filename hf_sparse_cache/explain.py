@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .planning.cuts import MIN_SUFFIX_TOKENS, Positions, Tokens
+from .planning.cuts import MESSAGE_TOKENS, MIN_SUFFIX_TOKENS, Positions, Tokens
 from .planning.segments import Segmenting
 from .stats import Cause, Reason, format_bytes
 from .store.bounds import Bound
@@ -47,6 +47,10 @@ _REMEDIES = {
     Cause.NOT_SUPPORTED: "Call generate() without what the reason names; such a call runs as if there were no cache.",
 }
 _MARK = "{:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
+_BEHIND_CUT = (
+    "{:,} shared tokens lie behind the last cut before the prompts part and are computed again. cache.mark() on the "
+    "shared part, cut_after= the string that ends it, a special token there, or exactness='replayable' saves them."
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class Explanation:
     reason: Reason
     remedy: str = ""
     context: str = ""
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Shared tokens that it would run again."""
+        return max(0, self.overlap_tokens - self.resumed_tokens)
 
     def __str__(self) -> str:
         start = (
@@ -137,6 +146,10 @@ def explain(
         gone = any(resumed < position <= wanted for node in match.path for position in (node.refused, node.lost))
         bound = store.bound(ids, wanted, space)
         advice = _about_room(bound, costs, resumed, wanted, promised, gone) or advice or _MARK.format(wanted - resumed)
+    behind = usable - max(wanted, resumed)
+    parts = expected is not None and match.overlap < len(ids)
+    if parts and wanted and behind > MESSAGE_TOKENS:  # fewer agree by chance
+        advice = " ".join(filter(None, (advice, _BEHIND_CUT.format(behind))))
     return Explanation(len(ids), overlap, resumed, reason, advice, context)
 
 

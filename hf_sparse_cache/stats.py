@@ -81,6 +81,11 @@ class RequestInfo:
     segments: tuple[int | tuple[int, int], ...] = ()
     reason: Reason = field(kw_only=True)
 
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens that were run though earlier prompts had them too; `explain` says what would have saved them."""
+        return max(0, self.overlap_tokens - self.resumed_tokens)
+
 
 @dataclass(frozen=True)
 class CacheStats:

@@ -48,6 +48,45 @@ def test_one_hit_is_enough(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixt
     assert misses(caplog) == []
 
 
+class Letters:
+    """A tokenizer whose text is one letter, whatever the token."""
+
+    all_special_ids: tuple[int, ...] = ()
+
+    def decode(self, ids: list[int], **options: object) -> str:
+        return "x" * len(ids)
+
+
+@pytest.mark.parametrize(("strings", "told"), [(("x\n",), 1), (("xx",), 0)])
+def test_strings_that_no_token_ends_with_are_told_once(
+    jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture, strings: tuple[str, ...], told: int
+) -> None:
+    with SparsePrefixCache(jamba, Letters(), cut_after=strings) as cache:
+        serve(jamba, cache, 19, shared=20)
+        assert "cut_after" not in caplog.text
+        serve(jamba, cache, 25, shared=20, first=19)
+    assert caplog.text.count("token that ends with one of cut_after") == told
+
+
+def test_what_a_mark_would_save_is_said_in_tokens(jamba: PreTrainedModel) -> None:
+    """In bitwise mode, which cuts plain text at the grid alone."""
+    first, second = (torch.cat([random_ids(60, seed=999), random_ids(20, seed=seed)], dim=1) for seed in (1, 2))
+    with SparsePrefixCache(jamba, grid=GRID, policy="balanced", exactness="bitwise") as cache:
+        jamba.generate(first, past_key_values=cache, max_new_tokens=1)
+        said = cache.explain(second)
+        assert (said.resumed_tokens, said.recomputed_tokens) == (32, 28)
+        assert "28 shared tokens lie behind the last cut" in said.remedy and "cache.mark()" in said.remedy
+        cache.mark(first[:, :60])
+        jamba.generate(first, past_key_values=cache, max_new_tokens=1)
+        jamba.generate(second, past_key_values=cache, max_new_tokens=1)
+        assert cache.last_request.recomputed_tokens == 0
+        assert "lie behind" not in cache.explain(second).remedy
+    with SparsePrefixCache(jamba) as cache:
+        jamba.generate(first, past_key_values=cache, max_new_tokens=1)
+        jamba.generate(second, past_key_values=cache, max_new_tokens=1)
+        assert "lie behind the last cut" not in cache.explain(second).remedy
+
+
 def test_calls_that_are_not_supported_count(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
     with SparsePrefixCache(jamba, grid=GRID, exactness="bitwise") as cache:
         jamba.train()

@@ -133,17 +133,14 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 def different(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """The names of what two descriptions disagree on, by value and type, as far as it matters to the current one."""
     names = [name for name in {*saved, *current} if _text(saved, name) != _text(current, name)]
-    if "grid" in names:
-        names = [name for name in names if name != "min distance"]  # which follows from it
     if not threads_matter(current):
         names = [name for name in names if name != "threads"]
     return sorted(names, key=lambda name: (name != "model", name))
 
 
 def threads_matter(description: dict[str, Any]) -> bool:
-    """Whether states of another number of threads are other states: on a CPU, where more than rounding is promised."""
-    on_cpu = any(str(device).startswith("cpu") for device in description.get("devices", ["cpu"]))
-    return on_cpu and description.get("exactness") != "numerical"
+    """Whether states of another number of threads are other states: on a CPU."""
+    return any(str(device).startswith("cpu") for device in description.get("devices", ["cpu"]))
 
 
 def _text(description: dict[str, Any], name: str) -> str:

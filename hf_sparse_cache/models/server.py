@@ -15,7 +15,7 @@ from ..errors import out_of_memory
 from ..explain import frequent, not_supported, remedy
 from ..planning.policies import NoCheckpoints, Policy
 from ..request import Request, open_request
-from ..stats import Cause, Reason, Recorder, RequestInfo, format_bytes
+from ..stats import PATIENCE, Cause, Reason, Recorder, RequestInfo, format_bytes
 from ..store.store import CheckpointStore
 from . import prefill
 from .binding import Binding
@@ -212,4 +212,11 @@ class Server:
             logger.warning(
                 f"{len(misses)} requests and nothing was resumed. Most frequent reason ({count} of {len(misses)}): "
                 f"{reason}. {advice} cache.explain(prompt) tells for any prompt."
+            )
+        ends = self.binding.segmenting.rule.cut_after
+        if ends is not None and not ends.found and self.recorder.totals().requests == PATIENCE:
+            logger.warning(
+                f"None of {PATIENCE} prompts has a token that ends with one of cut_after={ends.strings!r}, so none is "
+                "cut there. A string that ends inside a token does not cut: give the text up to the end of a token, "
+                "or call cache.mark() on the shared part."
             )

@@ -84,11 +84,15 @@ class TextEnds:
     Args:
         strings: what to look for, each at least one character.
         decode: turns a list of token ids into text, special tokens and all, without changing any white space.
+
+    Attributes:
+        found: whether any was found so far.
     """
 
     def __init__(self, strings: Iterable[str], decode: Callable[[list[int]], str]) -> None:
         self.strings = tuple(strings)
         self._decode = decode
+        self.found = False
         self._may_end: dict[int, bool] = {}
         self._window = max((len(text.encode()) for text in self.strings), default=0) + 1
 
@@ -99,6 +103,7 @@ class TextEnds:
         """
         ends = [n for n, token in enumerate(ids.tolist(), start=1) if self._plausible(token)]
         found = [n for n in ends if self._decode(ids[max(0, n - self._window) : n].tolist()).endswith(self.strings)]
+        self.found = self.found or bool(found)
         return np.asarray(found, dtype=np.int64)
 
     def _plausible(self, token: int) -> bool:
