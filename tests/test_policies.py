@@ -158,7 +158,7 @@ def test_learned_weighs_the_prefill_cost_it_is_given() -> None:
 
 def planned(policy: Policy, ids: np.ndarray, limit: int | None = None) -> list[int]:
     """What a policy places on a prompt of which nothing is stored."""
-    with open_request(CheckpointStore(None), policy, ids, cut_positions(ids, 32), max_checkpoints=limit) as request:
+    with open_request(CheckpointStore(None), policy, ids, every(32), max_checkpoints=limit) as request:
         return request.planned
 
 
@@ -167,7 +167,7 @@ def test_the_histogram_plans_for_the_depths_it_saw() -> None:
     policy, store, shared = make_policy("dp"), CheckpointStore(None), tokens(600)
     for _ in range(20):
         ids = np.concatenate([shared, tokens(1400)])
-        with open_request(store, policy, ids, cut_positions(ids, 32)):
+        with open_request(store, policy, ids, every(32)):
             pass
     assert planned(policy, np.concatenate([shared, tokens(1400)]), 1) == [576]
     assert planned(make_policy("dp"), tokens(2000), 1) == [992]  # nothing was seen: the middle

@@ -119,6 +119,10 @@ def demo(
     own = workload is None and document is None and not question
     names = _demo_models(model, own, quick)
     _quiet()
+    reading = None
+    if any(name not in recall.SIZES for name in names):
+        length = min(tokens or sources.OWN_TOKENS, 1500 if quick else 2**20)
+        reading = sources.reading(workload, documents or 1, document, question or [], length)
     if any(name in SIZES for name in names):
         screen.say(
             "Built-in models other than recall-* have random weights: what they would answer means nothing and is not "
@@ -127,12 +131,10 @@ def demo(
     options: dict[str, Any] = {"max_memory": max_memory, "grid": grid, **({"policy": policy} if policy else {})}
     results = []
     for name in names:
-        if name in recall.SIZES:
+        if name in recall.SIZES or reading is None:
             tasks = manuals(name, documents or (1 if quick else 3), tokens)
             loaded, tokenizer = builtin.load(name, [], dtype, device)
         else:
-            length = min(tokens or sources.OWN_TOKENS, 1500 if quick else 2**20)
-            reading = sources.reading(workload, documents or 1, document, question or [], length)
             loaded, tokenizer = builtin.load(name, reading.texts, dtype, device)
             tasks = reading.tasks(tokenizer)
         results.append(work.run(name, loaded, tokenizer, tasks, screen, uncached=uncached, **options))
