@@ -17,7 +17,7 @@ from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy
 from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
-from .request import open_request
+from .request import Request, open_request
 from .stats import RequestInfo, counted
 from .store.eviction import Eviction
 from .store.store import CheckpointStore
@@ -141,66 +141,112 @@ def simulate(
         ValueError: if an argument is out of range or a name unknown.
         TypeError: if `policy` is neither a name nor a `Policy` object, or places what are no positions.
     """
-    if not is_whole(state_bytes, 1):
-        raise ValueError(f"state_bytes must be at least 1, got {shown(state_bytes)}; it is the size of one checkpoint")
-    if not is_whole(kv_bytes_per_token, 0):
-        raise ValueError(
-            f"kv_bytes_per_token must be at least 0, got {shown(kv_bytes_per_token)}; use 0 without full attention"
-        )
+    sizes = _Sizes(state_bytes, kv_bytes_per_token, logits_bytes)
     if not isinstance(warmup, int | float) or not 0.0 <= warmup < 1.0:
         raise ValueError(
             f"warmup must be a fraction in [0, 1), got {shown(warmup)}; 0.6 leaves 40 % of the requests counted"
         )
     whole_number("grid", grid, 1, "it is the distance of the regular cuts in tokens", MOST_ID)
     specials = tuple(whole_number("cut_ids", cut, 0, "give token ids", MOST_ID) for cut in cut_ids)
-    if prefill_cost is not None and not isinstance(policy, str):
-        raise ValueError(
-            f"prefill_cost is for policies by name, but policy is a {type(policy).__name__} object; give it to that"
-        )
-    if not isinstance(policy, str):
-        check_policy(policy)
-    place = make_policy(policy, specials, prefill_cost) if isinstance(policy, str) else policy
+    place = _policy(policy, specials, prefill_cost)
     store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)
     prompts = load_trace(trace)
     outputs = prompts.outputs if store_outputs else None
-    state, final = Sized(state_bytes), Sized(state_bytes + logits_bytes)
-    kv = (lambda start, end: Sized((end - start) * kv_bytes_per_token)) if kv_bytes_per_token else None
-    first = int(len(prompts) * warmup)
-    counted = [0, 0, 0]
-    captured, planning, started = 0, 0.0, time.perf_counter()
-    name = policy if isinstance(policy, str) else type(policy).__name__
-    hidden = not progress or not sys.stderr.isatty()
     segmenting = _segmenting(exactness, CutRule(grid, specials), cut_tokens, pieces)
     for prefix in marks:
         store.mark(token_ids(prefix, "marks"))
     if clock is not None:
         store.ledger.seconds = clock
+    tally = _Tally(skipped=int(len(prompts) * warmup))
+    name = policy if isinstance(policy, str) else type(policy).__name__
+    hidden = not progress or not sys.stderr.isatty()
     for index, ids in enumerate(tqdm(prompts, desc=f"simulate {name}", unit="req", disable=hidden, leave=False)):
         with open_request(store, place, ids, segmenting, max_checkpoints=max_checkpoints) as request:
             for position in request.planned:
-                request.add(position, final if position == len(ids) else state, kv)
+                sizes.add(request, position, final=position == len(ids))
             if outputs is not None and len(outputs[index]):
                 for position in request.continued(outputs[index]):
-                    request.add(position, state, kv)
-        captured += len(request.captured)
-        planning += request.match_seconds + request.plan_seconds
-        if index >= first:
-            counted[0] += request.prompt_tokens
-            counted[1] += request.overlap_tokens
-            counted[2] += request.resumed_tokens
+                    sizes.add(request, position)
+        tally.count(request)
         if on_request is not None:
             on_request(request.info())
-    return SimulationResult(
-        requests=len(prompts) - first,
-        prompt_tokens=counted[0],
-        overlap_tokens=counted[1],
-        resumed_tokens=counted[2],
-        checkpoints=captured,
-        peak_bytes=store.peak_bytes,
-        evictions=store.evictions,
-        seconds=time.perf_counter() - started,
-        plan_seconds=planning,
-    )
+    return tally.result(store)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the checkpoints of a model that is not there take, in bytes."""
+
+    state_bytes: int
+    kv_bytes_per_token: int
+    logits_bytes: int
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.state_bytes, 1):
+            raise ValueError(
+                f"state_bytes must be at least 1, got {shown(self.state_bytes)}; it is the size of one checkpoint"
+            )
+        if not is_whole(self.kv_bytes_per_token, 0):
+            raise ValueError(
+                f"kv_bytes_per_token must be at least 0, got {shown(self.kv_bytes_per_token)}; use 0 without full "
+                "attention"
+            )
+
+    def add(self, request: Request, position: int, final: bool = False) -> None:
+        """Stores a checkpoint of these sizes; the one at the end of a prompt is `final` and holds logits as well."""
+        state = Sized(self.state_bytes + (self.logits_bytes if final else 0))
+        request.add(position, state, self._kv if self.kv_bytes_per_token else None)
+
+    def _kv(self, start: int, end: int) -> Sized:
+        return Sized((end - start) * self.kv_bytes_per_token)
+
+
+class _Tally:
+    """Counts a trace while it is served; the first `skipped` requests are served and not counted."""
+
+    def __init__(self, skipped: int) -> None:
+        self._skipped = skipped
+        self._requests = self._captured = 0
+        self._prompt_tokens = self._overlap_tokens = self._resumed_tokens = 0
+        self._planning, self._started = 0.0, time.perf_counter()
+
+    def count(self, request: Request) -> None:
+        """Takes a request that was served."""
+        self._requests += 1
+        self._captured += len(request.captured)
+        self._planning += request.match_seconds + request.plan_seconds
+        if self._requests > self._skipped:
+            self._prompt_tokens += request.prompt_tokens
+            self._overlap_tokens += request.overlap_tokens
+            self._resumed_tokens += request.resumed_tokens
+
+    def result(self, store: CheckpointStore) -> SimulationResult:
+        """All of it, and what the store says."""
+        return SimulationResult(
+            requests=self._requests - self._skipped,
+            prompt_tokens=self._prompt_tokens,
+            overlap_tokens=self._overlap_tokens,
+            resumed_tokens=self._resumed_tokens,
+            checkpoints=self._captured,
+            peak_bytes=store.peak_bytes,
+            evictions=store.evictions,
+            seconds=time.perf_counter() - self._started,
+            plan_seconds=self._planning,
+        )
+
+
+def _policy(
+    policy: str | Policy, specials: tuple[int, ...], prefill_cost: Callable[[Floats], Floats] | None
+) -> Policy:
+    """The policy that was named or given."""
+    if isinstance(policy, str):
+        return make_policy(policy, specials, prefill_cost)
+    if prefill_cost is not None:
+        raise ValueError(
+            f"prefill_cost is for policies by name, but policy is a {type(policy).__name__} object; give it to that"
+        )
+    check_policy(policy)
+    return policy
 
 
 def _segmenting(exactness: str, rule: CutRule, cut_tokens: float, pieces: int | None) -> Segmenting:
