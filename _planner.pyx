@@ -3,7 +3,7 @@
 """Exact placement of checkpoints when each of them has a price (the placement problem of arXiv 2605.05219).
 
 Used by `hf_sparse_cache.planner` alone, which also turns a limit on the number into a price. May be touched: the two
-solvers, as long as `tests/test_planner.py` agrees. Arguments are checked before the unchecked loops.
+solvers, as long as `tests/planning/test_planner.py` agrees. Arguments are checked before the unchecked loops.
 
     w[d]      weight of overlap depth d, d = 0..N (p_d in the paper)
     G[t]      cost of prefilling t tokens, increasing; a request of depth d pays G[d] - G[last checkpoint <= d]

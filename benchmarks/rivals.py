@@ -1,7 +1,7 @@
 """What other systems do, as policies and evictions of the same store, so that only placement and eviction differ.
 
 Each follows its published behaviour; where that has a knob, `RIVALS` holds several settings and the benchmark reports
-the best one for each cell. Worked examples are in `tests/test_rivals.py`.
+the best one for each cell. Worked examples are in `tests/bench/test_rivals.py`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prompting import begin
 from reference_store import Blob
-from test_store import begin
 
 from hf_sparse_cache.store.disk import DiskTier
 from hf_sparse_cache.store.store import CheckpointStore

@@ -146,7 +146,7 @@ a common prefix (warm).
 **{sum(totals.values()):,} cells: {summary(totals)}.**
 
 The sabotaged twin of every family, with states zeroed, of another prompt, or off by one token, is rejected
-(`tests/test_sabotage.py`).
+(`tests/models/test_sabotage.py`).
 
 ## Families
 

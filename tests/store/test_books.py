@@ -14,8 +14,8 @@ import pytest
 from cutting import Anywhere, At, every
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompting import begin, run
 from reference_store import Blob
-from test_store import begin, run
 
 from benchmarks.bench_deciding import held_bytes
 from hf_sparse_cache.planning.cuts import CutRule

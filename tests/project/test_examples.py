@@ -8,7 +8,7 @@ import pytest
 
 
 # The training has tests of its own, in test_recall.
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "train_recall")
 
 

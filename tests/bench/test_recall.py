@@ -18,7 +18,7 @@ from hf_sparse_cache.tools.recall import manual
 
 pytest.importorskip("evaluate")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = list(recall.SIZES)
 MEBIBYTE = 2**20
 

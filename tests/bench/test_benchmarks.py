@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("pandas")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from hf_sparse_cache import _planner
 def test_the_stub_matches(tmp_path: Path) -> None:
     """Both in a folder of their own, so that only they are checked: seconds instead of minutes."""
     compiled = Path(_planner.__file__)
-    stub = Path(__file__).parents[1] / "hf_sparse_cache" / "_planner.pyi"
+    stub = Path(__file__).parents[2] / "hf_sparse_cache" / "_planner.pyi"
     for path in (compiled, stub):
         shutil.copy(path, tmp_path)
     command = [sys.executable, "-m", "mypy.stubtest", "_planner"]

@@ -9,7 +9,7 @@ import torch
 
 
 evaluate = pytest.importorskip("evaluate")
-FOLDER = Path(__file__).parents[1] / "measurements" / "exactness"
+FOLDER = Path(__file__).parents[2] / "measurements" / "exactness"
 
 
 @pytest.fixture(scope="module")

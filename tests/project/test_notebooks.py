@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
@@ -47,7 +47,7 @@ def test_is_ready_for_the_hub(path: Path) -> None:
             kept = json.dumps(cell.outputs)
             assert len(kept) < 60_000
             assert not re.search(r"site-packages|/home/|/tmp/", kept), kept[:500]
-            assert f"{Path.home()}/" not in kept and str(Path(__file__).parents[1]) not in kept, kept[:500]
+            assert f"{Path.home()}/" not in kept and str(Path(__file__).parents[2]) not in kept, kept[:500]
             assert not any(output.output_type == "error" for output in cell.outputs)
     assert path.stat().st_size < 200_000
 

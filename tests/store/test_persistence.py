@@ -207,8 +207,8 @@ NAMES = ["", "a", "a\x1f", "\x1f", "\x1fa", "a\x1fb", "b", '","x":"', "é", "../
 
 
 def serve_tokens(store: CheckpointStore, space: str, ids: list[int]) -> int:
+    from prompting import begin
     from reference_store import Blob
-    from test_store import begin
 
     with begin(store, ids, space) as request:
         assert request.checkpoint is None or request.checkpoint.state.label == space

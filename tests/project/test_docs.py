@@ -12,7 +12,7 @@ from hf_sparse_cache.models.families import FAMILIES, REFUSED
 from hf_sparse_cache.tools.builtin import build_tokenizer, load
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUESTIONS = ["\n\nWhat is a cut?", "\n\nWhat is a checkpoint?", "\n\nWho holds the handle?"]
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from prompting import GRID, begin
 from reference_store import LIVE, Blob, NaiveStore, Prefix
-from test_store import GRID, begin
 
 from hf_sparse_cache.request import Request
 from hf_sparse_cache.store.eviction import FIFO, LRU

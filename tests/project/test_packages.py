@@ -13,7 +13,7 @@ import pytest
 import hf_sparse_cache
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAME = f"hf_sparse_cache-{PROJECT['version']}"
 MODULES = sorted(
@@ -56,7 +56,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the checkout in which an extension and its C source lie around, as after development."""
     checkout = tmp_path_factory.mktemp("checkout")
     kept = [*TOP_LEVEL - {"PKG-INFO", "setup.cfg"}, *MODULES]
-    kept += [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py")]
+    kept += [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")]
     for name in kept:
         target = checkout / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from hf_sparse_cache.store import files
 from hf_sparse_cache.store.unit_files import FORMAT, READ_FORMATS
 
 
-GOLDEN = Path(__file__).parent / "data"
+GOLDEN = Path(__file__).parents[1] / "data"
 
 
 def golden(version: int) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import hf_sparse_cache
 
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_page_is_up_to_date() -> None:

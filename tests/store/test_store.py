@@ -8,30 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from cutting import every
+from prompting import GRID, begin, run
 from reference_store import Blob
 
 from hf_sparse_cache.planning.policies import NoCheckpoints, make_policy
-from hf_sparse_cache.request import Request, open_request
+from hf_sparse_cache.request import open_request
 from hf_sparse_cache.stats import parse_bytes
 from hf_sparse_cache.store.store import CheckpointStore
-
-
-GRID = 2
-
-
-def begin(store: CheckpointStore, ids: list[int], space: str = "") -> Request:
-    tokens = np.asarray(ids, dtype=np.int32)
-    return open_request(store, NoCheckpoints(), tokens, every(GRID), space=space)
-
-
-def run(store: CheckpointStore, ids: list[int], positions: list[int], kv: int = 0) -> Request:
-    with begin(store, ids) as request:
-        for position in positions:
-            if position > request.resumed_tokens:
-                request.add(position, Blob(10), (lambda a, b: Blob(kv * (b - a))) if kv else None)
-            store.verify()
-    store.verify()
-    return request
 
 
 def test_document_is_stored_once() -> None:

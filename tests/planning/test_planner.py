@@ -238,7 +238,7 @@ def test_a_missing_extension_names_the_fix():
 def test_no_index_leaves_its_array(tmp_path):
     """The same source, built with the checks on: what runs unchecked in production never needed them."""
     source = tmp_path / "_planner.pyx"
-    text = (Path(__file__).parents[1] / "_planner.pyx").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "_planner.pyx").read_text(encoding="utf-8")
     source.write_text(
         text.replace("boundscheck=False", "boundscheck=True").replace("cdivision=True", "cdivision=False")
     )

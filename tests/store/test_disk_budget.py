@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from disks import UNIT, disk_of, files_of, prompt, serve
+from prompting import begin
 from reference_store import Blob
 from test_disk import failing
-from test_store import begin
 
 from hf_sparse_cache import CheckpointStore
 from hf_sparse_cache.planning.lineage import Lineage
