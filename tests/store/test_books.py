@@ -218,6 +218,9 @@ def test_an_evicted_state_is_gone(eviction: str) -> None:
     assert state() is None
 
 
+SECRET = 2**30 + 11  # beyond what any test draws
+
+
 def holders_of(secret: int) -> list[np.ndarray]:
     """Arrays anywhere in memory that a garbage collector can reach and that contain a token."""
     gc.collect()
@@ -228,9 +231,9 @@ def holders_of(secret: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(("kv", "how"), [(0, "clear"), (1, "clear one space"), (1, "forget")])
 def test_a_cleared_prompt_leaves_memory(how: str, kv: int) -> None:
     store = CheckpointStore(None, max_remembered_tokens=2**20)
-    for secret in range(7001, 7006):  # they split each other's edges
-        run(store, [*range(secret - 7000 + 4), secret, *range(500)], [2, 40], kv=kv)
-    assert holders_of(7003)
+    for secret in range(SECRET + 1, SECRET + 6):  # they split each other's edges
+        run(store, [*range(secret - SECRET + 4), secret, *range(500)], [2, 40], kv=kv)
+    assert holders_of(SECRET + 3)
     if how == "forget":
         for checkpoint in store.stored():
             store.evict(checkpoint)
@@ -239,24 +242,24 @@ def test_a_cleared_prompt_leaves_memory(how: str, kv: int) -> None:
         store.clear("" if how == "clear one space" else None)
     store.verify()
     assert (store.tree_bytes, store.forest._leaves, store.used_bytes) == (0, [], 0)
-    assert not holders_of(7003)
+    assert not holders_of(SECRET + 3)
 
 
 @pytest.mark.parametrize(("kv", "outcome"), [(0, "closed"), (1, "failed")])
 def test_clear_with_an_open_request(kv: int, outcome: str) -> None:
     store = CheckpointStore(None)
-    run(store, [*range(10), 7007, *range(500)], [4], kv=kv)
-    run(store, [*range(12), 7008, *range(500)], [40], kv=kv)
-    (state,) = watched(store, [*range(6), 7009, *range(100)], [6])
+    run(store, [*range(10), SECRET + 7, *range(500)], [4], kv=kv)
+    run(store, [*range(12), SECRET + 8, *range(500)], [40], kv=kv)
+    (state,) = watched(store, [*range(6), SECRET + 9, *range(100)], [6])
     try:
-        with begin(store, [*range(10), 7010, *range(100)]) as request:
+        with begin(store, [*range(10), SECRET + 10, *range(100)]) as request:
             assert request.resumed_tokens == 6
             store.clear()
             store.verify()
-            for secret in (7007, 7008):
+            for secret in (SECRET + 7, SECRET + 8):
                 assert not holders_of(secret), "another prompt is still in memory"
             assert state() is not None and len(store) == 1  # in use
-            assert begin(store, [*range(10), 7010]).resumed_tokens == 0
+            assert begin(store, [*range(10), SECRET + 10]).resumed_tokens == 0
             assert not request.add(8, Blob(10), (lambda a, b: Blob(b - a)) if kv else None)
             if outcome == "failed":
                 raise KeyError
