@@ -190,6 +190,9 @@ def _prefill(
     call.prompt_tokens = call.prompt_tokens or row_lengths(input_ids, model_kwargs.get("attention_mask"))
     _uncached(call, why_not)
     rope.as_loaded(model)
+    for value in model_kwargs.values():
+        if isinstance(value, LiveCache):
+            value.as_stock()
     return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 

@@ -50,6 +50,13 @@ class LiveCache(DynamicCache):
         """Take the place of a fresh cache for the same model: nothing that was half done is left."""
         self.__dict__.update(fresh.__dict__)
 
+    def as_stock(self) -> None:
+        """Forget what a cache of transformers forgets: the call runs as if there were no handle.
+
+        A Mamba-1 scan of several tokens then starts from nothing, while decoding too, as peft's prompt tuning has it.
+        """
+        self._scan_forgets = False
+
     @property
     def is_compileable(self) -> bool:
         # Layers of fixed size alone would send generate() down its auto-compile path, with 4-D masks.
