@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import weakref
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,8 +285,7 @@ class DiskTier(Tier):
             self.warn("read", f"A stored state is lost, as {culprit.path} cannot be used: {printable(str(error))}")
             self.lose(culprit)
             return None
-        with suppress(OSError):
-            os.utime(stored.state.path, follow_symlinks=False)  # the next start keeps the order of use
+        files.mark_used(stored.state.path)  # the next start keeps the order of use
         return replace(unit, state=read.state, kv=read.kv)
 
     def expect(self, space: str, like: Expected) -> None:

@@ -12,6 +12,8 @@ import importlib
 import os
 import re
 import stat
+import threading
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,6 +39,8 @@ CHECKSUMS = Seal()
 # How the record begins in every header, and how far from the beginning of a file it is looked for.
 _MARK, _MARKED_BYTES = b'"unit":"{\\"format\\": ', 2**16
 _MAX_HEAD_BYTES = 16 * MAX_POSITION  # tokens as text
+_FINEST_NS = 1_000  # what every file system that keeps more than seconds tells apart
+_last_used, _last_used_lock = [0], threading.Lock()
 
 
 def private_folder(path: Path) -> Path:
@@ -200,6 +204,7 @@ def write(path: Path, data: bytes, *, replace: bool = False) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        mark_used(temporary)
         os.replace(temporary, path)
         made += [] if replace else [path]
         _flush_folder(path.parent)
@@ -208,6 +213,18 @@ def write(path: Path, data: bytes, *, replace: bool = False) -> None:
             with suppress(OSError):
                 os.unlink(leftover)
         raise
+
+
+def mark_used(path: Path) -> None:
+    """Notes that a file was used now, after all that was noted before, as far as the file system takes times.
+
+    The clock of most file systems moves a few milliseconds at a time: of two files used within one of its ticks, it does
+    not tell which came first.
+    """
+    with _last_used_lock:
+        _last_used[0] = now = max(time.time_ns(), _last_used[0] + _FINEST_NS)
+    with suppress(OSError, NotImplementedError):
+        os.utime(path, ns=(now, now), follow_symlinks=os.utime not in os.supports_follow_symlinks)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -84,7 +84,7 @@ class UnitFiles:
         lineage: the segments that made it; None where its file is of format 1 and does not say.
         final: whether it keeps the logits of the last token of a prompt.
         kv: the file of each of its spans, from 0 upwards.
-        used: when it was last used or written, in seconds since the epoch.
+        used: when it was last used or written, in nanoseconds since the epoch.
     """
 
     space: str
@@ -93,7 +93,7 @@ class UnitFiles:
     final: bool
     state: StoredFile
     kv: dict[Span, StoredFile]
-    used: float = 0.0
+    used: int = 0
 
     def unit(self, state: Payload | None = None, kv: Mapping[Span, Payload] | None = None) -> Unit:
         """As a unit: of the files themselves, or of what was read of them.
@@ -150,7 +150,7 @@ def _unit(state: StoredFile, stored: dict[str, StoredFile], seal: Seal) -> UnitF
     if any(not files.is_name(name, "kv") or name not in stored for _, name in record.kv):
         raise DamagedFileError("keys and values it builds on are gone")
     kv = {span: stored[name] for span, name in record.kv}
-    used = state.path.stat().st_mtime
+    used = state.path.stat().st_mtime_ns
     return UnitFiles(record.space, record.tokens, record.lineage, record.final, state, kv, used)
 
 

@@ -64,6 +64,17 @@ def one_unit(store: CheckpointStore) -> int:
     return size
 
 
+def test_the_order_of_use_outlives_a_clock_that_stands(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a file system ticks every few milliseconds, in which many files are written."""
+    monkeypatch.setattr(time, "time_ns", lambda: 10**18)
+    store = opened()
+    for first in (3, 1, 4, 0, 5, 9, 2, 6):
+        serve(store, first)
+    assert serve(store, 4) == 4  # from disk, so that it was used after all others
+    kept = [int(tokens[0]) for _, tokens, _ in disk_of(opened()).checkpoints()]
+    assert kept == [3, 1, 0, 5, 9, 2, 4, 6]
+
+
 def test_several_spaces_are_opened_under_a_smaller_budget(opened: Any, tmp_path: Path) -> None:
     store = opened()
     for first in range(4):
