@@ -218,8 +218,8 @@ def write(path: Path, data: bytes, *, replace: bool = False) -> None:
 def mark_used(path: Path) -> None:
     """Notes that a file was used now, after all that was noted before, as far as the file system takes times.
 
-    The clock of most file systems moves a few milliseconds at a time: of two files used within one of its ticks, it does
-    not tell which came first.
+    The clock of most file systems moves a few milliseconds at a time: it does not tell which of two files that were
+    used within one of its ticks came first.
     """
     with _last_used_lock:
         _last_used[0] = now = max(time.time_ns(), _last_used[0] + _FINEST_NS)
