@@ -22,7 +22,7 @@ PUBLIC = (
         "The handle",
         "SparsePrefixCache",
         "cache",
-        "stats last_request explain mark simulation clear detach save_pretrained from_pretrained",
+        "stats last_request record explain mark simulation clear detach save_pretrained from_pretrained",
     ),
     ("The handle", "SparseCacheConfig", "config", ""),
     ("The handle", "CheckpointStore", "store.store", "resize clear flush close"),

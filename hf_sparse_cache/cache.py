@@ -6,6 +6,7 @@ handle points to, so one handle serves any number of prompts, batches and thread
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -125,6 +126,19 @@ class SparsePrefixCache(Handle):
     def last_request(self) -> RequestInfo | None:
         """The prompt served last; of a batch, its last row. None before the first."""
         return self.server.recorder.last
+
+    def record(self) -> AbstractContextManager[list[RequestInfo]]:
+        """`with cache.record() as requests:` collects what happened to each prompt of the calls made inside.
+
+        There is one `RequestInfo` for every row of a batch, in order; rows that are equal are computed once and share
+        one, and so do the beams or the samples of one prompt. A block sees the calls of its own thread or asyncio
+        task, and of tasks that were made inside of it (`asyncio.to_thread` among them); what another thread calls is
+        seen by blocks of that thread alone. Blocks may be nested.
+
+        Returns:
+            A context manager that gives the list, which grows as prefills end and is complete when the block is left.
+        """
+        return self.server.recorder.block()
 
     def __repr__(self) -> str:
         most = self.store.max_memory

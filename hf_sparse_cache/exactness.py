@@ -17,7 +17,7 @@ from .checks import MOST_ID, shown, whole_number
 from .models import prefill, states
 from .models.inputs import as_ids, check_ids, input_device
 from .models.live import LiveCache
-from .models.server import Server
+from .models.server import Served, Server
 from .planning.lineage import Lineage
 from .stats import table
 
@@ -220,8 +220,8 @@ class Replay(Server):
 
     def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> Any:
-        return prefill.replay(self.binding, live, ids, self._lineage, kwargs, position_dims)
+    ) -> Served:
+        return Served(prefill.replay(self.binding, live, ids, self._lineage, kwargs, position_dims))
 
 
 def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_new_tokens: int) -> _Run:

@@ -3,7 +3,9 @@
 import re
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any, Self
@@ -141,10 +143,27 @@ class CacheStats:
 PATIENCE = 20
 
 
+@dataclass(eq=False)
+class _Block:
+    """An open `Recorder.block`."""
+
+    recorder: "Recorder"
+    found: list[RequestInfo] = field(default_factory=list)
+    open: bool = True
+
+
+# Those around whatever runs now: a thread begins with none, a task with those in which it was made.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("hf_sparse_cache.blocks", default=())
+
+
 class Recorder:
-    """Sums requests up as they finish, from any thread, and keeps the latest."""
+    """Sums requests up as they finish, from any thread, keeps the latest, and tells the blocks they are made in."""
 
     def __init__(self) -> None:
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Count from zero, with a lock that nobody holds; open blocks go on."""
         self._recent: deque[RequestInfo] = deque(maxlen=PATIENCE)
         self._lock = threading.Lock()
         self._totals = CacheStats()
@@ -160,6 +179,23 @@ class Recorder:
         """The latest requests, oldest first."""
         with self._lock:
             return list(self._recent)
+
+    @contextmanager
+    def block(self) -> Iterator[list[RequestInfo]]:
+        """A list to which the requests of the calls made inside of the block are added, as `tell` is given them."""
+        block = _Block(self)
+        _blocks.set((*_blocks.get(), block))
+        try:
+            yield block.found
+        finally:
+            block.open = False  # also for tasks that were made inside and go on
+            _blocks.set(tuple(other for other in _blocks.get() if other is not block))
+
+    def tell(self, infos: Sequence[RequestInfo]) -> None:
+        """Add the rows of one call, in their order, to the lists of all blocks that it is made in."""
+        for block in _blocks.get():
+            if block.recorder is self and block.open:
+                block.found.extend(infos)
 
     def totals(self, **stored: Any) -> CacheStats:
         """The sums so far, with what the store holds now filled in."""

@@ -20,6 +20,7 @@ from ..models import prefill, states
 from ..models.families import cache_name_of
 from ..models.lazy_kv import settle
 from ..models.live import LiveCache
+from ..models.server import Served as ServedRow
 from ..models.server import Server
 from ..planning.cuts import MIN_SUFFIX_TOKENS
 from ..planning.lineage import Lineage
@@ -280,9 +281,9 @@ class _Ready(Server):
 
     def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> Any:
+    ) -> ServedRow:
         request: Any = self
-        return prefill.prefill_row(self.binding, live, ids, request, kwargs, position_dims)[0]
+        return ServedRow(prefill.prefill_row(self.binding, live, ids, request, kwargs, position_dims)[0])
 
 
 def _spans(checkpoint: Checkpoint) -> list[Any]:

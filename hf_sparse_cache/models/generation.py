@@ -179,7 +179,7 @@ def _prefill(
     if not why_not:
         try:
             with mamba1.held(model):
-                output = server.serve(live, input_ids, model_kwargs)
+                output = server.serve(live, input_ids, model_kwargs, len(call.prompt_tokens))
             call.count()
             return output
         except ChangedPrefillError as error:

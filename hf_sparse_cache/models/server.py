@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,21 @@ from .weights import identity
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One prompt that was served.
+
+    Attributes:
+        output: the model's, for the last segment.
+        info: what happened; None for a run that is not counted.
+        seconds: what it took, by the names of `CacheStats`.
+    """
+
+    output: Any
+    info: RequestInfo | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Server:
@@ -61,7 +77,7 @@ class Server:
 
     def after_fork(self) -> None:
         """In a child process: counted from zero, with locks of its own."""
-        self.recorder = Recorder()
+        self.recorder.start_anew()
         self.space.after_fork()
         self.policy.lock = threading.Lock()
 
@@ -84,16 +100,21 @@ class Server:
             why: the reason, a part of a sentence.
         """
         logger.warning_once(f"SparsePrefixCache is not used by this call, which runs uncached: {why}.")
-        for tokens in prompt_tokens or (0,):
-            self._note(RequestInfo(tokens, computed_tokens=tokens, reason=not_supported(why)))
+        infos = [
+            RequestInfo(tokens, computed_tokens=tokens, reason=not_supported(why)) for tokens in prompt_tokens or (0,)
+        ]
+        for info in infos:
+            self._note(info)
+        self.recorder.tell(infos)
 
-    def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+    def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any], prompts: int = 0) -> Any:
         """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
 
         Args:
             live: the request's live cache, filled in place.
             input_ids: `(batch, width)`, left-padded.
             model_kwargs: those of `generate()`, the mask among them.
+            prompts: how many the caller gave, each in as many rows, one below the other; 0 where nobody knows.
         """
         model = self.binding.model
         check_ids(input_ids, model.get_input_embeddings().num_embeddings)
@@ -107,12 +128,14 @@ class Server:
         caches = [live] if alone else [self.binding.live_cache() for _ in distinct]
         positions = model_kwargs.get("position_ids")
         dims = () if positions is None else tuple(positions.shape[:-2])
-        outputs = [
+        served = [
             self.serve_row(caches[index], rows[order.index(index)].to(input_device(model)), kwargs, dims)
             for index in range(len(distinct))
         ]
+        self._count(served, order[:: max(1, len(order) // max(1, prompts))])
         if self.on_prefill is not None:
             self.on_prefill(caches[-1])
+        outputs = [row.output for row in served]
         if alone:
             return outputs[0]
         binding, width = self.binding, input_ids.shape[1]
@@ -120,8 +143,8 @@ class Server:
 
     def serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> Any:
-        """Run the prefill of one prompt `(length,)` on a fresh live cache; returns the model's last output.
+    ) -> Served:
+        """Run the prefill of one prompt `(length,)` on a fresh live cache.
 
         Where the model changes meanwhile, it begins anew, once, with what is stored for the model as it is then.
 
@@ -136,7 +159,7 @@ class Server:
 
     def _serve_row(
         self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> Any:
+    ) -> Served:
         started = time.perf_counter()
         tokens = ids.to("cpu", torch.int32).numpy()
         made_of = str(identity(self.binding.model))
@@ -177,8 +200,7 @@ class Server:
         output, request, seconds = self._with_room(live, attempt)
         seconds["match_seconds"] += looked
         info = request.info(Reason(Cause.WEIGHTS_CHANGED) if changed and not request.resumed_tokens else None)
-        self._note(info, prefill_seconds=time.perf_counter() - started, **seconds)
-        return output
+        return Served(output, info, {"prefill_seconds": time.perf_counter() - started, **seconds})
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -202,6 +224,14 @@ class Server:
             "given back, and it runs once more from nothing; a smaller max_memory leaves it room."
         )
         return attempt(False)
+
+    def _count(self, served: Sequence[Served], order: Sequence[int]) -> None:
+        """Count the prompts of a call that were served, and tell which of them each of its rows is, by `order`."""
+        for row in served:
+            if row.info is not None:
+                self._note(row.info, **row.seconds)
+        infos = [served[index].info for index in order]
+        self.recorder.tell([info for info in infos if info is not None])
 
     def _note(self, info: RequestInfo, **seconds: float) -> None:
         """Count one finished request; say so, once, when none of the first ones resumed anything."""
