@@ -20,6 +20,7 @@ import safetensors.numpy
 from hf_sparse_cache import CheckpointStore
 from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import make_policy
+from hf_sparse_cache.planning.policy import limited
 from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.tools.traces import load_trace
@@ -69,11 +70,11 @@ def main() -> None:
         store = CheckpointStore("64MiB", max_remembered_tokens=2**20, **disk)
         for tier in store.tiers:
             tier.reader = Array.from_bytes
-        policy = make_policy("learned")
+        policy = limited(make_policy("learned"), 8)
         resident, resumed, total, start = [], 0, 0, time.perf_counter()
         for index in itertools.islice(itertools.cycle(order), options.requests):
             ids = prompts[index]
-            with open_request(store, policy, ids, Bitwise(CutRule(GRID)), max_checkpoints=8) as request:
+            with open_request(store, policy, ids, Bitwise(CutRule(GRID))) as request:
                 for position in request.planned:
                     request.add(position, Array(STATE_BYTES), lambda a, b: Array(KV_BYTES * (b - a)))
             resumed, total = resumed + request.resumed_tokens, total + len(ids)

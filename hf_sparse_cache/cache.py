@@ -17,7 +17,7 @@ from transformers.utils import logging
 from . import persistence
 from .checks import shown
 from .config import SparseCacheConfig
-from .explain import Costs, Explanation, explain, not_supported, remedy, too_small
+from .explain import Explanation, explain, not_supported, remedy, too_small
 from .models import generation
 from .models.binding import Binding
 from .models.handle import Handle
@@ -159,9 +159,8 @@ class SparsePrefixCache(Handle):
         """
         tokens = self.server.binding.tokens_of(ids)
         space, changed = self.server.space.now()
-        decode = None if self.tokenizer is None else self.tokenizer.decode
-        costs = Costs(self.size.state_bytes, self.size.kv_bytes_per_token, self.server.binding.smaller_grid)
-        found = explain(self.store, tokens, self.server.binding.segmenting, space, costs, decode)
+        binding = self.server.binding
+        found = explain(self.store, tokens, binding.segmenting, space, binding.facts)
         unsupported = why_uncached(self.model, torch.from_numpy(tokens)[None], None, {}) or self.server.why_not(
             len(tokens)
         )

@@ -15,7 +15,7 @@ import torch
 from .cache import SparsePrefixCache
 from .checks import MOST_ID, shown, whole_number
 from .models import prefill, states
-from .models.inputs import as_ids, check_ids, input_device
+from .models.inputs import Row, as_ids, check_ids, input_device
 from .models.live import LiveCache
 from .models.server import Served, Server
 from .planning.lineage import Lineage
@@ -218,10 +218,8 @@ class Replay(Server):
         super().__init__(server.binding, server.store, server.policy, server.recorder, server.proof)
         self._lineage = lineage
 
-    def serve_row(
-        self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> Served:
-        return Served(prefill.replay(self.binding, live, ids, self._lineage, kwargs, position_dims))
+    def serve_row(self, live: LiveCache, row: Row) -> Served:
+        return Served(prefill.replay(self.binding, live, row, self._lineage))
 
 
 def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_new_tokens: int) -> _Run:

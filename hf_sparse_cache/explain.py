@@ -11,7 +11,7 @@ names the namespace that was looked at.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,31 +88,62 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a handle knows of its model, for advice in figures.
+class ModelFacts:
+    """What a handle knows of its model, for advice in figures and words.
 
     Attributes:
         state_bytes, kv_bytes_per_token: of a checkpoint.
         smaller_grid: the largest grid that suits the model and cuts a prefix of so many tokens; 0 where none does.
+        decode: turns token ids into text; None without a tokenizer.
     """
 
     state_bytes: int
     kv_bytes_per_token: int
     smaller_grid: Callable[[int], int]
+    decode: Callable[[list[int]], str] | None = None
 
     def bytes_of(self, position: int, resumed: int = 0) -> int:
         """Of a checkpoint with its keys and values, those up to `resumed` left out."""
         return self.state_bytes + self.kv_bytes_per_token * (position - resumed)
 
 
-def explain(
-    store: CheckpointStore,
-    ids: Tokens,
-    segmenting: Segmenting,
-    space: str,
-    costs: Costs,
-    decode: Callable[[list[int]], str] | None = None,
-) -> Explanation:
+@dataclass(frozen=True)
+class _Gap:
+    """Shared tokens behind the last checkpoint, up to the deepest cut before the prompts part.
+
+    Attributes:
+        marked: whether an announced prefix ends there.
+        gone: whether a checkpoint there was evicted, or found no room.
+    """
+
+    start: int
+    end: int
+    marked: bool
+    gone: bool
+
+    @classmethod
+    def between(cls, start: int, end: int, match: Match, marked: Iterable[int]) -> _Gap:
+        """What the tree and the marks know of these tokens."""
+        gone = (position for node in match.path for position in (node.refused, node.lost))
+        return cls(start, end, *(any(start < position <= end for position in found) for found in (marked, gone)))
+
+    def about_room(self, bound: Bound | None, model: ModelFacts) -> str:
+        """The remedy where memory or a mark decides."""
+        need = model.bytes_of(self.end)
+        if bound is not None and bound.kept + need > bound.limit:
+            return f"{too_small(bound, self.end, need)}."
+        if self.marked:
+            return "It is marked: the next prompt that begins with it brings its checkpoint back."
+        beside = 0 if bound is None else bound.used + model.bytes_of(self.end, self.start)
+        if bound is None or not self.gone or beside <= bound.limit:
+            return ""
+        return (
+            f"There was no room for the checkpoint at {self.end:,}: {bound.name} of at least {beside:,} bytes holds "
+            "it beside what is stored; cache.mark() on these tokens keeps it in place of others."
+        )
+
+
+def explain(store: CheckpointStore, ids: Tokens, segmenting: Segmenting, space: str, model: ModelFacts) -> Explanation:
     """What a prompt would reuse now, without running or changing anything.
 
     Args:
@@ -120,8 +151,7 @@ def explain(
         ids: the prompt, int32 of shape `(N,)`.
         segmenting: where it may be cut, and what it may resume from.
         space: where to look.
-        costs: what the model's checkpoints take.
-        decode: turns token ids into text.
+        model: what its checkpoints take, and how its tokens read.
     """
     with store.lock:
         match, marked = store.match(ids, space), store.marks.lengths(ids, space)
@@ -137,36 +167,19 @@ def explain(
         resumed, overlap, reason = deeper, max(overlap, known), Reason(Cause.RESUMED)
     wanted = int(cuts[cuts <= usable][-1]) if len(cuts) and cuts[0] <= usable else 0
     context = ""
-    if decode is not None and match.known and match.overlap < len(ids):
+    if model.decode is not None and match.known and match.overlap < len(ids):
         around = ids[max(0, match.overlap - _CONTEXT_TOKENS) : match.overlap + _CONTEXT_TOKENS]
-        context = decode(around.tolist())
-    advice = remedy(reason, namespace_of(space), costs.smaller_grid(usable))
+        context = model.decode(around.tolist())
+    advice = remedy(reason, namespace_of(space), model.smaller_grid(usable))
     if wanted > resumed:
-        promised = any(resumed < position <= wanted for position in marked)
-        gone = any(resumed < position <= wanted for node in match.path for position in (node.refused, node.lost))
-        bound = store.bound(ids, wanted, space)
-        advice = _about_room(bound, costs, resumed, wanted, promised, gone) or advice or _MARK.format(wanted - resumed)
+        gap = _Gap.between(resumed, wanted, match, marked)
+        room = gap.about_room(store.bound(ids, wanted, space), model)
+        advice = room or advice or _MARK.format(wanted - resumed)
     behind = usable - max(wanted, resumed)
     parts = expected is not None and match.overlap < len(ids)
     if parts and wanted and behind > MESSAGE_TOKENS:  # fewer agree by chance
         advice = " ".join(filter(None, (advice, _BEHIND_CUT.format(behind))))
     return Explanation(len(ids), overlap, resumed, reason, advice, context)
-
-
-def _about_room(bound: Bound | None, costs: Costs, resumed: int, wanted: int, marked: bool, gone: bool) -> str:
-    """The remedy for tokens up to `wanted` that lie behind the last checkpoint, where memory or a mark decides."""
-    need = costs.bytes_of(wanted)
-    if bound is not None and bound.kept + need > bound.limit:
-        return f"{too_small(bound, wanted, need)}."
-    if marked:
-        return "It is marked: the next prompt that begins with it brings its checkpoint back."
-    beside = 0 if bound is None else bound.used + costs.bytes_of(wanted, resumed)
-    if bound is None or not gone or beside <= bound.limit:
-        return ""
-    return (
-        f"There was no room for the checkpoint at {wanted:,}: {bound.name} of at least {beside:,} bytes holds it "
-        "beside what is stored; cache.mark() on these tokens keeps it in place of others."
-    )
 
 
 def too_small(bound: Bound, position: int, need: int) -> str:

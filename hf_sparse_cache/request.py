@@ -27,7 +27,6 @@ from typing import Self
 
 import numpy as np
 
-from .checks import is_whole, shown
 from .explain import cause
 from .planning.cuts import MIN_SUFFIX_TOKENS, Tokens
 from .planning.lineage import Lineage, Span
@@ -235,21 +234,18 @@ def open_request(
     segmenting: Segmenting,
     *,
     space: str = "",
-    max_checkpoints: int | None = None,
 ) -> Request:
     """Opens a request: matches the prompt, pins the deepest usable checkpoint, plans what to capture.
 
     Args:
         store: where checkpoints live.
-        policy: where new ones go.
+        policy: where new ones go; `limited` bounds how many.
         ids: the prompt's tokens, int32 of shape `(N,)`; not changed, and not to be changed while the request is open.
         segmenting: where it may be cut, and what it may resume from.
         space: fingerprint and namespace; nothing of one space is ever matched from another.
-        max_checkpoints: most new checkpoints for this prompt; None leaves it to the policy.
 
     Raises:
-        ValueError: if `ids` is not a one-dimensional array of integers in the range of int32, or `max_checkpoints` is
-            negative.
+        ValueError: if `ids` is not a one-dimensional array of integers in the range of int32.
     """
     ids = np.ascontiguousarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -258,12 +254,9 @@ def open_request(
     if tokens is not ids and (tokens != ids).any():
         wrong = int(ids[tokens != ids][0])
         raise ValueError(f"ids must lie in the range of int32, got {wrong}; pass the ids of a tokenizer")
-    if max_checkpoints is not None and not is_whole(max_checkpoints, 0):
-        raise ValueError(f"max_checkpoints must be at least 0 or None, got {shown(max_checkpoints)}")
     started = time.perf_counter()
     visit = store.open(tokens, segmenting, space)
     try:
-        visit.prompt.limit = max_checkpoints
         with store.lock:
             usable = min(visit.match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
             reason = cause(visit.match, visit.checkpoint, usable, visit.prompt.cuts)

@@ -14,7 +14,7 @@ from .checks import MOST_ID, is_whole, shown, token_ids, whole_number
 from .config import EXACTNESS
 from .planning.cuts import CutRule
 from .planning.policies import Policy, make_policy
-from .planning.policy import check_policy
+from .planning.policy import check_policy, limited
 from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
 from .request import Request, open_request
@@ -148,7 +148,7 @@ def simulate(
         )
     whole_number("grid", grid, 1, "it is the distance of the regular cuts in tokens", MOST_ID)
     specials = tuple(whole_number("cut_ids", cut, 0, "give token ids", MOST_ID) for cut in cut_ids)
-    place = _policy(policy, specials, prefill_cost)
+    place = limited(_policy(policy, specials, prefill_cost), max_checkpoints)
     store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)
     prompts = load_trace(trace)
     outputs = prompts.outputs if store_outputs else None
@@ -161,7 +161,7 @@ def simulate(
     name = policy if isinstance(policy, str) else type(policy).__name__
     hidden = not progress or not sys.stderr.isatty()
     for index, ids in enumerate(tqdm(prompts, desc=f"simulate {name}", unit="req", disable=hidden, leave=False)):
-        with open_request(store, place, ids, segmenting, max_checkpoints=max_checkpoints) as request:
+        with open_request(store, place, ids, segmenting) as request:
             for position in request.planned:
                 sizes.add(request, position, final=position == len(ids))
             if outputs is not None and len(outputs[index]):

@@ -18,6 +18,7 @@ from ..cache import SparsePrefixCache
 from ..exactness import Replay
 from ..models import prefill, states
 from ..models.families import cache_name_of
+from ..models.inputs import Row
 from ..models.lazy_kv import settle
 from ..models.live import LiveCache
 from ..models.server import Served as ServedRow
@@ -279,11 +280,9 @@ class _Ready(Server):
         assert self.ready is not None
         return self.ready
 
-    def serve_row(
-        self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> ServedRow:
+    def serve_row(self, live: LiveCache, row: Row) -> ServedRow:
         request: Any = self
-        return ServedRow(prefill.prefill_row(self.binding, live, ids, request, kwargs, position_dims)[0])
+        return ServedRow(prefill.prefill_row(self.binding, live, row, request)[0])
 
 
 def _spans(checkpoint: Checkpoint) -> list[Any]:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..config import SparseCacheConfig
 from ..errors import UnsupportedModelError, out_of_memory
+from ..explain import ModelFacts
 from ..planning.cuts import CutRule, TextEnds, Tokens
 from ..planning.segments import Bitwise, Replayable, Segmenting
 from . import states
@@ -97,6 +98,12 @@ class Binding:
     def chunk(self) -> int:
         """Tokens to which the kernels pad a segment."""
         return self.family.chunk(self.text_config)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What advice needs to know of the model."""
+        decode = None if self.tokenizer is None else self.tokenizer.decode
+        return ModelFacts(self.size.state_bytes, self.size.kv_bytes_per_token, self.smaller_grid, decode)
 
     def live_cache(self) -> LiveCache:
         """A fresh live cache for one request, or for one row of it."""

@@ -1,5 +1,6 @@
 """What a call to `generate()` asks for: its prompts, and whether their prefill can reuse a prefix."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,6 +77,24 @@ def _positions_are_plain(
     expected = (mask.long().cumsum(-1) - 1).to(position_ids.device)
     kept = (mask != 0).to(position_ids.device)
     return bool(((position_ids == expected) | ~kept).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One prompt of a call, as the model is to be given it.
+
+    Attributes:
+        ids: its tokens `(length,)`, without padding.
+        kwargs: further keywords for the model, the same for every segment.
+        position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
+    """
+
+    ids: torch.Tensor
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    position_dims: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def unpadded_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:

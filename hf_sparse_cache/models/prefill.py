@@ -7,10 +7,10 @@ padding, and the rows are stacked afterwards.
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -20,9 +20,10 @@ from ..planning.lineage import Lineage
 from ..request import Request
 from . import states, watch
 from .binding import Binding
+from .inputs import Row
 from .lazy_kv import settle
 from .live import LiveCache
-from .tensors import LayerTensors
+from .tensors import layer_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -39,10 +40,8 @@ class Timing:
 def prefill_row(
     binding: Binding,
     live: LiveCache,
-    ids: torch.Tensor,
+    row: Row,
     request: Request,
-    kwargs: dict[str, Any],
-    position_dims: tuple[int, ...] = (),
     capture: Callable[[], bool] = lambda: True,
 ) -> tuple[Any, Timing]:
     """Bring a fresh live cache to the end of one prompt.
@@ -50,20 +49,17 @@ def prefill_row(
     Args:
         binding: the model, whose own `prepare_inputs_for_generation` and forward run every segment.
         live: a fresh cache, filled in place.
-        ids: the prompt `(length,)`, without padding.
-        request: the prompt's open request: what to restore, which segments to run, what to capture.
-        kwargs: further keywords for the model, the same for every segment.
-        position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
+        row: the prompt.
+        request: its open request: what to restore, which segments to run, what to capture.
         capture: asked before each checkpoint that the request wants to keep whether it may.
 
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
     """
-    row = ids[None]
     clock = time.perf_counter()
     if request.checkpoint is not None:
-        stored, spans = cast(LayerTensors, request.checkpoint.state), cast(list[LayerTensors], request.kv_payloads())
-        states.restore(live, stored, spans)
+        spans = [layer_tensors(payload) for payload in request.kv_payloads()]
+        states.restore(live, layer_tensors(request.checkpoint.state), spans)
     restore_seconds = time.perf_counter() - clock
     capture_seconds = 0.0
     planned = set(request.planned)
@@ -71,15 +67,15 @@ def prefill_row(
     if not request.segments:  # the same prompt was read to its end before
         assert request.checkpoint is not None
         settle(live.layers)
-        logits = states.logits_of(cast(LayerTensors, request.checkpoint.state))
+        logits = states.logits_of(layer_tensors(request.checkpoint.state))
         return binding.output(logits, live), Timing(0.0, restore_seconds)
     for end in request.segments:
-        output = segment(binding, live, row[:, :end], kwargs, position_dims)
+        output = segment(binding, live, row, end)
         if end in planned:
             clock = time.perf_counter()
             try:
                 state, kv = states.capture_state(live), partial(states.capture_kv, live)
-                state = states.with_logits(state, output.logits) if end == len(ids) else state
+                state = states.with_logits(state, output.logits) if end == len(row) else state
                 if capture():
                     request.add(end, state, kv if live.full_attention_layers else None)
             except Exception as error:
@@ -90,44 +86,36 @@ def prefill_row(
     return output, Timing(capture_seconds, restore_seconds)
 
 
-def replay(
-    binding: Binding,
-    live: LiveCache,
-    ids: torch.Tensor,
-    lineage: Lineage,
-    kwargs: dict[str, Any],
-    position_dims: tuple[int, ...] = (),
-) -> Any:
-    """Bring a fresh live cache to the end of a text `(length,)` by the segments of a lineage, from nothing.
+def replay(binding: Binding, live: LiveCache, row: Row, lineage: Lineage) -> Any:
+    """Bring a fresh live cache to the end of a text by the segments of a lineage, from nothing.
 
     Tokens that were decoded run one by one, as they did then. Returns the model's output for the last segment.
     """
     output = None
     for step in lineage.steps():
         for end in range(step.start + 1, step.end + 1) if step.decoded else (step.end,):
-            output = segment(binding, live, ids[None, :end], kwargs, position_dims)
+            output = segment(binding, live, row, end)
     return output
 
 
-def segment(
-    binding: Binding, live: LiveCache, row: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...] = ()
-) -> Any:
-    """Run the tokens of a row `(1, end)` that a live cache has not consumed yet, in one forward.
+def segment(binding: Binding, live: LiveCache, row: Row, end: int) -> Any:
+    """Run the tokens of a row up to `end` that a live cache has not consumed yet, in one forward.
 
     Raises:
         ChangedPrefillError: What reached the layers is not these tokens, or not these alone.
     """
-    model, start, end = binding.model, live.length, row.shape[1]
-    asked = {"input_ids": row[:, start:]}
+    model, start, ids = binding.model, live.length, row.ids[None, :end]
+    asked = {"input_ids": ids[:, start:]}
     if _takes_positions(model):
-        asked["position_ids"] = _positions(start, end, row, position_dims)
+        positions = torch.arange(start, end, device=ids.device)
+        asked["position_ids"] = positions.expand(*row.position_dims, 1, end - start)
     inputs = model.prepare_inputs_for_generation(
-        row,
+        ids,
         next_sequence_length=end - start,
         is_first_iteration=True,
         attention_mask=None,
         **{binding.cache_name: live},
-        **kwargs,
+        **row.kwargs,
         **{name: value for name, value in asked.items() if name != "input_ids"},
     )
     watch.check_inputs(model, inputs, asked, live)
@@ -144,20 +132,18 @@ def _takes_positions(model: Any) -> bool:
     return any("position_ids" in inspect.signature(forward).parameters for forward in forwards)
 
 
-def join_rows(
-    binding: Binding, live: LiveCache, rows: list[LiveCache], outputs: list[Any], order: list[int], width: int
-) -> Any:
-    """One output and one live cache for a whole batch from those of its distinct rows.
+def join_rows(binding: Binding, live: LiveCache, rows: Sequence[tuple[LiveCache, Any]], width: int) -> Any:
+    """One output and one live cache for a whole batch from those of its rows.
 
     Args:
+        binding: the model.
         live: a fresh cache, filled in place.
-        rows, outputs: live cache and output of each distinct row.
-        order: for each row of the batch, which distinct row it is.
+        rows: live cache and output of each row, in the order of the batch; equal rows may share them.
         width: columns of the left-padded batch.
     """
-    states.stack(live, [rows[index] for index in order], width)
+    states.stack(live, [cache for cache, _ in rows], width)
     live.length = width
-    logits = torch.cat([outputs[index].logits[:, -1:] for index in order])
+    logits = torch.cat([output.logits[:, -1:] for _, output in rows])
     return binding.output(logits, live)
 
 
@@ -172,7 +158,3 @@ def _uncompiled(model: Any) -> Callable[..., Any]:
         return original
     call: Callable[..., Any] = model if getattr(model, "_compiled_call_impl", None) is None else model._call_impl
     return call
-
-
-def _positions(start: int, end: int, row: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    return torch.arange(start, end, device=row.device).expand(*dims, 1, end - start)

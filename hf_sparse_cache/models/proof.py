@@ -22,7 +22,7 @@ from ..forks import ForkSafeLock
 from . import mamba1, prefill, states
 from . import survey as surveys
 from .binding import Binding
-from .inputs import input_device
+from .inputs import Row, input_device
 from .live import LiveCache
 from .tensors import LayerTensors
 from .watch import ChangedPrefillError
@@ -189,7 +189,7 @@ def _run(binding: Binding, ids: torch.Tensor, checkpoint: tuple[LayerTensors, La
 
 def _continued(binding: Binding, live: LiveCache, ids: torch.Tensor) -> _Run:
     kept = {"use_cache": True, "logits_to_keep": _SECOND}
-    return _Run(live, prefill.segment(binding, live, ids, kept).logits)
+    return _Run(live, prefill.segment(binding, live, Row(ids[0], kept), ids.shape[1]).logits)
 
 
 def _disproof(binding: Binding, ids: torch.Tensor, share: float) -> str:

@@ -15,12 +15,13 @@ from .. import forks
 from ..errors import out_of_memory
 from ..explain import frequent, not_supported, remedy
 from ..planning.policies import NoCheckpoints, Policy
+from ..planning.policy import limited
 from ..request import Request, open_request
 from ..stats import PATIENCE, Cause, Reason, Recorder, RequestInfo, format_bytes
 from ..store.store import CheckpointStore
 from . import prefill
 from .binding import Binding
-from .inputs import check_ids, input_device, unpadded_rows
+from .inputs import Row, check_ids, input_device, unpadded_rows
 from .live import LiveCache
 from .proof import Proof
 from .rope import length_limit
@@ -129,7 +130,7 @@ class Server:
         positions = model_kwargs.get("position_ids")
         dims = () if positions is None else tuple(positions.shape[:-2])
         served = [
-            self.serve_row(caches[index], rows[order.index(index)].to(input_device(model)), kwargs, dims)
+            self.serve_row(caches[index], Row(rows[order.index(index)].to(input_device(model)), kwargs, dims))
             for index in range(len(distinct))
         ]
         self._count(served, order[:: max(1, len(order) // max(1, prompts))])
@@ -138,13 +139,11 @@ class Server:
         outputs = [row.output for row in served]
         if alone:
             return outputs[0]
-        binding, width = self.binding, input_ids.shape[1]
-        return self._with_room(live, lambda _: prefill.join_rows(binding, live, caches, outputs, order, width))
+        batch, width = [(caches[index], outputs[index]) for index in order], input_ids.shape[1]
+        return self._with_room(live, lambda _: prefill.join_rows(self.binding, live, batch, width))
 
-    def serve_row(
-        self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> Served:
-        """Run the prefill of one prompt `(length,)` on a fresh live cache.
+    def serve_row(self, live: LiveCache, row: Row) -> Served:
+        """Run the prefill of one prompt on a fresh live cache.
 
         Where the model changes meanwhile, it begins anew, once, with what is stored for the model as it is then.
 
@@ -152,37 +151,27 @@ class Server:
             ChangedPrefillError: Segments do not compute what one piece would.
         """
         try:
-            return self._serve_row(live, ids, kwargs, position_dims)
+            return self._serve_row(live, row)
         except ModelChangedError:
             live.start_anew(self.binding.live_cache())
-            return self._serve_row(live, ids, kwargs, position_dims)
+            return self._serve_row(live, row)
 
-    def _serve_row(
-        self, live: LiveCache, ids: torch.Tensor, kwargs: dict[str, Any], position_dims: tuple[int, ...]
-    ) -> Served:
+    def _serve_row(self, live: LiveCache, row: Row) -> Served:
         started = time.perf_counter()
-        tokens = ids.to("cpu", torch.int32).numpy()
+        tokens = row.ids.to("cpu", torch.int32).numpy()
         made_of = str(identity(self.binding.model))
         space, changed = self.space.now(told=True)
-        limit = self.binding.config.max_checkpoints
+        policy = limited(self.policy, self.binding.config.max_checkpoints)
+
+        def unchanged() -> bool:
+            return str(identity(self.binding.model)) == made_of
 
         def attempt(spacious: bool) -> tuple[Any, Request, dict[str, float]]:
-            segmenting = self.binding.segmenting
-            with open_request(
-                self.store, self.policy, tokens, segmenting, space=space, max_checkpoints=limit
-            ) as request:
+            with open_request(self.store, policy, tokens, self.binding.segmenting, space=space) as request:
                 if not spacious:
                     request.start_over()
-                output, timing = prefill.prefill_row(
-                    self.binding,
-                    live,
-                    ids,
-                    request,
-                    kwargs,
-                    position_dims,
-                    lambda: str(identity(self.binding.model)) == made_of,
-                )
-                if str(identity(self.binding.model)) != made_of:
+                output, timing = prefill.prefill_row(self.binding, live, row, request, unchanged)
+                if not unchanged():
                     raise ModelChangedError("the model changed while the prompt was computed")
                 served = time.perf_counter()
             return (

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..store.headers import Header, is_count, parse_json
+from ..store.tree import Payload
 
 
 Tensors = dict[str, Any]
@@ -107,6 +108,17 @@ class LayerTensors:
                 raise DamagedFileError(f"it names {key[:40]!r} twice")
             layers[int(index)][name] = value
         return cls(layers, tuple(devices) if any(device != "cpu" for device in devices) else ())
+
+
+def layer_tensors(payload: Payload) -> LayerTensors:
+    """What a store gave back, as what a model gave it.
+
+    Raises:
+        TypeError: something else was stored in the model's space.
+    """
+    if not isinstance(payload, LayerTensors):
+        raise TypeError(f"a {type(payload).__name__} is stored where this model's states are: give the handle a store")
+    return payload
 
 
 def device_of(layer: Tensors) -> str:

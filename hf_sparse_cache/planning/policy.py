@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import is_whole, shown
 from .cuts import Positions, Tokens
 from .overlap import EXTENDS, Forecast
 from .views import Shape
@@ -136,6 +137,35 @@ class Policy:
         """Learns from a prompt; most policies do not."""
 
 
+class Limited(Policy):
+    """Another policy that is allowed so many new checkpoints a prompt, marks not counted."""
+
+    def __init__(self, policy: Policy, limit: int) -> None:
+        self._policy, self._limit, self.lock = policy, limit, policy.lock
+
+    def place(self, prompt: Prompt) -> list[int]:
+        """What the other policy places; it knows the limit, and `Request` keeps the deepest where it places more."""
+        prompt.limit = self._limit
+        return self._policy.place(prompt)
+
+    def observe(self, prompt: Prompt) -> None:
+        """The other policy learns."""
+        self._policy.observe(prompt)
+
+
+def limited(policy: Policy, max_checkpoints: int | None) -> Policy:
+    """A policy that places at most so many new checkpoints a prompt; None leaves it to the policy.
+
+    Raises:
+        ValueError: the number is negative, or none.
+    """
+    if max_checkpoints is None:
+        return policy
+    if not is_whole(max_checkpoints, 0):
+        raise ValueError(f"max_checkpoints must be at least 0 or None, got {shown(max_checkpoints)}")
+    return Limited(policy, max_checkpoints)
+
+
 def check_policy(policy: Any) -> None:
     """Refuse what can never place anything, before the first request.
 
@@ -163,8 +193,8 @@ def placed(policy: Policy, prompt: Prompt) -> list[int]:
     try:
         return [operator.index(position) for position in found]
     except TypeError:
-        shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:80]}…"
+        said = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:80]}…"
         raise TypeError(
-            f"{type(policy).__name__}.place returned {shown}: return a list of positions, which are whole numbers of "
+            f"{type(policy).__name__}.place returned {said}: return a list of positions, which are whole numbers of "
             "tokens; prompt.snap(...) makes cuts of any numbers"
         ) from None

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, check_exactness
 from hf_sparse_cache.explain import remedy
 from hf_sparse_cache.models import prefill, states
+from hf_sparse_cache.models.inputs import Row
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.stats import Cause, RequestInfo
 
@@ -51,7 +52,7 @@ def differing(cache: SparsePrefixCache) -> list[str]:
         live = cache.server.binding.live_cache()
         ids = torch.from_numpy(tokens).long()
         with torch.no_grad():
-            prefill.replay(cache.server.binding, live, ids, checkpoint.lineage, {"use_cache": True})
+            prefill.replay(cache.server.binding, live, Row(ids, {"use_cache": True}), checkpoint.lineage)
         state: Any = checkpoint.state
         for index, layer in enumerate(states.capture_state(live).layers):
             for name, value in layer.items():
@@ -151,7 +152,7 @@ def test_the_check_replays_and_rejects(family: str) -> None:
         other = torch.flip(DOCUMENT[0], (0,))[: checkpoint.position]
         other = torch.nn.functional.pad(other, (0, checkpoint.position - len(other)), value=7)
         with torch.no_grad():
-            prefill.replay(cache.server.binding, live, other, checkpoint.lineage, {"use_cache": True})
+            prefill.replay(cache.server.binding, live, Row(other, {"use_cache": True}), checkpoint.lineage)
         checkpoint.state = states.capture_state(live)
         for segment in checkpoint.chain():
             segment.payload = states.capture_kv(live, segment.start, segment.end)

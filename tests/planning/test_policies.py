@@ -11,6 +11,7 @@ from cutting import every
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.planning.cuts import CutRule, cut_positions
 from hf_sparse_cache.planning.policies import POLICIES, Last, Learned, Policy, Prompt, make_policy
+from hf_sparse_cache.planning.policy import limited
 from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized, simulate
@@ -57,7 +58,7 @@ def test_plans_are_open_cuts_within_the_limit(name: str, limit: int | None) -> N
         ids = np.where(GENERATOR.random(len(ids)) < 0.01, 7, ids).astype(np.int32)
         cuts = cut_positions(ids, 32, [7])
         rule = Bitwise(CutRule(32, (7,)))
-        with open_request(store, policy, ids, rule, max_checkpoints=limit) as request:
+        with open_request(store, limited(policy, limit), ids, rule) as request:
             assert request.planned == sorted(set(request.planned) & {*cuts.tolist(), len(ids)})
             assert all(position > request.resumed_tokens for position in request.planned)
             assert limit is None or len(request.planned) <= limit
@@ -151,14 +152,14 @@ def test_learned_weighs_the_prefill_cost_it_is_given() -> None:
     late = Learned(prefill_cost=lambda positions: positions**4)
     depths = []
     for policy in (Learned(), late):
-        with open_request(CheckpointStore(None), policy, ids, every(64), max_checkpoints=2) as request:
+        with open_request(CheckpointStore(None), limited(policy, 2), ids, every(64)) as request:
             depths.append(sum(request.planned))
     assert depths[1] > depths[0]
 
 
 def planned(policy: Policy, ids: np.ndarray, limit: int | None = None) -> list[int]:
     """What a policy places on a prompt of which nothing is stored."""
-    with open_request(CheckpointStore(None), policy, ids, every(32), max_checkpoints=limit) as request:
+    with open_request(CheckpointStore(None), limited(policy, limit), ids, every(32)) as request:
         return request.planned
 
 
