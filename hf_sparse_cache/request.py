@@ -162,10 +162,7 @@ class Request:
         found = [span for span in chain if span.end <= lineage.end]
         last = found[-1].end if found else 0
         ends = [end for end in self._segmenting.kv_ends(lineage, self.captured) if last < end < lineage.end]
-        for end in [*ends, *([lineage.end] if lineage.end > last else [])]:
-            found.append(lineage.span(last, end))
-            last = end
-        return found
+        return found + lineage.spans(last, [*ends, *([lineage.end] if lineage.end > last else [])])
 
     def continued(self, output: Tokens) -> list[int]:
         """Goes on with what the model generated, whose states were kept while it was decoded.

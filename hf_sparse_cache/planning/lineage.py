@@ -8,6 +8,7 @@ same bits. Tokens that were decoded ran one by one; a run of them is kept as a r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -89,8 +90,13 @@ class Lineage:
 
     def span(self, start: int, end: int) -> Span:
         """The forwards behind `start` up to `end`, both of them ends of segments."""
-        first, last = np.searchsorted(np.abs(self._ends), [start, end], side="right").tolist()
-        return Span((start, *self._ends[first:last].tolist()))
+        return self.spans(start, [end])[0]
+
+    def spans(self, start: int, ends: Sequence[int]) -> list[Span]:
+        """The forwards behind `start` up to each of `ends`, ascending; all of these are ends of segments."""
+        borders = np.searchsorted(np.abs(self._ends), [start, *ends], side="right").tolist()
+        behind, steps = self._ends.tolist(), zip([start, *ends], pairwise(borders), strict=False)
+        return [Span((first, *behind[low:high])) for first, (low, high) in steps]
 
     @classmethod
     def of(cls, spans: Iterable[Sequence[int]]) -> Lineage:
@@ -103,6 +109,12 @@ class Lineage:
         for end in self._ends.tolist():
             yield Step(start, abs(end), end < 0)
             start = abs(end)
+
+    @property
+    def positions(self) -> list[int]:
+        """Where its segments and runs of decoded tokens end."""
+        ends: list[int] = np.abs(self._ends).tolist()
+        return ends
 
     @property
     def has_decoded(self) -> bool:

@@ -98,7 +98,7 @@ class Bitwise(Segmenting):
 
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """At every cut: whoever shares a prompt up to a cut shares these."""
-        return [step.end for step in lineage.steps()]
+        return lineage.positions
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from ..planning.policy import Terms
 from ..planning.views import Floats
 from .eviction import Eviction
+from .leaving import Leaving
 from .survival import SurvivalTables, cell_of
 
 
@@ -201,12 +203,9 @@ class LeastValue(Scored):
         level = len(path)
         known = self.tables.rate(cell_of(path[-1].passes + 1, level)) if path else 0.0
         price = 0.0
-        if need > 0.0 and self.items:
-            order, values = self.ranked()
-            freed = np.cumsum(self.held[order])
-            last = min(int(np.searchsorted(freed, need)), len(order) - 1)
-            if last >= 0:
-                price = float((values[order] * self.held[order])[: last + 1].sum() / freed[last])
+        if need > 0.0:
+            leaving, lost = self._leaving(need)
+            price = lost / leaving.freed if leaving.freed else 0.0
         resumed_rate = known
         if resumed is not None and resumed.node is not path[-1]:
             between = path[path.index(resumed.node) :]
@@ -216,33 +215,55 @@ class LeastValue(Scored):
 
     def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
         """The checkpoint of least value a byte, or None if all that must go is worth more than the newcomer."""
-        first: Checkpoint | None = None
-        while first is None:
-            order, values = self.ranked()
-            freed = lost = 0.0
-            for slot in order.tolist():
-                checkpoint = self.items[slot]
-                if checkpoint.pins:
-                    continue
-                before = self.gains[slot]
-                self.weigh(checkpoint)
-                if self.gains[slot] > 1.001 * before:  # its neighbours went since it was last looked at: rank again
-                    first = None
-                    break
-                first = first or checkpoint
-                freed += self.held[slot]
-                lost += self.held[slot] * values[slot]
-                if freed >= need:
-                    break
-            else:
-                if first is None or (incoming is not None and freed < need):
-                    return None
+        leaving, lost = self._leaving(need)
         if incoming is not None:
             lost *= max(0.0, need - incoming.refund) / max(need, 1)
             offer = self._rate(incoming) * self.gain(incoming) * incoming.held
-            if offer <= NEARLY_TIED * lost:
+            if leaving.freed < need or offer <= NEARLY_TIED * lost:
                 return None
-        return first
+        return next(iter(leaving.gone), None)
+
+    def _leaving(self, need: float) -> tuple[Leaving, float]:
+        """What goes so that `need` bytes come free, or all that can, least value a byte first; and what it is worth.
+
+        One that stays takes over who resumed at one that goes, and the bytes that they shared: it is ranked again.
+        """
+        leaving, lost = Leaving(), 0.0
+        order, values = self.ranked()
+        ranked = iter(zip(values[order].tolist(), order.tolist(), strict=True))
+        first = next(ranked, None)
+        again: list[tuple[float, int]] = []
+        latest: dict[int, float] = {}  # of those whose value changed meanwhile
+        while leaving.freed < need and (first is not None or again):
+            if first is None or (again and again[0] < first):
+                known, slot = heappop(again)
+                current = latest[slot] == known
+            else:
+                (known, slot), first = first, next(ranked, None)
+                current = slot not in latest
+            checkpoint = self.items[slot]
+            if not current or checkpoint.pins or checkpoint in leaving.gone:
+                continue
+            rate, worth, value = self._worth(checkpoint, leaving)
+            if value > 1.001 * known:
+                latest[slot] = value
+                heappush(again, (value, slot))
+                continue
+            lost += worth
+            above = leaving.add(checkpoint, rate)
+            if above is not None:
+                latest[above.slot] = self._worth(above, leaving)[2]
+                heappush(again, (latest[above.slot], above.slot))
+        return leaving, lost
+
+    def _worth(self, checkpoint: Checkpoint, leaving: Leaving) -> tuple[float, float, float]:
+        """Requests that resume at a checkpoint while others leave; the tokens they save; the same for each byte."""
+        slot = checkpoint.slot
+        rate = self.tables.rate(int(self.cells[slot]), self.now - int(self.ticks[slot])) * max(checkpoint.share, 1e-6)
+        rate += leaving.returned(checkpoint)
+        above = leaving.above(checkpoint)
+        worth = rate * (checkpoint.position - (above.position if above else 0))
+        return rate, worth, worth / max(leaving.bytes_of(checkpoint), 1)
 
     def _rate(self, checkpoint: Checkpoint) -> float:
         return self.tables.rate(_cell(checkpoint))
