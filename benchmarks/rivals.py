@@ -6,7 +6,7 @@ the best one for each cell. Worked examples are in `tests/bench/test_rivals.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hf_sparse_cache.planning.policies import HistogramDP, Policy, Prompt
 from hf_sparse_cache.planning.views import Floats
 from hf_sparse_cache.store.eviction import FIFO, LRU, Eviction
+from hf_sparse_cache.store.tree import Checkpoint, Node
 from hf_sparse_cache.store.value import Scored
 
 
@@ -112,6 +113,111 @@ def _scaled(values: Floats) -> Floats:
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
+class SegLen(Scored):
+    """SegLen, Marconi's successor in SGLang: evicts the lowest `weight * replay length + (1 - weight) * recency`, both
+    scaled to 0 .. 1. The replay length is what must be computed again from the nearest state above; a hit refreshes
+    the node that it used, and none above it.
+
+    Source: sgl-project/sglang PR 22172, `--seglen-eff-weight` (0.85).
+    """
+
+    def __init__(self, weight: float = 0.85) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def touched(self, slot: int, resumed: bool) -> bool:
+        """Only the node that is hit is refreshed, not those above it."""
+        return resumed
+
+    def gain(self, checkpoint: Checkpoint) -> float:
+        """The replay length."""
+        return _replay(checkpoint)
+
+    def values(self) -> Floats:
+        """The score by slot; free slots last."""
+        used = np.isfinite(self.gains)
+        score = np.full(len(self.gains), np.inf)
+        if used.any():
+            recency = _scaled(self.ticks[used].astype(np.float64))
+            score[used] = self.weight * _scaled(self.gains[used]) + (1.0 - self.weight) * recency
+        return score
+
+
+class Thinning(Scored):
+    """Thinning by coverage: of the states at the old end of the LRU order, the one goes whose loss uncovers the fewest
+    tokens, the older one of two that tie; so an old path is thinned out and keeps every other state.
+
+    Source: sgl-project/sglang PR 38000; a hit refreshes the node that it used alone (PR 31643). `tail` is the part of
+    the order that is looked at.
+    """
+
+    def __init__(self, tail: float = 1.0) -> None:
+        super().__init__()
+        self.tail = tail
+
+    def touched(self, slot: int, resumed: bool) -> bool:
+        """Only the node that is hit is refreshed."""
+        return resumed
+
+    def gain(self, checkpoint: Checkpoint) -> float:
+        """Tokens that are covered by no other state above."""
+        return _replay(checkpoint)
+
+    def values(self) -> Floats:
+        """The tokens it uncovers in the old end, behind them all others by age; free slots last."""
+        used = np.flatnonzero(np.isfinite(self.gains))
+        score = np.full(len(self.gains), np.inf)
+        order = used[np.argsort(self.ticks[used], kind="stable")]
+        old = order[: max(1, round(self.tail * len(order)))]
+        score[order] = 2.0**40 + np.arange(len(order))
+        score[old] = self.gains[old] + np.arange(len(old)) / max(2 * len(old), 1)
+        return score
+
+
+class HitsPerToken(Scored):
+    """Hits per token: frequency over size, the more recent one of two that tie stays.
+
+    Source: sgl-project/sglang PR 30300, `--radix-eviction-policy hpt`. A node's size there is its edge in tokens;
+    `by_bytes` takes what comes free here instead, state included.
+    """
+
+    def __init__(self, by_bytes: bool = False) -> None:
+        super().__init__()
+        self.by_bytes = by_bytes
+        self._hits: dict[Checkpoint, int] = {}
+
+    def stored(self, checkpoint: Checkpoint) -> None:
+        """The request that brings it counts."""
+        self._hits[checkpoint] = 1
+        super().stored(checkpoint)
+
+    def dropped(self, checkpoint: Checkpoint) -> None:
+        """Its hits are forgotten."""
+        super().dropped(checkpoint)
+        del self._hits[checkpoint]
+
+    def passed(self, path: Sequence[Node], overlap: int, resumed: Checkpoint | None, now: int) -> None:
+        """Every node that a prompt runs along is hit."""
+        super().passed(path, overlap, resumed, now)
+        for checkpoint in (item for node in path for item in node.checkpoints if item.position <= overlap):
+            self._hits[checkpoint] += 1
+            self.weigh(checkpoint)
+
+    def gain(self, checkpoint: Checkpoint) -> float:
+        """Hits over size."""
+        return self._hits[checkpoint] / max(checkpoint.held if self.by_bytes else _replay(checkpoint), 1)
+
+    def values(self) -> Floats:
+        """Hits over size, then age; free slots last."""
+        values: Floats = self.gains * (1.0 + 1e-9 * self.ticks)
+        return values
+
+
+def _replay(checkpoint: Checkpoint) -> float:
+    above = checkpoint.above()
+    return float(checkpoint.position - (above.position if above else 0))
+
+
 class LlamaCpp(Policy):
     """llama.cpp's server: context checkpoints at least `step` tokens apart while the prompt is processed, and one near
     its end, at most 32 a slot; the oldest prompts leave the host cache first.
@@ -171,6 +277,30 @@ RIVALS = (
     Rival("SGLang", (("interval 256", SGLang, LRU),)),
     Rival(
         "Marconi", tuple((f"alpha {a:g}", MarconiAdmission, lambda a=a: MarconiEviction(a)) for a in (0.2, 1.0, 5.0))
+    ),
+    Rival(
+        "SegLen",
+        tuple(
+            (f"weight {w:g}, interval {i}", lambda i=i: SGLang(i), lambda w=w: SegLen(w))
+            for w in (0.5, 0.85)
+            for i in (64, 256)
+        ),
+    ),
+    Rival(
+        "thinning",
+        tuple(
+            (f"tail {t:g}, interval {i}", lambda i=i: SGLang(i), lambda t=t: Thinning(t))
+            for t in (0.25, 1.0)
+            for i in (64, 256)
+        ),
+    ),
+    Rival(
+        "hits per token",
+        tuple(
+            (f"by {'bytes' if b else 'tokens'}, interval {i}", lambda i=i: SGLang(i), lambda b=b: HitsPerToken(b))
+            for b in (False, True)
+            for i in (64, 256)
+        ),
     ),
     Rival("llama.cpp", tuple((f"step {step}", lambda step=step: LlamaCpp(step), LRU) for step in (512, 2048, 8192))),
     Rival("mlx-lm", (("three segments", MLXLM, LRU),)),

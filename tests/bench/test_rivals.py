@@ -10,11 +10,14 @@ from benchmarks.clairvoyant import ClairvoyantEviction, ClairvoyantPolicy, Futur
 from benchmarks.rivals import (
     MLXLM,
     RIVALS,
+    HitsPerToken,
     LlamaCpp,
     MarconiAdmission,
     MarconiEviction,
     PaperDP,
+    SegLen,
     SGLang,
+    Thinning,
     VLLMAlign,
     VLLMAll,
 )
@@ -76,6 +79,49 @@ def test_marconi_admits_end_and_branch_and_weighs_savings_against_recency() -> N
     for seed, length in enumerate((3000, 200, 500, 900)):
         serve(recent, MarconiAdmission(), prompt(0, length, seed))
     assert serve(recent, MarconiAdmission(), prompt(0, 3000, 0)).resumed_tokens == 0
+
+
+def test_seglen_weighs_what_must_be_replayed_against_recency() -> None:
+    store = CheckpointStore(3, SegLen())
+    for seed, length in enumerate((3000, 200, 500, 900)):
+        serve(store, SGLang(64), prompt(0, length, seed))
+    assert sorted(item.position for item in store.stored()) == [448, 896, 2944]  # the oldest has most to replay
+    recent = CheckpointStore(3, SegLen(weight=0.0))
+    for seed, length in enumerate((3000, 200, 500, 900)):
+        serve(recent, SGLang(64), prompt(0, length, seed))
+    assert sorted(item.position for item in recent.stored()) == [192, 448, 896]
+
+
+def test_seglen_counts_from_the_nearest_state_and_refreshes_the_node_it_used_alone() -> None:
+    store = CheckpointStore(None, SegLen(weight=0.0))
+    serve(store, MarconiAdmission(), prompt(1000, 0))
+    serve(store, MarconiAdmission(), prompt(2000, 0))
+    upper, lower = sorted(store.stored(), key=lambda item: item.position)[:2]
+    assert store.eviction.gain(lower) == lower.position - upper.position  # type: ignore[attr-defined]
+    serve(store, MarconiAdmission(), prompt(2000, 0))
+    assert store.eviction.victim(None, 1) is upper
+
+
+def test_thinning_keeps_every_other_state_of_an_old_path() -> None:
+    store = CheckpointStore(8, Thinning())
+    serve(store, LlamaCpp(1024), prompt(8200, 0))
+    assert [item.position for item in store.stored()] == [1024 * n for n in range(1, 8)] + [8192]
+    for seed in range(4):
+        serve(store, SGLang(64), prompt(0, 5000, seed))
+    kept = sorted(item.position for item in store.stored() if item.position % 1024 == 0)
+    assert kept == [2048, 4096, 6144, 8192]
+
+
+def test_hits_per_token_is_frequency_over_size() -> None:
+    store = CheckpointStore(3, HitsPerToken())
+    serve(store, SGLang(64), prompt(0, 3000, 1))
+    serve(store, SGLang(64), prompt(0, 500, 2))
+    for _ in range(9):
+        serve(store, SGLang(64), prompt(0, 1000, 3))
+    serve(store, SGLang(64), prompt(0, 800, 4))
+    assert sorted(item.position for item in store.stored()) == [448, 768, 960]  # one hit for 2,944 tokens goes first
+    serve(store, SGLang(64), prompt(0, 700, 5))
+    assert sorted(item.position for item in store.stored()) == [448, 640, 960]  # 9 hits for 960 tokens stay
 
 
 def test_llama_cpp_keeps_steps_and_the_end_up_to_its_count() -> None:
