@@ -159,11 +159,9 @@ class SparsePrefixCache(Handle):
         """
         tokens = self.server.binding.tokens_of(ids)
         space, changed = self.server.space.now()
-        binding = self.server.binding
+        binding, row = self.server.binding, torch.from_numpy(tokens)[None]
         found = explain(self.store, tokens, binding.segmenting, space, binding.facts)
-        unsupported = why_uncached(self.model, torch.from_numpy(tokens)[None], None, {}) or self.server.why_not(
-            len(tokens)
-        )
+        unsupported = why_uncached(self.model, row, None, {}) or self.server.look(len(tokens))[0]
         if unsupported:
             reason = not_supported(unsupported)
         elif changed and not found.resumed_tokens:

@@ -175,7 +175,9 @@ def _prefill(
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
     call, live.call = live.call, None
     server = _handle_of(call).server
-    why_not = why_uncached(model, input_ids, generation_config, model_kwargs) or server.why_not(input_ids.shape[1])
+    why_not = why_uncached(model, input_ids, generation_config, model_kwargs)
+    if not why_not:
+        why_not, live.found = server.look(input_ids.shape[1])
     if not why_not:
         try:
             with mamba1.held(model):

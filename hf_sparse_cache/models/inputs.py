@@ -27,8 +27,6 @@ def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kw
         return TRAINING_MODE
     if getattr(generation_config, "is_assistant", False):
         return "an assistant model rolls its cache back"
-    if _rows_have_adapters(model):
-        return "adapter_names gives each row an adapter of its own"
     for name, value in kwargs.items():
         if name.startswith(_MEDIA) and not _is_empty(value):
             return f"{name}: a prompt with images, video or audio is not only its tokens"
@@ -44,12 +42,6 @@ def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kw
     if _has_holes(kwargs.get("attention_mask")):
         return "attention_mask leaves out tokens inside a prompt (generate() makes such a mask from pad tokens in it)"
     return ""
-
-
-def _rows_have_adapters(model: torch.nn.Module) -> bool:
-    """Whether PEFT chooses an adapter for each row: it hangs hooks on its layers for the length of the call."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
 def _is_empty(value: Any) -> bool:

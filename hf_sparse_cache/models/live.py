@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 
 from . import mamba1
 from .calls import Call
+from .weights import Identity
 
 
 class LiveCache(DynamicCache):
@@ -27,6 +28,7 @@ class LiveCache(DynamicCache):
     Attributes:
         call: the call whose prompt is to be prefilled, until that has been done; None afterwards.
         origin: the handle that it was made for, as long as that is there.
+        found: the model's name when the call was looked at; None where nobody has looked.
         length: tokens consumed by the prefill.
         recurrent_only: whether no layer keeps keys and values, so that nothing in it counts the tokens decoded since.
         full_attention_layers: how many layers keep keys and values of every token.
@@ -38,6 +40,7 @@ class LiveCache(DynamicCache):
         self.layers += [copy.deepcopy(self.layers[index]) for index in repeated]
         self.call: Call | None = None
         self.origin: weakref.ref[Cache] | None = None
+        self.found: Identity | None = None
         self.length = 0
         self.recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         self.full_attention_layers = sum(

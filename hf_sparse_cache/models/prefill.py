@@ -42,7 +42,7 @@ def prefill_row(
     live: LiveCache,
     row: Row,
     request: Request,
-    capture: Callable[[], bool] = lambda: True,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Any, Timing]:
     """Bring a fresh live cache to the end of one prompt.
 
@@ -51,7 +51,8 @@ def prefill_row(
         live: a fresh cache, filled in place.
         row: the prompt.
         request: its open request: what to restore, which segments to run, what to capture.
-        capture: asked before each checkpoint that the request wants to keep whether it may.
+        check: called behind each forward whose results are kept, in a checkpoint or as the answer; raises where the
+            model is no longer the one that the prompt is for.
 
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
@@ -67,17 +68,19 @@ def prefill_row(
     if not request.segments:  # the same prompt was read to its end before
         assert request.checkpoint is not None
         settle(live.layers)
+        check()
         logits = states.logits_of(layer_tensors(request.checkpoint.state))
         return binding.output(logits, live), Timing(0.0, restore_seconds)
     for end in request.segments:
         output = segment(binding, live, row, end)
+        if end in planned or end == len(row):
+            check()
         if end in planned:
             clock = time.perf_counter()
             try:
                 state, kv = states.capture_state(live), partial(states.capture_kv, live)
                 state = states.with_logits(state, output.logits) if end == len(row) else state
-                if capture():
-                    request.add(end, state, kv if live.full_attention_layers else None)
+                request.add(end, state, kv if live.full_attention_layers else None)
             except Exception as error:
                 if not out_of_memory(error):
                     raise

@@ -87,18 +87,24 @@ class Proof:
         if why:
             logger.warning(f"Calls with this SparsePrefixCache run uncached while {attached} stays as it is: {why}.")
 
-    def shortcoming(self) -> str:
-        """Why a prompt cannot be served in segments, "" when it can; looked for once for each model and its code."""
+    def known(self, found: Identity) -> str | None:
+        """What `shortcoming` has found of a model as it is; None where it has not looked yet."""
         if not self.wanted:
             return ""
-        model = self._binding.model
         with _lock:
-            known = _found.setdefault(model, {})
+            known = _found.setdefault(self._binding.model, {})
+        names = (found.attached, found.proved_by, str(found))
+        return next((known[name] for name in names if name in known), None)
+
+    def shortcoming(self) -> str:
+        """Why a prompt cannot be served in segments, "" when it can; looked for once for each model and its code."""
+        model = self._binding.model
         for _ in range(2):  # what is attached may change once, by chance, while it is looked at
             found = identity(model)
-            for name in (found.attached, found.proved_by, str(found)):
-                if name in known:
-                    return known[name]
+            said = self.known(found)
+            if said is not None:
+                return said
+            known = _found[model]
             why = self._attempt(found)
             if not found.foreign or identity(model).code == found.code:
                 return _remember(known, str(found) if why else identity(model).proved_by, why)

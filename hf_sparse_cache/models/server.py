@@ -24,10 +24,9 @@ from .binding import Binding
 from .inputs import Row, check_ids, input_device, unpadded_rows
 from .live import LiveCache
 from .proof import Proof
-from .rope import length_limit
 from .space import Space
 from .watch import ModelChangedError
-from .weights import identity
+from .weights import Identity, identity, unchanged
 
 
 logger = logging.get_logger(__name__)
@@ -86,12 +85,17 @@ class Server:
         """The live cache for a request that begins."""
         return self.binding.live_cache()
 
-    def why_not(self, tokens: int) -> str:
-        """Why a prompt of so many tokens cannot be served on this model as it is, "" when it can."""
-        limit = length_limit(self.binding.model)
+    def look(self, tokens: int) -> tuple[str, Identity]:
+        """Why a prompt of so many tokens cannot be served on the model, "" when it can, and what the model is now."""
+        found = identity(self.binding.model)
+        limit = found.length_limit
         if limit and tokens >= limit:
-            return f"the frequencies of this model's RoPE depend on the length of a prompt, from {limit} tokens on"
-        return identity(self.binding.model).by_call or self.proof.shortcoming()
+            said = f"the frequencies of this model's RoPE depend on the length of a prompt, from {limit} tokens on"
+            return said, found
+        if found.by_call:
+            return found.by_call, found
+        known = self.proof.known(found)
+        return (self.proof.shortcoming(), identity(self.binding.model)) if known is None else (known, found)
 
     def uncached(self, prompt_tokens: Sequence[int], why: str) -> None:
         """Record prompts that run as if there were no handle, and say so once.
@@ -127,6 +131,8 @@ class Server:
         order = [distinct.setdefault(row.cpu().numpy().tobytes(), len(distinct)) for row in rows]
         alone = len(rows) == 1 and len(rows[0]) == input_ids.shape[1]
         caches = [live] if alone else [self.binding.live_cache() for _ in distinct]
+        for cache in caches:
+            cache.found = live.found
         positions = model_kwargs.get("position_ids")
         dims = () if positions is None else tuple(positions.shape[:-2])
         served = [
@@ -159,20 +165,20 @@ class Server:
     def _serve_row(self, live: LiveCache, row: Row) -> Served:
         started = time.perf_counter()
         tokens = row.ids.to("cpu", torch.int32).numpy()
-        made_of = str(identity(self.binding.model))
-        space, changed = self.space.now(told=True)
+        model = self.binding.model
+        found = identity(model) if live.found is None else live.found
+        space, changed = self.space.now(told=True, found=found)
         policy = limited(self.policy, self.binding.config.max_checkpoints)
 
-        def unchanged() -> bool:
-            return str(identity(self.binding.model)) == made_of
+        def check() -> None:
+            if not unchanged(model, found):
+                raise ModelChangedError("the model changed while the prompt was computed")
 
         def attempt(spacious: bool) -> tuple[Any, Request, dict[str, float]]:
             with open_request(self.store, policy, tokens, self.binding.segmenting, space=space) as request:
                 if not spacious:
                     request.start_over()
-                output, timing = prefill.prefill_row(self.binding, live, row, request, unchanged)
-                if not unchanged():
-                    raise ModelChangedError("the model changed while the prompt was computed")
+                output, timing = prefill.prefill_row(self.binding, live, row, request, check)
                 served = time.perf_counter()
             return (
                 output,

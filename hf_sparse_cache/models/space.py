@@ -32,13 +32,13 @@ class Space:
         self._weights, self._name = verified(binding.model), ""
         self.layout = self._fresh_layout()
 
-    def now(self, told: bool = False) -> tuple[str, bool]:
-        """Its name for the weights as they are, and whether they changed since a request was `told`.
+    def now(self, told: bool = False, found: Identity | None = None) -> tuple[str, bool]:
+        """Its name for the weights as they are, or were `found`, and whether they changed since a request was `told`.
 
         What was stored of weights that are gone is dropped. What was stored under other settings, such as another
         adapter, stays, since they may come back.
         """
-        weights = identity(self._binding.model)
+        weights = identity(self._binding.model) if found is None else found
         with self._lock:
             before, self._weights = self._weights, weights
             old, self._name = self._name, self._name_for(weights)

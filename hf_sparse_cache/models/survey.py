@@ -55,6 +55,7 @@ class Survey:
         attached: of the code what others put there, without the values that it depends on.
         foreign: in words, code that neither transformers nor accelerate put there.
         by_call: why the call that is being made cannot be cut, when something was put on the model for it alone.
+        of_call: what was put there. Whoever tells hooks apart by their address has to keep them.
         opaque: whether some of it means nothing in another process.
         mutable: how to reach values that can change without being replaced.
     """
@@ -67,6 +68,7 @@ class Survey:
     attached: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     by_call: str = ""
+    of_call: list[Callable[..., Any]] = field(default_factory=list)
     opaque: bool = False
     mutable: list[Any] = field(default_factory=list)
 
@@ -275,6 +277,9 @@ def _add_code(found: Survey, place: _Place, teller: Teller, *, at_top: bool) -> 
     hooks = [*foreign_hooks(module), *(_global_hooks() if at_top else ())]
     if any(map(_counts_from_the_end, hooks)):
         found.by_call = "an activated LoRA begins at a token that it counts from the end of the prompt"
+    elif any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
+        found.by_call = "adapter_names gives each row an adapter of its own"
+    found.of_call += filter(_of_one_call, hooks)
     hooks = [hook for hook in hooks if not _of_one_call(hook)]
     if hooks:
         found.code.extend(teller.tell(hook) for hook in hooks)

@@ -5,6 +5,10 @@ that are attached, switched, scaled or merged, hooks and what they depend on, mo
 Tensors are told apart by identity, address and version counter. Writing through `.data` leaves all three as they are,
 so values of every tensor in main memory are compared as well, a share of them at every look (see `samples`).
 
+A request looks twice. The first look, before anything is matched, is `identity`. The second, behind the forward whose
+results are kept, is `unchanged`, which leaves the values to the next first look: what comes to light there gives the
+weights another name, under which nothing stored before is found.
+
 A model's name has three parts. The first stands for its weights, numbered in this process: it changes for good. The
 other two are settings (with the active adapters) and code, by content: who switches back finds the old name again.
 """
@@ -21,6 +25,7 @@ import torch
 
 from ..forks import ForkSafeLock
 from . import survey as surveys
+from .rope import length_limit
 from .samples import Samples, checksum
 
 
@@ -41,6 +46,7 @@ class Identity(NamedTuple):
         foreign: in words, code attached to it that is not transformers'; "" when there is none.
         by_call: why the call that is being made cannot be cut; "" when it can.
         packed: whether weights are packed, so that each piece rounds its activations by a scale of its own.
+        length_limit: the first prompt length on which the frequencies of RoPE depend; 0 where they never do.
     """
 
     weights: str
@@ -51,6 +57,7 @@ class Identity(NamedTuple):
     foreign: str = ""
     by_call: str = ""
     packed: bool = False
+    length_limit: int = 0
 
     def __str__(self) -> str:
         return f"{self.weights}, settings {self.settings}, code {self.code}"
@@ -63,6 +70,15 @@ def identity(model: torch.nn.Module) -> Identity:
         if watch is None or not watch.still_holds(model):
             watch = _known[model] = _Watch(model, watch)
         return watch.identity
+
+
+def unchanged(model: torch.nn.Module, found: Identity) -> bool:
+    """Whether a model is what it was when it was given a name, as far as shows without reading values."""
+    with _lock:
+        watch = _known.get(model)
+        if watch is not None and str(watch.identity) == str(found) and watch.looks_alike(model):
+            return True
+    return str(identity(model)) == str(found)
 
 
 def forget(model: torch.nn.Module) -> None:
@@ -94,7 +110,7 @@ class _Watch:
         self._own = frozenset(map(id, model.modules()))
         self._tensors, self._marks = _glance(model)
         attributes = (value for module in model.modules() for value in vars(module).values())
-        self._kept = [value for value in attributes if isinstance(value, _PLAIN)]
+        self._kept = [*(value for value in attributes if isinstance(value, _PLAIN)), *found.of_call]
         self._told = surveys.read(self._mutable, self._own)
         self._base = _Values(found.weights.values())
         self._adapters = _Values(found.adapters.values())
@@ -107,7 +123,8 @@ class _Watch:
         foreign = found.foreign[0] if found.foreign else ""
         packed = any(isinstance(weight, torch.ScriptObject) for weight in found.weights.values())
         attached = surveys.digest(found.attached)
-        self.identity = Identity(weights, settings, code, proved_by, attached, foreign, found.by_call, packed)
+        limit = length_limit(model)
+        self.identity = Identity(weights, settings, code, proved_by, attached, foreign, found.by_call, packed, limit)
 
     def renew(self) -> None:
         """Give the weights another name."""
@@ -120,13 +137,17 @@ class _Watch:
 
     def still_holds(self, model: torch.nn.Module) -> bool:
         """Whether the model has the very same tensors, settings and code, unchanged."""
+        return self.looks_alike(model) and self._base.samples_hold() and self._adapters.samples_hold()
+
+    def looks_alike(self, model: torch.nn.Module) -> bool:
+        """The same, but for values that were changed without a trace."""
         tensors, marks = _glance(model)
         return (
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
             and marks == self._marks
-            and self._base.hold()
-            and self._adapters.hold()
+            and self._base.untouched()
+            and self._adapters.untouched()
             and surveys.read(self._mutable, self._own) == self._told
         )
 
@@ -149,13 +170,13 @@ class _Values:
         self._versions, self._addresses = _counters(self._versioned), _pointers(self._tensors)
         self._samples = Samples(self._tensors)
 
-    def hold(self) -> bool:
-        """Whether they are, as far as a glance shows."""
-        return (
-            _counters(self._versioned) == self._versions
-            and _pointers(self._tensors) == self._addresses
-            and self._samples.hold()
-        )
+    def untouched(self) -> bool:
+        """Whether nobody has changed them in a way that leaves a trace."""
+        return _counters(self._versioned) == self._versions and _pointers(self._tensors) == self._addresses
+
+    def samples_hold(self) -> bool:
+        """Whether the next share of their values is as it was."""
+        return self._samples.hold()
 
     def agree(self, later: _Values) -> bool:
         """Whether those that hold data then and now are as they were, as far as a look shows."""

@@ -1,5 +1,6 @@
 """A model that changes under the cache is noticed before the next match; one that does not change is left in peace."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from matrix import Bench
 from tiny_models import build
 
+from hf_sparse_cache.models import server, space
 from hf_sparse_cache.models.weights import identity
 
 
@@ -182,3 +184,46 @@ def test_looking_costs_a_millisecond_for_a_thousand_tensors() -> None:
         assert identity(model) == name
         fastest = min(fastest, time.thread_time() - started)
     assert fastest <= 2e-3, f"{1e3 * fastest:.2f} ms"  # 0.6 ms on an idle core; twice the promise for a busy one
+
+
+@pytest.mark.parametrize("question", [1, 2])
+def test_a_warm_request_looks_once_before_and_once_behind(
+    bench: Bench, question: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it cuts and captures: each look goes over every module of the model."""
+    first: list[Any] = []
+    second: list[Any] = []
+    for module, name, found in (
+        (server, "identity", first),
+        (space, "identity", first),
+        (server, "unchanged", second),
+    ):
+        own = getattr(module, name)
+
+        def counted(*args: Any, own: Any = own, found: list[Any] = found) -> Any:
+            found.append(args)
+            return own(*args)
+
+        monkeypatch.setattr(module, name, counted)
+    with bench.handle() as cache:
+        bench.warm(cache)
+        first.clear(), second.clear()
+        bench.generate(bench.prompt(question), cache)
+        assert cache.last_request.reason == "resumed"
+        assert len(first) == 1
+        assert len(second) <= max(1, len(cache.last_request.captured))
+
+
+def test_another_hook_at_the_address_of_the_last(bench: Bench) -> None:
+    """PEFT hangs hooks on a model for one call. The next call's may lie where these did, and say something else."""
+    function = type("Function", (), {"__module__": "peft.helpers", "__call__": lambda self, *args: None})()
+
+    layer = projection(bench.model)
+    asleep, awake = {"alora_offsets": [None]}, {"alora_offsets": [3]}
+    for _ in range(50):
+        handle = layer.register_forward_pre_hook(functools.partial(function, **asleep))
+        assert identity(bench.model).by_call == ""
+        handle.remove()
+        handle = layer.register_forward_pre_hook(functools.partial(function, **awake))
+        assert "activated LoRA" in identity(bench.model).by_call
+        handle.remove()
