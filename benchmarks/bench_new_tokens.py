@@ -2,12 +2,14 @@
 
     python -m benchmarks.bench_new_tokens                                 four built-in models of about 30 M parameters
     python -m benchmarks.bench_new_tokens --model jamba-134m --pairs 15
+    python -m benchmarks.bench_new_tokens --model 38x64 --document 2000 --cold   38 layers of width 64: host time
     python -m benchmarks.bench_new_tokens --json benchmarks/results/new_tokens.json
 
 questions    one document, one question after the other, in plain text: how many tokens each computes beyond its own,
              by its place (second, third and later); and the last prompt once more
-first token  of later questions, in CPU time, against a forward over the new tokens on a live cache that is ready
-             (which no cache can beat), and against `copy.deepcopy` of a pre-filled cache where that is right
+first token  of later questions, in CPU time, against the model's own `generate()` on a live cache that is ready, which
+             runs the new tokens in one forward (no cache can beat it), and against `copy.deepcopy` of a pre-filled
+             cache where that is right; both calls are timed from their start to their end
 cold         prompts that share nothing, in CPU time, against stock `generate()` in one shot
 
 Each pair serves one prompt both ways, in alternating order. Printed are the median of the ratios and the interval that
@@ -26,6 +28,8 @@ from math import comb
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import Zamba2Config, Zamba2ForCausalLM
 from transformers.utils import logging
 
 from hf_sparse_cache.bench.contenders import Cached, Contender, DeepCopy, Limit
@@ -36,11 +40,36 @@ from hf_sparse_cache.tools.builtin import SIZES, build_model
 from hf_sparse_cache.tools.machine import describe_machine
 
 
-VOCABULARY = 8192
+VOCABULARY, DEEP = 8192, "38x64"
 
 
 def drawn(draw, tokens):
     return draw.randint(3, VOCABULARY, tokens).astype(np.int32)
+
+
+def built(name):
+    """A built-in model, or one of 38 layers of width 64, whose forwards are short beside what the host does."""
+    if name != DEEP:
+        return build_model(name, vocab_size=VOCABULARY)
+    config = Zamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=38,
+        layers_block_type=["hybrid" if index % 6 == 5 else "linear_attention" for index in range(38)],
+        intermediate_size=128,
+        num_attention_heads=4,
+        n_mamba_heads=4,
+        mamba_d_state=16,
+        chunk_size=64,
+        num_mem_blocks=2,
+        adapter_rank=8,
+        use_mem_rope=True,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = Zamba2ForCausalLM(config)
+    model.generation_config.eos_token_id = None
+    return model.eval()
 
 
 def questions(document, count, tokens, draw):
@@ -50,8 +79,8 @@ def questions(document, count, tokens, draw):
     return [Asked("document", np.concatenate([document, tail]).astype(np.int32)) for tail in tails]
 
 
-def paired(one, other, prompts):
-    """Ratios of CPU time, one a prompt; each contender leads every second pair."""
+def paired(one, other, prompts, beside=None):
+    """Ratios of CPU time, one a prompt; each contender leads every second pair. Differences in ms go to `beside`."""
     ratios = []
     for index, asked in enumerate(prompts):
         order = (one, other) if index % 2 else (other, one)
@@ -65,7 +94,43 @@ def paired(one, other, prompts):
             contender.serve(asked, 1, False)
             spent[contender] = time.process_time() - started
         ratios.append(spent[one] / spent[other])
+        if beside is not None:
+            beside.append(1e3 * (spent[one] - spent[other]))
     return ratios
+
+
+class Ready(Limit):
+    """What a user writes who has the live cache at hand: the class's own `generate()`, nothing of ours around it."""
+
+    def prepare(self, asked):
+        super().prepare(asked)
+        self._server.ready.length = self._server.resumed_tokens
+
+    def serve(self, asked, max_new_tokens, logits):
+        live, ids = self._server.ready, self.ids(asked)
+        if live.recurrent_only:  # nothing in it says how many tokens it has read, so only the new ones are given
+            ids = ids[:, live.length :]
+        return type(self.model).generate(
+            self.model,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **{self._server.binding.cache_name: live},
+        )
+
+
+def check_limit(own, limit, asked):
+    """Both must answer alike, or they do not do the same work."""
+    limit.prepare(asked)
+    found = limit.serve(asked, 1, True).logits[0][0]
+    served = own.serve(asked, 1, True).logits
+    difference = float((found - served).abs().max())
+    assert difference <= 1e-4, f"the limit's logits differ by {difference}"
 
 
 def bounds(values, confidence=0.95):
@@ -84,7 +149,7 @@ def summary(ratios):
 
 
 def measure(arguments, name, exactness):
-    model, draw = build_model(name, vocab_size=VOCABULARY), np.random.RandomState(arguments.seed)
+    model, draw = built(name), np.random.RandomState(arguments.seed)
     document = drawn(draw, arguments.document)
     prompts = questions(document, 2 + 3 * arguments.pairs + 2, arguments.question, draw)
     own = Cached(model, None, exactness, "learned", max_memory="8GiB", exactness=exactness)
@@ -92,8 +157,10 @@ def measure(arguments, name, exactness):
     try:
         computed = [own.serve(asked, 1, False).computed_tokens for asked in prompts[:4]]
         again = own.serve(prompts[3], 1, False).computed_tokens
-        limit = Limit(own)
-        found["first token / limit"] = summary(paired(own, limit, prompts[4 : 4 + arguments.pairs]))
+        limit, beside = Ready(own), []
+        check_limit(own, limit, prompts[2])
+        found["first token / limit"] = summary(paired(own, limit, prompts[4 : 4 + arguments.pairs], beside))
+        found["beside the limit, ms"] = summary(beside)
         limit.close()
         recipe = DeepCopy(model, {"document": arguments.document})
         wrong = why_wrong(model, lambda: DeepCopy(model, {}), own.handle.grid or 256)
@@ -141,7 +208,7 @@ def rows(found):
 
 def main():
     parser = argparse.ArgumentParser(description="What a question costs that follows a long document")
-    parser.add_argument("--model", action="append", choices=sorted(SIZES))
+    parser.add_argument("--model", action="append", choices=[*sorted(SIZES), DEEP])
     parser.add_argument("--exactness", nargs="+", default=["replayable", "bitwise"])
     parser.add_argument("--document", type=int, default=5500)
     parser.add_argument("--question", type=int, default=16)

@@ -9,7 +9,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -131,8 +131,13 @@ def segment(binding: Binding, live: LiveCache, row: Row, end: int) -> Any:
 
 def _takes_positions(model: Any) -> bool:
     """Whether the model's forward takes `position_ids`; a forward put in its place may not say so."""
-    forwards = (model.forward, type(model).forward)
-    return any("position_ids" in inspect.signature(forward).parameters for forward in forwards)
+    own = type(model).forward
+    return _names_positions(own) or ("forward" in vars(model) and _names_positions(model.forward))
+
+
+@lru_cache(maxsize=64)
+def _names_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
 
 
 def join_rows(binding: Binding, live: LiveCache, rows: Sequence[tuple[LiveCache, Any]], width: int) -> Any:

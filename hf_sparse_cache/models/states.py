@@ -39,7 +39,8 @@ class Part:
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """A dense copy that shares nothing, so that its bytes are exactly what it holds."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    return plain.clone(memory_format=torch.contiguous_format)
 
 
 def _left_padded(tensors: Sequence[torch.Tensor], dim: int, length: int, batch_dim: int = 0) -> torch.Tensor:
@@ -69,27 +70,30 @@ def _recurrent_fixed(layer: Any) -> Tensors:
 def _recurrent_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
     for name, value in fixed.items():
         kind, _, index = name.partition(".")
-        if kind == "conv":
-            layer.lazy_initialization(conv_states=value, state_idx=int(index))
-            layer.conv_states[int(index)].copy_(value)
-        elif kind == "recurrent":
-            layer.lazy_initialization(recurrent_states=value, state_idx=int(index))
-            layer.recurrent_states[int(index)].copy_(value)
-        else:
-            continue
-        # Without the flag the model ignores the state it has just been given.
-        layer.has_previous_state[int(index)] = True
+        if kind in ("conv", "recurrent"):
+            _set_state(layer, kind, int(index), _own(value))
     return layer
 
 
+def _set_state(layer: Any, kind: str, index: int, value: torch.Tensor) -> None:
+    """What `lazy_initialization` does, with the state itself in place of zeros to be written over."""
+    if kind == "conv":
+        if layer.device is None:
+            layer.dtype, layer.device = value.dtype, value.device
+        layer.conv_kernel_size[index] = value.shape[-1]
+    getattr(layer, f"{kind}_states")[index] = value
+    getattr(layer, f"is_{kind}_states_initialized")[index] = True
+    torch._dynamo.mark_static_address(value)  # it is updated in place
+    # Without the flag the model ignores the state it has just been given.
+    layer.has_previous_state[index] = True
+
+
 def _recurrent_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
-    fixed: Tensors = {}
     for i in range(layer.number_of_states):
         for kind, states in (("conv", "conv_states"), ("recurrent", "recurrent_states")):
             tensors = [getattr(row, states)[i] for row in rows]
             if tensors[0] is not None:
-                fixed[f"{kind}.{i}"] = torch.cat(tensors)
-    _recurrent_restore(layer, fixed, ())
+                _set_state(layer, kind, i, torch.cat(tensors))
 
 
 # -- keys and values of full attention: DynamicLayer ------------------------------------------------------------------

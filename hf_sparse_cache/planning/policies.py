@@ -21,7 +21,7 @@ from .views import Floats
 MIN_GAIN_TOKENS = 4  # fewer tokens, such as the first words that two questions have in common, are no junction
 FIRST_SIGHT_OBSERVATIONS = 8  # overlaps after which the learned views know better
 FIRST_SIGHT_DISTANCES = (8, 136, 264)  # from the end of a prompt
-FIRST_SIGHT_SHARE = 0.03  # of the prefill that its cuts may cost
+UNKNOWN_SHARE = 0.03  # of the prefill that the cuts of a prompt may cost which shares nothing with earlier ones
 
 
 class NoCheckpoints(Policy):
@@ -163,15 +163,21 @@ def first_sight(prompt: Prompt) -> list[int]:
     """Where the next prompt most likely leaves one of which nothing is known yet, the likeliest first.
 
     At the start of its last message, where special tokens tell; a few tokens before its end; at a few depths below,
-    since what is asked of a text is mostly short. As many as cost at most `FIRST_SIGHT_SHARE` of the prefill.
+    since what is asked of a text is mostly short. As many as `affordable` allows.
     """
     length = len(prompt.ids)
     depths = [length - distance for distance in FIRST_SIGHT_DISTANCES]
     found: list[int] = []
     for wish in [prompt.message_start, *depths]:
         found += [position for position in prompt.snap([wish]) if position not in found]
-    affordable = FIRST_SIGHT_SHARE * (length - prompt.resumed)
-    return found if not prompt.cut_tokens else found[: int(affordable / prompt.cut_tokens)]
+    return found[: affordable(prompt, len(found))]
+
+
+def affordable(prompt: Prompt, most: int) -> int:
+    """How many cuts, `most` at most, a prompt may have that shares nothing with others, so that only hope pays."""
+    if not prompt.cut_tokens or prompt.overlap >= MIN_GAIN_TOKENS:
+        return most
+    return min(most, int(UNKNOWN_SHARE * len(prompt.ids) / prompt.cut_tokens))
 
 
 class Learned(Policy):
@@ -200,7 +206,7 @@ class Learned(Policy):
         if not limit:
             return []
         sure = self._sure(prompt)[: (limit + 1) // 2]
-        found = {*sure, *self._planned(prompt, forecast, limit - len(sure))}
+        found = {*sure, *self._afforded(prompt, forecast, limit - len(sure), len(sure))}
         if prompt.terms.price == 0.0 and (prompt.limit is None or len(found) < limit):
             found.add(len(prompt.ids))  # the same prompt again has nothing left to compute
         return sorted(found)
@@ -213,6 +219,15 @@ class Learned(Policy):
             return [prompt.overlap]
         known = prompt.overlap >= MIN_GAIN_TOKENS or self.model.observations >= FIRST_SIGHT_OBSERVATIONS
         return [] if known else first_sight(prompt)
+
+    def _afforded(self, prompt: Prompt, forecast: Forecast, limit: int, taken: int) -> list[int]:
+        """The plan with so many cuts as the prompt may have, `taken` being placed; its end is none."""
+        room = affordable(prompt, limit + taken) - taken
+        for most in (limit, room + 1, room):
+            found = self._planned(prompt, forecast, min(limit, most))
+            if len([position for position in found if position < len(prompt.ids)]) <= room:
+                break
+        return found
 
     def _planned(self, prompt: Prompt, forecast: Forecast, limit: int) -> list[int]:
         """What the forecast and the price of memory say."""
