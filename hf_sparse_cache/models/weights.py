@@ -32,6 +32,7 @@ from .samples import Samples, checksum
 _lock = ForkSafeLock()
 _serial = itertools.count()
 _known: weakref.WeakKeyDictionary[torch.nn.Module, _Watch] = weakref.WeakKeyDictionary()
+_STANDARD = vars(torch.nn.Module())
 # Values that cannot change in place, kept so that their addresses are not used again.
 _PLAIN = (int, float, complex, str, bytes, tuple, torch.Tensor, torch.ScriptObject)
 
@@ -108,7 +109,8 @@ class _Watch:
         found = surveys.survey(model)
         self._weights, self._mutable = found.weights, found.mutable
         self._own = frozenset(map(id, model.modules()))
-        self._tensors, self._marks = _glance(model)
+        self._own_from = _own_from(model)
+        self._tensors, self._marks = _glance(model, self._own_from)
         attributes = (value for module in model.modules() for value in vars(module).values())
         self._kept = [*(value for value in attributes if isinstance(value, _PLAIN)), *found.of_call]
         self._told = surveys.read(self._mutable, self._own)
@@ -141,7 +143,7 @@ class _Watch:
 
     def looks_alike(self, model: torch.nn.Module) -> bool:
         """The same, but for values that were changed without a trace."""
-        tensors, marks = _glance(model)
+        tensors, marks = _glance(model, self._own_from)
         return (
             len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
@@ -191,8 +193,17 @@ def _away(weight: Any) -> bool:
     return torch.is_tensor(weight) and weight.is_meta
 
 
-def _glance(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
-    """Every parameter and buffer (some None), and the addresses of all else that modules hold."""
+def _own_from(model: torch.nn.Module) -> int:
+    """How many attributes torch gives every module, where they come first in all of them; else 0."""
+    first = list(_STANDARD)
+    return len(first) if all(list(vars(module))[: len(first)] == first for module in model.modules()) else 0
+
+
+def _glance(model: torch.nn.Module, own_from: int) -> tuple[list[Any], list[Any]]:
+    """Every parameter and buffer (some None), and the addresses of modules, and of all else that they hold.
+
+    Of what torch gives every module, that is looked into which a forward uses, and the rest is passed over.
+    """
     tensors: list[Any] = []
     held = torch.nn.modules.module
     hooks = (*held._global_forward_hooks.values(), *held._global_forward_pre_hooks.values())
@@ -201,9 +212,11 @@ def _glance(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
     while stack:
         module = stack.pop()
         attributes = module.__dict__
-        marks.append(type(module))
-        marks.extend(map(id, attributes.values()))
-        stack.extend(child for child in attributes["_modules"].values() if child is not None)
+        marks += (id(module), module.__class__, len(attributes), attributes["training"])
+        if len(attributes) > own_from:
+            marks.extend(map(id, itertools.islice(attributes.values(), own_from, None)))
+        if attributes["_modules"]:
+            stack.extend(child for child in attributes["_modules"].values() if child is not None)
         tensors.extend(attributes["_parameters"].values())
         tensors.extend(attributes["_buffers"].values())
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
