@@ -1,8 +1,10 @@
 """Edits that leave no trace, such as writing through `.data`: noticed by looking at values, a few at every look.
 
 Every row of every tensor in main memory has at least one value in the sample, at a column that differs from row to
-row, and small tensors have all of theirs. A look compares a fixed share of the sample, the next one at the next look,
-so that all of it comes by in turn. `checksum` reads everything, for the moments at which a turn is too long to wait.
+row, and small tensors have all of theirs. A look compares a share of the sample, the next one at the next look, so
+that all of it comes by in turn: at once where the weights fit into a processor's cache, in three looks or more
+elsewhere, where each value is a wait for memory. `checksum` reads everything, for the moments at which a turn is too
+long to wait.
 """
 
 from collections.abc import Iterable
@@ -15,6 +17,7 @@ import torch
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Values of a tensor that are in the sample, at least, and at most in one portion; portions compared at one look.
 _LEAST, _PORTION, _PORTIONS = 2048, 8192, 128
+_CACHED_BYTES, _LOOKS = 16 << 20, 3  # of weights that are compared at once; and looks of a turn, at least, for others
 _GOLDEN = 0x9E3779B1
 
 
@@ -23,13 +26,17 @@ class Samples:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._portions: list[tuple[Any, Any, bytes]] = []
+        nbytes = 0
         for tensor in tensors:
             flat = _flat(tensor)
             if flat is not None:
+                nbytes += flat.nbytes
                 where = _places(tensor.numel(), tensor.shape[-1] if tensor.dim() > 1 else 1)
                 for start in range(0, len(where), _PORTION):
                     portion = where[start : start + _PORTION]
                     self._portions.append((flat, portion, flat.take(portion).tobytes()))
+        looks = 1 if nbytes <= _CACHED_BYTES else _LOOKS
+        self._share = min(_PORTIONS, -(-len(self._portions) // looks))
         self._next = 0
 
     def hold(self) -> bool:
@@ -37,8 +44,8 @@ class Samples:
         count = len(self._portions)
         if not count:
             return True
-        start, self._next = self._next, (self._next + _PORTIONS) % count
-        turn = range(start, start + min(_PORTIONS, count))
+        start, self._next = self._next, (self._next + self._share) % count
+        turn = range(start, start + self._share)
         return all(self._holds(index % count) for index in turn)
 
     def all_hold(self) -> bool:

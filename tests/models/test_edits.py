@@ -273,3 +273,17 @@ def test_ids_are_not_looked_at_twice() -> None:
     """Two models with the same structure never share a name in one process."""
     names = {str(identity(build("Mamba2", seed=seed))).partition(",")[0] for seed in range(3)}
     assert len(names) == 3 and random_ids(3).shape == (1, 3)
+
+
+@pytest.mark.parametrize("width", [16, 1024])
+def test_a_turn_is_one_look_at_a_small_model_and_three_at_a_large_one(width: int) -> None:
+    """Wherever the edit is, and whenever in a turn it happens."""
+    model = torch.nn.ModuleList([torch.nn.Embedding(5000, width) for _ in range(2)])
+    most = 1 if width == 16 else 3
+    for look in range(4):
+        for table in model:
+            for row in (0, 4999):
+                before = str(identity(model))
+                table.weight.data[row] += 1
+                assert any(str(identity(model)) != before for _ in range(most)), (look, row)
+        identity(model)
