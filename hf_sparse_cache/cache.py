@@ -15,13 +15,14 @@ import torch
 from transformers.utils import logging
 
 from . import persistence
-from .checks import shown
+from .checks import is_whole, shown
 from .config import SparseCacheConfig
 from .explain import Explanation, explain, not_supported, remedy, too_small
 from .models import generation
 from .models.binding import Binding
+from .models.handed import Prefilled, hand_out
 from .models.handle import Handle
-from .models.inputs import why_uncached
+from .models.inputs import as_ids, check_ids, why_uncached
 from .models.proof import Proof
 from .models.server import Server
 from .models.tensors import LayerTensors
@@ -169,6 +170,36 @@ class SparsePrefixCache(Handle):
         else:
             return found
         return replace(found, resumed_tokens=0, reason=reason, remedy=remedy(reason))
+
+    def prefill(self, ids: torch.Tensor | str, *, logits_to_keep: int = 1) -> Prefilled:
+        """Run the prefill alone, reusing what is stored: for a loop of one's own, for scores, or ahead of a question.
+
+        What `generate()` would have captured of the prompt is captured, so in idle time it prepares the next call: the
+        shared part before the question is known, or a conversation with the answer that was just given.
+
+        Args:
+            ids: token ids of shape `(length,)` or `(1, length)`, or a string when the handle has a tokenizer.
+            logits_to_keep: of how many of the last tokens the logits are wanted. What they need is computed, so a
+                prompt resumes before them.
+
+        Returns:
+            `.logits` of shape `(1, logits_to_keep, vocabulary)`, and `.past_key_values`, a live cache that holds the
+            prompt: `model(new_ids, past_key_values=...)` continues it (under whatever name this model has for its
+            cache), and `generate()` with the prompt and what follows it. It is the caller's own, and goes with him.
+
+        Raises:
+            ValueError: The argument is out of range, the handle was detached, or the model cannot be served as it is,
+                in training mode for example; the message says why.
+        """
+        self.check_call(self.model, "this")
+        given = as_ids(ids, self.tokenizer)
+        check_ids(given, self.model.get_input_embeddings().num_embeddings, "ids")
+        most = given.shape[1]
+        if not is_whole(logits_to_keep, 1, most):
+            raise ValueError(f"logits_to_keep is {shown(logits_to_keep)}: give 1 to {most}, the tokens of the prompt.")
+        logits, live = self.server.prefill(given, logits_to_keep)
+        live.origin = weakref.ref(self)
+        return hand_out(live, given[0], logits)
 
     def simulation(self) -> dict[str, Any]:
         """Keywords for `simulate` with which it reuses, captures and evicts as this cache does, less its policy."""

@@ -13,14 +13,13 @@ with open_request(store, policy, ids, Bitwise(CutRule(grid)), space=fingerprint)
 ```
 
 Closing counts the prompt in the tree and lets the policy observe it; leaving the block by an exception only unpins,
-and everything added before stays valid. `add` may be called for the end of any segment, planned or not. A cache that
-keeps states produced by decoding goes on with `continued` before it closes.
+and everything added before stays valid. `add` may be called for the end of any segment, planned or not. What the model
+generates from there on is kept by `store.answer`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -34,13 +33,10 @@ from .planning.policies import Policy
 from .planning.policy import placed
 from .planning.segments import Segmenting
 from .stats import Cause, Reason, RequestInfo
+from .store.answer import KVCapture, Read, spans_of, unit_for
 from .store.store import CheckpointStore
 from .store.tree import Payload
-from .store.unit import Unit
 from .store.visit import Visit
-
-
-KVCapture = Callable[[int, int], Payload]
 
 
 class Request:
@@ -56,6 +52,7 @@ class Request:
         segments: ends of the segments to run from `resumed_tokens` on, ascending; empty where nothing is left.
         lineage: the segments behind the result, from 0.
         captured: positions stored so far by this request.
+        read: once it has closed, what its answer goes on from; None where nothing of the prompt may be remembered.
         reason: why it resumed where it did.
         match_seconds: time spent finding what is stored.
         plan_seconds: time spent deciding what to capture.
@@ -76,6 +73,8 @@ class Request:
         self.planned: list[int] = []
         self.segments: list[int] = []
         self.captured: list[int] = []
+        self.read: Read | None = None
+        self._kept: list[Span] | None = None  # spans of the deepest checkpoint that it stored
 
     def plan(self) -> None:
         """Asks the policy where to capture, marks come on top of it, and cuts the rest of the prompt accordingly."""
@@ -137,59 +136,23 @@ class Request:
         new: dict[Span, Payload] = {}
         if kv is not None:
             spans = self._spans(lineage)
-            missing = self._store.ledger.missing_spans(self._visit.footing, spans)
-            new = {span: kv(span.start, span.end) for span in missing}
-        unit = Unit(
-            self._visit.space,
-            self._prompt.ids,
-            lineage,
-            state,
-            spans,
-            new,
+            new = {span: kv(span.start, span.end) for span in self._visit.missing(spans)}
+        unit = replace(
+            unit_for(self._visit, lineage, state, (spans, new), self.planned),
             final=position == self.prompt_tokens,
-            share=self._prompt.share(position, self.planned),
             refund=self._prompt.refund(position) if not self.captured else 0.0,
         )
         # The footing holds its KV: later checkpoints of this prompt chain to it even if it is evicted by then.
         if self._store.put(unit, self._visit.footing, keep=position in self._marked) is None:
             return False
         self.captured.append(position)
+        self._kept = spans
         return True
 
     def _spans(self, lineage: Lineage) -> list[Span]:
         """The KV spans of a checkpoint: those that the request resumed from, and its own behind them."""
         chain = [segment.span for segment in self.checkpoint.chain()] if self.checkpoint is not None else []
-        found = [span for span in chain if span.end <= lineage.end]
-        last = found[-1].end if found else 0
-        ends = [end for end in self._segmenting.kv_ends(lineage, self.captured) if last < end < lineage.end]
-        return found + lineage.spans(last, [*ends, *([lineage.end] if lineage.end > last else [])])
-
-    def continued(self, output: Tokens) -> list[int]:
-        """Goes on with what the model generated, whose states were kept while it was decoded.
-
-        Call it when everything of the prompt was added. From here on the prompt and the output are one text: `add`
-        takes its positions, closing remembers it, and the policy and the eviction learn from it.
-
-        Args:
-            output: the generated tokens, int32 of shape `(M,)`.
-
-        Returns:
-            Positions to capture, ascending, none of them before the end of the prompt. A limit of new checkpoints
-            counts anew for the output.
-        """
-        ids = np.concatenate([self._prompt.ids, output.astype(np.int32, copy=False)])
-        cuts = self._segmenting.cuts(ids)
-        self._prompt = replace(self._prompt, ids=ids, cuts=cuts, shape=None, forecast=None)
-        self._visit.go_on(self._prompt)
-        self.lineage = self._segmenting.expected(cuts, len(ids)) or self.lineage.decoded(len(ids) - 1)
-        with self._policy.lock:
-            wanted = placed(self._policy, self._prompt)
-        if self.lineage.has_decoded:  # one state is there, behind the last token that was read
-            self.planned = [len(ids) - 1] if self._prompt.limit != 0 and wanted else []
-        else:
-            behind = cuts[np.searchsorted(cuts, self.prompt_tokens) :].tolist()
-            self.planned = _among(behind, wanted, self._prompt.limit)
-        return self.planned
+        return spans_of(self._segmenting, lineage, chain, self.captured)
 
     def close(self) -> None:
         """Counts the prompt in the tree, lets the policy observe it, and unpins. Closing twice is harmless."""
@@ -197,10 +160,27 @@ class Request:
             return
         try:
             if self._visit.settle():
+                self.read = self._left()
                 with self._policy.lock:
                     self._policy.observe(self._prompt)
         finally:
             self._release()
+
+    def _left(self) -> Read:
+        """For the answer; taken before the request takes its hands off what is stored."""
+        reached = max(self.captured, default=self.resumed_tokens)
+        chain = [segment.span for segment in self.checkpoint.chain()] if self.checkpoint is not None else []
+        return Read(
+            store=self._store,
+            policy=self._policy,
+            segmenting=self._segmenting,
+            space=self._visit.space,
+            tree=self._visit.tree,
+            prompt=self._prompt,
+            lineage=self.lineage,
+            reached=reached,
+            spans=tuple(chain if self._kept is None else self._kept),
+        )
 
     def _release(self) -> None:
         self._closed = True
@@ -231,6 +211,7 @@ def open_request(
     segmenting: Segmenting,
     *,
     space: str = "",
+    tail: int = 1,
 ) -> Request:
     """Opens a request: matches the prompt, pins the deepest usable checkpoint, plans what to capture.
 
@@ -240,6 +221,7 @@ def open_request(
         ids: the prompt's tokens, int32 of shape `(N,)`; not changed, and not to be changed while the request is open.
         segmenting: where it may be cut, and what it may resume from.
         space: fingerprint and namespace; nothing of one space is ever matched from another.
+        tail: of how many of the last tokens the logits are wanted, so that they are computed, whatever is stored.
 
     Raises:
         ValueError: if `ids` is not a one-dimensional array of integers in the range of int32.
@@ -252,10 +234,10 @@ def open_request(
         wrong = int(ids[tokens != ids][0])
         raise ValueError(f"ids must lie in the range of int32, got {wrong}; pass the ids of a tokenizer")
     started = time.perf_counter()
-    visit = store.open(tokens, segmenting, space)
+    visit = store.open(tokens, segmenting, space, tail)
     try:
         with store.lock:
-            usable = min(visit.match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
+            usable = min(visit.match.overlap, len(ids) - max(MIN_SUFFIX_TOKENS, tail))
             reason = cause(visit.match, visit.checkpoint, usable, visit.prompt.cuts)
         request = Request(store, policy, segmenting, visit, reason)
         request.match_seconds = (matched := time.perf_counter()) - started

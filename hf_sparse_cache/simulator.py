@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from .checks import MOST_ID, is_whole, shown, token_ids, whole_number
 from .config import EXACTNESS
-from .planning.cuts import CutRule
+from .planning.cuts import CutRule, Tokens
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy, limited
 from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
 from .request import Request, open_request
 from .stats import RequestInfo, counted
+from .store.answer import Read, open_answer
 from .store.eviction import Eviction
 from .store.store import CheckpointStore
 from .tools.traces import load_trace
@@ -129,7 +130,8 @@ def simulate(
         cut_tokens: what a cut costs in tokens of prefill, in replayable mode.
         pieces: most tokens of a forward, in replayable mode.
         store_outputs: whether what was generated is stored behind each prompt as well, as a cache could that keeps
-            states produced by decoding. The live cache does not; this says what it would be worth. The overlap then
+            states produced by decoding: in replayable mode the live cache does, wherever answers are kept (see
+            "Concepts"); in bitwise mode it is as if each answer were read once more in idle time. The overlap then
             counts tokens shared with earlier outputs too.
         clock: gives seconds, for policies that look at time; default the time that passes meanwhile.
         on_request: called with what happened to each request, warm-up included, in order: what `cache.last_request`
@@ -164,12 +166,12 @@ def simulate(
         with open_request(store, place, ids, segmenting) as request:
             for position in request.planned:
                 sizes.add(request, position, final=position == len(ids))
-            if outputs is not None and len(outputs[index]):
-                for position in request.continued(outputs[index]):
-                    sizes.add(request, position)
-        tally.count(request)
+        info = request.info()
+        if outputs is not None and len(outputs[index]):
+            info = sizes.answer(request.read, outputs[index], info)
+        tally.count(request, info)
         if on_request is not None:
-            on_request(request.info())
+            on_request(info)
     return tally.result(store)
 
 
@@ -197,6 +199,16 @@ class _Sizes:
         state = Sized(self.state_bytes + (self.logits_bytes if final else 0))
         request.add(position, state, self._kv if self.kv_bytes_per_token else None)
 
+    def answer(self, read: Read | None, output: Tokens, info: RequestInfo) -> RequestInfo:
+        """Stores what was generated behind a prompt; what is known of the prompt, with the positions of that."""
+        answer = open_answer(read, output)
+        if answer is None:
+            return info
+        with answer:
+            for position in answer.planned:
+                answer.add(position, Sized(self.state_bytes), self._kv if self.kv_bytes_per_token else None)
+        return replace(info, captured=(*info.captured, *answer.captured))
+
     def _kv(self, start: int, end: int) -> Sized:
         return Sized((end - start) * self.kv_bytes_per_token)
 
@@ -210,10 +222,10 @@ class _Tally:
         self._prompt_tokens = self._overlap_tokens = self._resumed_tokens = 0
         self._planning, self._started = 0.0, time.perf_counter()
 
-    def count(self, request: Request) -> None:
+    def count(self, request: Request, info: RequestInfo) -> None:
         """Takes a request that was served."""
         self._requests += 1
-        self._captured += len(request.captured)
+        self._captured += len(info.captured)
         self._planning += request.match_seconds + request.plan_seconds
         if self._requests > self._skipped:
             self._prompt_tokens += request.prompt_tokens

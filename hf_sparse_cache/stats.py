@@ -69,7 +69,8 @@ class RequestInfo:
         overlap_tokens: tokens that the prompt shares with earlier prompts, whether or not states are still stored.
         resumed_tokens: tokens skipped thanks to a checkpoint.
         computed_tokens: tokens run through the model.
-        captured: positions of the checkpoints this request stored.
+        captured: positions of the checkpoints this request stored; behind the prompt, of its answer, once that is
+            there.
         segments: ends of the segments behind the prefill's result, from 0; of tokens that were decoded one by one,
             `(start, end)`. Empty for a request that ran uncached.
         reason: why not more was resumed, or "resumed".
@@ -196,6 +197,15 @@ class Recorder:
         for block in _blocks.get():
             if block.recorder is self and block.open:
                 block.found.extend(infos)
+
+    def amend(self, info: RequestInfo, now: RequestInfo) -> None:
+        """Put what is known now in the place of a request's entry, wherever it is told."""
+        with self._lock:
+            lists = [self._recent, *(block.found for block in _blocks.get() if block.recorder is self)]
+            for entries in lists:
+                for index, entry in enumerate(entries):
+                    if entry is info:
+                        entries[index] = now
 
     def totals(self, **stored: Any) -> CacheStats:
         """The sums so far, with what the store holds now filled in."""

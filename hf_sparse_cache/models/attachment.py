@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from ..forks import ForkSafeLock
@@ -13,8 +14,20 @@ from . import mamba1
 
 # Called with the model, the model's own method, and the call's arguments.
 Replacement = Callable[..., Any]
-# As torch calls it before a forward, with keywords.
-Hook = Callable[[Any, Any, dict[str, Any]], None]
+# As torch calls it before a forward, with keywords; and after one.
+Hook = Callable[[Any, Any, dict[str, Any]], Any]
+After = Callable[[Any, Any, dict[str, Any], Any], None]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is called around forwards: before each one of the model and of its body, before and after the body's."""
+
+    before_forward: Hook
+    before_body: Hook
+    after_body: After
+
+
 _lock = ForkSafeLock()
 # id(model) -> what is replaced on it; the entry goes with the last attachment, before the model can.
 _patches: dict[int, _Patch] = {}
@@ -68,7 +81,7 @@ class Override:
 class _Patch:
     """The overrides and the hooks on one model object, shared by its attachments. Made whole or not at all."""
 
-    def __init__(self, model: Any, replacements: Mapping[str, Replacement], before_forward: Hook) -> None:
+    def __init__(self, model: Any, replacements: Mapping[str, Replacement], hooks: Hooks) -> None:
         self.users = 0
         with ExitStack() as undo:
             for name, replacement in replacements.items():
@@ -77,8 +90,11 @@ class _Patch:
                 model.__dict__[name] = override
             # Its body as well: PEFT calls the model's forward without what is around it, and users the body alone.
             for module in dict.fromkeys((model, model.base_model)):
-                hook = module.register_forward_pre_hook(before_forward, with_kwargs=True)
+                hook = module.register_forward_pre_hook(hooks.before_forward, with_kwargs=True)
                 undo.callback(hook.remove)
+            body = model.base_model
+            undo.callback(body.register_forward_pre_hook(hooks.before_body, with_kwargs=True).remove)
+            undo.callback(body.register_forward_hook(hooks.after_body, with_kwargs=True).remove)
             self._undo = undo.pop_all()
 
     def end(self) -> None:
@@ -92,11 +108,11 @@ class Attachment:
     Args:
         model: the model object. The Mamba-1 scan of its layers is held as well.
         replacements: methods, by name.
-        before_forward: called before each forward of the model and of its body.
+        hooks: called around its forwards.
     """
 
-    def __init__(self, model: Any, replacements: Mapping[str, Replacement], before_forward: Hook) -> None:
-        self._model, self._replacements, self._before_forward = model, replacements, before_forward
+    def __init__(self, model: Any, replacements: Mapping[str, Replacement], hooks: Hooks) -> None:
+        self._model, self._replacements, self._hooks = model, replacements, hooks
         self._scan = mamba1.Scan(model)
         self._undo = ExitStack()
         self.alive = False
@@ -109,7 +125,7 @@ class Attachment:
             with _lock:
                 patch = _patches.get(id(self._model))
                 if patch is None:
-                    patch = _Patch(self._model, self._replacements, self._before_forward)
+                    patch = _Patch(self._model, self._replacements, self._hooks)
                     _patches[id(self._model)] = patch
                 patch.users += 1
                 self._undo.callback(self._leave, patch)

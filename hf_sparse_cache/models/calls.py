@@ -23,6 +23,8 @@ class Call:
         outer: the call inside of which it was made, in the same thread.
         counted: whether its prompts are in the handle's statistics. A call that makes others inside of itself, for the
             same handle, is counted with them.
+        decodes: whether it decodes one token after the other, in transformers' own loop.
+        turn: what the answer to its one prompt goes on from (see `answers`); None where nothing may be kept.
     """
 
     handle: Cache
@@ -30,6 +32,8 @@ class Call:
     own_loop: bool = False
     outer: Call | None = None
     counted: bool = False
+    decodes: bool = False
+    turn: Any = None
 
     def count(self) -> None:
         """Note that this call, and those around it, are in the handle's statistics."""

@@ -14,8 +14,8 @@ from typing import Any
 import transformers
 from transformers.generation.utils import GenerationMode
 
-from . import mamba1, rope
-from .attachment import Attachment, Replacement
+from . import answers, handed, mamba1, rope
+from .attachment import Attachment, Hooks, Replacement
 from .binding import Binding
 from .calls import Call, innermost, opened, prompt_tokens, row_lengths
 from .families import CACHE_NAMES
@@ -27,7 +27,8 @@ from .watch import ChangedPrefillError
 
 def attachment(binding: Binding) -> Attachment:
     """What attaches a handle to its model, not yet made."""
-    return Attachment(binding.model, _REPLACEMENTS, _before_forward)
+    hooks = Hooks(_before_forward, handed.before_body, handed.after_body)
+    return Attachment(binding.model, _REPLACEMENTS, hooks)
 
 
 def _generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -47,20 +48,30 @@ def _generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) ->
         weakref.finalize(result, _close, call).atexit = False  # such a loop has yet to begin
     else:
         _close(call)
+        if call.turn is not None and not call.own_loop:
+            handle.server.answered(call.turn, result)
     return result
 
 
 def _handed_back(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords in which the live cache of an earlier call is one that can go on.
 
-    Without keys and values nothing tells which tokens a cache holds, and transformers would run the whole text on top
+    One that `prefill` gave goes on as it is, under the name that this release has for it (see `handed`). Of others,
+    without keys and values nothing tells which tokens a cache holds, and transformers would run the whole text on top
     of them. Its handle stands in for it, which resumes what it has stored of the text; or nothing, where that is gone.
     """
     for name in CACHE_NAMES:
         live = kwargs.get(name)
-        if isinstance(live, LiveCache) and live.recurrent_only and live.length:
-            handle = live.origin() if live.origin is not None else None
-            usable = isinstance(handle, Handle) and handle.serves(model)
+        if not isinstance(live, LiveCache):
+            continue
+        handle = live.origin() if live.origin is not None else None
+        usable = isinstance(handle, Handle) and handle.serves(model)
+        if live.text is not None:
+            if not usable:
+                raise ValueError(f"{name} was prefilled by a SparsePrefixCache of another model, or one that is gone.")
+            given = {key: kwargs[key] for key in kwargs if key not in CACHE_NAMES}
+            return {**given, _handle(handle).server.binding.cache_name: live}
+        if live.recurrent_only and live.length:
             kwargs = {**kwargs, name: handle} if usable else {key: kwargs[key] for key in kwargs if key != name}
     return kwargs
 
@@ -81,8 +92,12 @@ def _uncached(call: Call, why: str) -> None:
 
 
 def _handle_of(call: Call) -> Handle:
-    assert isinstance(call.handle, Handle)
-    return call.handle
+    return _handle(call.handle)
+
+
+def _handle(handle: Any) -> Handle:
+    assert isinstance(handle, Handle)
+    return handle
 
 
 def _handle_in(kwargs: dict[str, Any]) -> tuple[str, Handle | None]:
@@ -158,6 +173,7 @@ def _prepare_cache_for_generation(
         return own(generation_config, model_kwargs, generation_mode, *args, **kwargs)
     live = model_kwargs[handle.server.binding.cache_name] = handle.server.live_cache()
     live.call, live.origin = call, weakref.ref(handle)
+    call.decodes = answers.may_be_kept(generation_mode)
     return None
 
 
@@ -171,6 +187,8 @@ def _prefill(
     **kwargs: Any,
 ) -> Any:
     live = next((model_kwargs[name] for name in CACHE_NAMES if isinstance(model_kwargs.get(name), LiveCache)), None)
+    if live is not None and live.text is not None:
+        return _continued(live, input_ids, generation_config, model_kwargs)
     if live is None or live.call is None:
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
     call, live.call = live.call, None
@@ -183,6 +201,7 @@ def _prefill(
             with mamba1.held(model):
                 output = server.serve(live, input_ids, model_kwargs, len(call.prompt_tokens))
             call.count()
+            call.turn, live.turn = live.turn if call.decodes else None, None
             return output
         except ChangedPrefillError as error:
             why_not = str(error)
@@ -196,6 +215,18 @@ def _prefill(
         if isinstance(value, LiveCache):
             value.as_stock()
     return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _continued(live: LiveCache, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> Any:
+    """The prefill of a call that was given a live cache of `cache.prefill()`."""
+    assert live.origin is not None
+    server = _handle(live.origin()).server
+    mask = model_kwargs.get("attention_mask")
+    length = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+    kwargs: dict[str, Any] = {
+        name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs
+    }
+    return handed.continued(server.binding, live, input_ids, length, kwargs)
 
 
 _REPLACEMENTS: dict[str, Replacement] = {

@@ -79,11 +79,13 @@ class Row:
         ids: its tokens `(length,)`, without padding.
         kwargs: further keywords for the model, the same for every segment.
         position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
+        tail: of how many of the last tokens the logits are wanted.
     """
 
     ids: torch.Tensor
     kwargs: dict[str, Any] = field(default_factory=dict)
     position_dims: tuple[int, ...] = ()
+    tail: int = 1
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -29,7 +29,11 @@ class LiveCache(DynamicCache):
         call: the call whose prompt is to be prefilled, until that has been done; None afterwards.
         origin: the handle that it was made for, as long as that is there.
         found: the model's name when the call was looked at; None where nobody has looked.
-        length: tokens consumed by the prefill.
+        length: tokens consumed by the prefill; where `recurrent_only`, by all forwards since.
+        text: what was prefilled, `(length,)`, where the cache is in a user's hands (see `handed`); None elsewhere.
+        last_logits: of the last token of that text, `(1, 1, vocabulary)`.
+        turn: what the answer to the prompt goes on from, until the call takes it.
+        unfinished: whether a forward on it has begun and not ended, so that its layers may hold different tokens.
         recurrent_only: whether no layer keeps keys and values, so that nothing in it counts the tokens decoded since.
         full_attention_layers: how many layers keep keys and values of every token.
     """
@@ -42,6 +46,10 @@ class LiveCache(DynamicCache):
         self.origin: weakref.ref[Cache] | None = None
         self.found: Identity | None = None
         self.length = 0
+        self.text: torch.Tensor | None = None
+        self.last_logits: torch.Tensor | None = None
+        self.turn: Any = None
+        self.unfinished = False
         self.recurrent_only = not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         self.full_attention_layers = sum(
             isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)

@@ -8,7 +8,7 @@ padding, and the rows are stacked afterwards.
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -35,6 +35,25 @@ class Timing:
 
     capture_seconds: float = 0.0
     restore_seconds: float = 0.0
+
+
+class Tail:
+    """The logits of a prompt's last tokens, which may span segments."""
+
+    def __init__(self, row: Row) -> None:
+        self._row, self._first = row, len(row) - row.tail
+        self._found: list[torch.Tensor] = []
+
+    def segment(self, binding: Binding, live: LiveCache, end: int) -> Any:
+        """The output of the next segment, which gives the logits of those of its tokens that are wanted."""
+        wanted = max(0, end - max(live.length, self._first))
+        kwargs = {**self._row.kwargs, "logits_to_keep": max(1, wanted)}  # 0 would be all of them
+        output = segment(binding, live, replace(self._row, kwargs=kwargs), end)
+        if wanted:
+            self._found.append(output.logits[:, -wanted:])
+        if end == len(self._row):
+            output.logits = torch.cat(self._found, dim=1)
+        return output
 
 
 def prefill_row(
@@ -71,8 +90,12 @@ def prefill_row(
         check()
         logits = states.logits_of(layer_tensors(request.checkpoint.state))
         return binding.output(logits, live), Timing(0.0, restore_seconds)
+    tail = Tail(row) if row.tail > 1 else None
+    if tail is not None:
+        # The last row of many may differ in its last bits from the row alone, which the identical prompt is to find.
+        planned.discard(len(row))
     for end in request.segments:
-        output = segment(binding, live, row, end)
+        output = segment(binding, live, row, end) if tail is None else tail.segment(binding, live, end)
         if end in planned or end == len(row):
             check()
         if end in planned:
@@ -122,6 +145,8 @@ def segment(binding: Binding, live: LiveCache, row: Row, end: int) -> Any:
         **{name: value for name, value in asked.items() if name != "input_ids"},
     )
     watch.check_inputs(model, inputs, asked, live)
+    if "logits_to_keep" in inputs and "logits_to_keep" in row.kwargs:  # some models put their configuration's there
+        inputs["logits_to_keep"] = row.kwargs["logits_to_keep"]
     output = _uncompiled(model)(**inputs, return_dict=True)
     settle(live.layers)
     live.length = end

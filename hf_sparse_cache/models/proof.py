@@ -32,7 +32,7 @@ from .weights import Identity, forget, identity
 logger = logging.get_logger(__name__)
 
 # Tokens of the first piece where kernels have no chunk, and of the second; all tokens together.
-_FIRST, _SECOND, _MOST = 48, 16, 512
+_FIRST, SECOND_TOKENS, _MOST = 48, 16, 512
 # Two pieces may differ from one by this share of what a wiped state differs by. Honest models stay below 1e-5 in
 # float32 and 2e-2 in 16 bits; code that is attached to the model has to stay below the second number. With weights
 # packed for dynamic quantisation every piece is rounded by a scale of its own, which moves as much as a wiped state.
@@ -40,7 +40,7 @@ _SHARE, _SHARE_ATTACHED, _SHARE_PACKED = 0.1, 0.02, float("inf")
 # Rounding, in units of the last place of the largest values: differences below it say nothing.
 _ULPS = 4
 # In 16 bits a token may go to another expert now and then; what is wrong is wrong on every prompt.
-_PROMPTS = 3
+PROMPTS = 3
 
 # What a configuration calls layers that keep no state.
 _EMPTY = ("mlp", "moe")
@@ -149,9 +149,9 @@ def _shortcoming(binding: Binding, share: float) -> str:
     devices = {tensor.device for tensor in binding.model.parameters() if tensor.is_cuda}
     why = ""
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), mamba1.held(binding.model):
-        for seed in range(_PROMPTS):
+        for seed in range(PROMPTS):
             try:
-                why = _disproof(binding, _prompt(binding, seed), share)
+                why = _disproof(binding, sample_prompt(binding, seed), share)
             except (ChangedPrefillError, UnsupportedModelError) as error:
                 return str(error).rstrip(".")
             except Exception as error:
@@ -163,15 +163,15 @@ def _shortcoming(binding: Binding, share: float) -> str:
     return why
 
 
-def _prompt(binding: Binding, seed: int) -> torch.Tensor:
+def sample_prompt(binding: Binding, seed: int) -> torch.Tensor:
     """Ids `(1, length)` of ordinary tokens: none that stands for an image, begins or ends a text, or is special."""
-    first = min(max(binding.chunk, _FIRST), _MOST - _SECOND)
+    first = min(max(binding.chunk, _FIRST), _MOST - SECOND_TOKENS)
     vocabulary = binding.model.get_input_embeddings().num_embeddings
     ordinary = torch.ones(min(vocabulary, getattr(binding.text_config, "vocab_size", None) or vocabulary))
     special = [*binding.cut_ids, *_token_ids(binding.model.config.to_dict())]
     ordinary[[token for token in special if 0 <= token < len(ordinary)]] = 0
     weights, generator = ordinary if ordinary.any() else ordinary + 1, torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(weights, first + _SECOND, replacement=True, generator=generator)
+    drawn = torch.multinomial(weights, first + SECOND_TOKENS, replacement=True, generator=generator)
     return drawn[None].to(input_device(binding.model))
 
 
@@ -189,17 +189,17 @@ def _run(binding: Binding, ids: torch.Tensor, checkpoint: tuple[LayerTensors, La
     if checkpoint is not None:
         state, kv = checkpoint
         states.restore(live, state, [kv] if live.full_attention_layers else [])
-        live.length = ids.shape[1] - _SECOND
+        live.length = ids.shape[1] - SECOND_TOKENS
     return _continued(binding, live, ids)
 
 
 def _continued(binding: Binding, live: LiveCache, ids: torch.Tensor) -> _Run:
-    kept = {"use_cache": True, "logits_to_keep": _SECOND}
+    kept = {"use_cache": True, "logits_to_keep": SECOND_TOKENS}
     return _Run(live, prefill.segment(binding, live, Row(ids[0], kept), ids.shape[1]).logits)
 
 
 def _disproof(binding: Binding, ids: torch.Tensor, share: float) -> str:
-    cut = ids.shape[1] - _SECOND
+    cut = ids.shape[1] - SECOND_TOKENS
     first = _run(binding, ids[:, :cut])
     why = states.unruled(first.live) or _unfilled(binding, first.live)
     if why:
@@ -287,7 +287,7 @@ def _triples(one: _Run, two: _Run, wiped: _Run) -> Iterator[tuple[str, torch.Ten
     """Each tensor at the end of the prompt, of three runs: states, keys and values of the second piece, and of the
     last token of the first, where it shows if something depends on where a piece ends."""
     end = one.live.length
-    cut, runs = end - _SECOND, (one, two, wiped)
+    cut, runs = end - SECOND_TOKENS, (one, two, wiped)
     captures: dict[str, Any] = {
         "": states.capture_state,
         " behind the cut": lambda live: states.capture_kv(live, cut, end),

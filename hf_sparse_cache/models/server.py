@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,14 +19,16 @@ from ..planning.policies import NoCheckpoints, Policy
 from ..planning.policy import limited
 from ..request import Request, open_request
 from ..stats import PATIENCE, Cause, Reason, Recorder, RequestInfo, format_bytes
+from ..store.answer import Read
 from ..store.store import CheckpointStore
-from . import prefill
+from . import answers, mamba1, prefill
+from .answers import Turn
 from .binding import Binding
-from .inputs import Row, check_ids, input_device, unpadded_rows
+from .inputs import Row, check_ids, input_device, unpadded_rows, why_uncached
 from .live import LiveCache
 from .proof import Proof
 from .space import Space
-from .watch import ModelChangedError
+from .watch import ChangedPrefillError, ModelChangedError
 from .weights import Identity, identity, unchanged
 
 
@@ -40,12 +43,22 @@ class Served:
     Attributes:
         output: the model's, for the last segment.
         info: what happened; None for a run that is not counted.
+        read: what the request leaves for the answer; None where nothing may be kept of it.
+        made_of: the model's name when it was read.
         seconds: what it took, by the names of `CacheStats`.
     """
 
     output: Any
     info: RequestInfo | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    read: Read | None = None
+    made_of: Identity | None = None
+
+    def turn(self, live: LiveCache) -> Turn | None:
+        """For its answer, decoded on `live`; None where nothing may be kept of it."""
+        if self.read is None or self.info is None or self.made_of is None:
+            return None
+        return Turn(live, self.read, self.made_of, self.info)
 
 
 class Server:
@@ -144,9 +157,43 @@ class Server:
             self.on_prefill(caches[-1])
         outputs = [row.output for row in served]
         if alone:
+            replays = self.binding.config.exactness == "replayable"
+            live.turn = served[0].turn(live) if replays else None
             return outputs[0]
         batch, width = [(caches[index], outputs[index]) for index in order], input_ids.shape[1]
         return self._with_room(live, lambda _: prefill.join_rows(self.binding, live, batch, width))
+
+    def prefill(self, ids: torch.Tensor, tail: int) -> tuple[torch.Tensor, LiveCache]:
+        """Run the prefill of one prompt by itself.
+
+        Args:
+            ids: `(1, length)`.
+            tail: of how many of the last tokens the logits are wanted.
+
+        Returns:
+            The logits `(1, tail, vocabulary)`, and the live cache behind the prompt.
+
+        Raises:
+            ValueError: the prompt cannot be served on this model as it is.
+        """
+        model, live = self.binding.model, self.binding.live_cache()
+        why = why_uncached(model, ids, None, {})
+        if not why:
+            why, live.found = self.look(ids.shape[1])
+        if not why:
+            kwargs: dict[str, Any] = {"use_cache": True}
+            if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+                kwargs["logits_to_keep"] = 1
+            try:
+                with torch.no_grad(), mamba1.held(model):
+                    served = self.serve_row(live, Row(ids[0].to(input_device(model)), kwargs, tail=tail))
+                self._count([served], [0])
+                return served.output.logits[:, -tail:], live
+            except ChangedPrefillError as error:
+                why = str(error)
+        raise ValueError(
+            f"prefill cannot be exact here: {why}. generate() runs such a call as if there were no cache."
+        )
 
     def serve_row(self, live: LiveCache, row: Row) -> Served:
         """Run the prefill of one prompt on a fresh live cache.
@@ -175,7 +222,9 @@ class Server:
                 raise ModelChangedError("the model changed while the prompt was computed")
 
         def attempt(spacious: bool) -> tuple[Any, Request, dict[str, float]]:
-            with open_request(self.store, policy, tokens, self.binding.segmenting, space=space) as request:
+            with open_request(
+                self.store, policy, tokens, self.binding.segmenting, space=space, tail=row.tail
+            ) as request:
                 if not spacious:
                     request.start_over()
                 output, timing = prefill.prefill_row(self.binding, live, row, request, check)
@@ -195,7 +244,12 @@ class Server:
         output, request, seconds = self._with_room(live, attempt)
         seconds["match_seconds"] += looked
         info = request.info(Reason(Cause.WEIGHTS_CHANGED) if changed and not request.resumed_tokens else None)
-        return Served(output, info, {"prefill_seconds": time.perf_counter() - started, **seconds})
+        seconds["prefill_seconds"] = time.perf_counter() - started
+        return Served(output, info, seconds, request.read, found)
+
+    def answered(self, turn: Turn, result: Any) -> None:
+        """Keep the state behind what `generate()` returned for a prompt."""
+        answers.keep(self.binding, self.recorder, turn, result)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

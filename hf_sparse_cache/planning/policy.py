@@ -113,7 +113,8 @@ class Prompt:
             return 0.0
         rate = self._onward_rate if position > self.overlap else self.terms.known_rate
         here, there = self.forecast.passing(np.asarray([self.resumed, position])).tolist()
-        return self.resumed_bytes * min(rate / self.terms.resumed_rate, 1.0) * there / here if here else 0.0
+        share = min(rate / self.terms.resumed_rate, 1.0) if self.terms.resumed_rate else 1.0
+        return self.resumed_bytes * share * there / here if here else 0.0
 
     def snap(self, positions: Iterable[float]) -> list[int]:
         """The deepest open cut at or before each position, ascending and distinct; none where there is none."""

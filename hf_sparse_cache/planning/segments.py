@@ -65,6 +65,19 @@ class Segmenting:
         """
         raise NotImplementedError
 
+    def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
+        """Where the states of what was generated behind a prompt may be captured, and how they are made.
+
+        Args:
+            ids: the whole text.
+            start: tokens of the prompt.
+            lineage: of the prompt.
+
+        Returns:
+            Ascending positions, none before `start`, and the lineage of the last of them.
+        """
+        raise NotImplementedError
+
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """Where keys and values are cut into spans.
 
@@ -95,6 +108,11 @@ class Bitwise(Segmenting):
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         """From cut to cut."""
         return np.append(cuts[(cuts > start) & (cuts < length)], length)
+
+    def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
+        """At its cuts, by segments: by one who reads the whole text once more. Decoding does not pass there."""
+        cuts = self.cuts(ids)
+        return cuts[np.searchsorted(cuts, start) :], self.expected(cuts, len(ids))
 
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """At every cut: whoever shares a prompt up to a cut shares these."""
@@ -147,6 +165,11 @@ class Replayable(Segmenting):
             ends.append(end)
             start = end
         return np.asarray(ends, dtype=np.int64)
+
+    def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
+        """Behind the last token that was read, one by one; the one after it was chosen and never read."""
+        end = len(ids) - 1
+        return np.arange(end, end + (end > start), dtype=np.int64), lineage.decoded(end)
 
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """At checkpoints: nobody else can build on what lies between."""

@@ -162,12 +162,17 @@ class Ledger:
 
     # -- who came by --------------------------------------------------------------------------------------------------
 
-    def remember(self, trail: Trail) -> list[Node]:
-        """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
+    def remember(self, trail: Trail, counted: int = 0) -> list[Node]:
+        """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound.
+
+        Args:
+            trail: of the text.
+            counted: tokens along which it was counted before.
+        """
         with self.lock:
             path = trail.grown(self.clock)
             for node in path:
-                node.passes += 1
+                node.passes += node.end > counted
                 node.last_used = self.clock
             self.trim()
             return path

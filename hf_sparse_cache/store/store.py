@@ -20,6 +20,7 @@ from ..checks import is_whole, shown, text
 from ..errors import out_of_memory
 from ..planning.cuts import Tokens
 from ..planning.lineage import Lineage
+from ..planning.policy import Prompt
 from ..planning.segments import Segmenting
 from ..stats import counted, parse_bytes
 from .bounds import Bound, tightest
@@ -34,7 +35,7 @@ from .seal import Seal
 from .tier import Demote, Shown, Tier
 from .tree import Account, Checkpoint, Node
 from .unit import Unit, unit_of
-from .visit import Visit
+from .visit import Before, Visit
 
 
 logger = logging.getLogger(__name__)
@@ -167,21 +168,35 @@ class CheckpointStore(Shown):
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
-    def open(self, ids: Tokens, segmenting: Segmenting, space: str = "") -> Visit:
+    def open(self, ids: Tokens, segmenting: Segmenting, space: str = "", tail: int = 1) -> Visit:
         """Begins a request: brings up what the tiers below have, matches the prompt, pins what it may resume from.
 
         Args:
             ids: the prompt's tokens, int32 of shape `(N,)`.
             segmenting: where it may be cut, and what it may resume from.
             space: nothing of one space is ever matched from another.
+            tail: how many of the last tokens are to be computed whatever is stored; 1 for none but what must be.
 
         Returns:
             What was found, and what `put` needs of it; to be given back to `leave`.
         """
         if len(self.tiers) > 1:
             cuts = segmenting.cuts(ids, self.marks.lengths(ids, space))
-            self.lift(ids, segmenting.expected(cuts, len(ids)), space)
-        return Visit.begin(self.ledger, ids, segmenting, space)
+            self.lift(ids, segmenting.expected(cuts, len(ids)), space, tail)
+        return Visit.begin(self.ledger, ids, segmenting, space, tail)
+
+    def reopen(self, prompt: Prompt, space: str, before: Before) -> Visit | None:
+        """Begins the visit of a text that begins with the prompt of an earlier visit.
+
+        Args:
+            prompt: the whole text, as a policy may look at it.
+            space: where it is.
+            before: that visit.
+
+        Returns:
+            What `put` needs of it, to be given back to `leave`; None where the prompt was cleared meanwhile.
+        """
+        return Visit.again(self.ledger, prompt, space, before)
 
     def leave(self, visit: Visit) -> None:
         """Ends a request: what only it pinned or held may go, and goes where the budget is smaller by now."""
@@ -298,23 +313,24 @@ class CheckpointStore(Shown):
 
     # -- between the tiers --------------------------------------------------------------------------------------------
 
-    def lift(self, ids: Tokens, expected: Lineage | None, space: str = "") -> None:
+    def lift(self, ids: Tokens, expected: Lineage | None, space: str = "", tail: int = 1) -> None:
         """Brings the deepest checkpoint of this prompt up, where a tier below has a deeper one than memory.
 
         Args:
             ids: the prompt.
             expected: how the prompt itself would be cut; None where any lineage will do.
             space: where to look.
+            tail: as for `open`.
         """
         lost: set[Checkpoint] = set()
-        while (best := self._deeper_below(ids, expected, space, lost)) is not None:
+        while (best := self._deeper_below(ids, expected, space, lost, tail)) is not None:
             tier, checkpoint, overlap = best
             if self.bring_up(tier, checkpoint, ids[:overlap]):
                 return
             lost.add(checkpoint)
 
     def _deeper_below(
-        self, ids: Tokens, expected: Lineage | None, space: str, lost: set[Checkpoint]
+        self, ids: Tokens, expected: Lineage | None, space: str, lost: set[Checkpoint], tail: int
     ) -> tuple[Tier, Checkpoint, int] | None:
         """The deepest checkpoint that lies deeper than those in memory, its tier, and the tokens any tier shares."""
         found: tuple[Tier, Checkpoint] | None = None
@@ -322,7 +338,7 @@ class CheckpointStore(Shown):
         for tier in self.tiers:
             with tier.lock:
                 match = tier.match(ids, space)
-                best = next(match.fitting(len(ids), expected, lost), None)
+                best = next(match.fitting(len(ids), expected, lost, tail), None)
             overlap = max(overlap, match.overlap)
             if best is not None and best.position > depth:
                 depth, found = best.position, (tier, best)

@@ -6,6 +6,7 @@ states are gone, so that overlap depths and junctions can still be learned. `for
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -157,6 +158,9 @@ DESCRIPTION_BYTES = 440
 TOKEN_BYTES = 4
 
 
+_serials = itertools.count(1)
+
+
 @dataclass(eq=False, slots=True)
 class Tree:
     """The tree of one space, and what it takes.
@@ -167,6 +171,7 @@ class Tree:
         nodes: edges, and the root.
         described_bytes: of the policies' descriptions of prompts.
         leaving: it was cleared, and stays only for what open requests use of it.
+        serial: its number; no other tree of this process has it, nor one of the same space before or after.
     """
 
     space: str
@@ -175,6 +180,7 @@ class Tree:
     nodes: int = 1
     described_bytes: int = 0
     leaving: bool = False
+    serial: int = field(default_factory=lambda: next(_serials))
 
     def __post_init__(self) -> None:
         self.root = Node(np.empty(0, dtype=np.int32), 0, None, self)
@@ -265,20 +271,23 @@ class Match:
         return [checkpoint for node in self.path for checkpoint in node.checkpoints if checkpoint.position <= limit]
 
     def fitting(
-        self, length: int, expected: Lineage | None, without: Container[Checkpoint] = ()
+        self, length: int, expected: Lineage | None, without: Container[Checkpoint] = (), tail: int = 1
     ) -> Iterator[Checkpoint]:
         """The checkpoints from which a prompt of this length may go on, deep to shallow.
 
-        At least two tokens are left to compute, or none at all where a checkpoint keeps what the last token gave.
+        At least two tokens are left to compute, and all of its tail; or none at all where a checkpoint keeps what the
+        last token gave and that is all the tail.
 
         Args:
             length: tokens of the prompt.
             expected: how the prompt itself would be cut; None where any lineage will do.
             without: checkpoints that are out of the question.
+            tail: how many of the last tokens' logits are asked for.
         """
+        most = length - max(MIN_SUFFIX_TOKENS, tail)
         for checkpoint in reversed(self.checkpoints(length)):
             reached = checkpoint.position
-            leaves = reached <= length - MIN_SUFFIX_TOKENS or (reached == length and checkpoint.final)
+            leaves = reached <= most or (reached == length and checkpoint.final and tail == 1)
             fits = expected is None or expected.begins_with(checkpoint.lineage)
             if leaves and fits and checkpoint not in without:
                 yield checkpoint

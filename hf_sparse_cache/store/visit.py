@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ..planning.cuts import Positions, Tokens, message_start
-from ..planning.lineage import Lineage
+from ..planning.lineage import Lineage, Span
 from ..planning.policy import Prompt, Terms
 from ..planning.segments import Segmenting
 from .chains import Footing
 from .forest import Trail
 from .ledger import Ledger
 from .tree import Checkpoint, Match
+
+
+class Before(NamedTuple):
+    """The visit of a prompt, for the visit of a text that begins with it.
+
+    Attributes:
+        tree: number of the tree in which it was remembered.
+        tokens: how many it has; they were counted then.
+        resumed: where it resumed.
+    """
+
+    tree: int
+    tokens: int
+    resumed: int
 
 
 @dataclass(eq=False)
@@ -27,6 +43,7 @@ class Visit:
         marked: lengths of announced prefixes, at whose ends a checkpoint is to be kept.
         expected: how the prompt itself would be cut; None where it may resume from any lineage.
         prompt: what a policy may look at.
+        counted: tokens of the text that were counted as a prompt before.
     """
 
     ledger: Ledger
@@ -37,9 +54,10 @@ class Visit:
     marked: set[int]
     expected: Lineage | None
     prompt: Prompt
+    counted: int = 0
 
     @classmethod
-    def begin(cls, ledger: Ledger, ids: Tokens, segmenting: Segmenting, space: str) -> Visit:
+    def begin(cls, ledger: Ledger, ids: Tokens, segmenting: Segmenting, space: str, tail: int = 1) -> Visit:
         """Matches a prompt, pins the deepest checkpoint it may resume from, and says what a policy may look at."""
         with ledger.lock:
             ledger.clock += 1
@@ -48,7 +66,7 @@ class Visit:
             marked = ledger.marks.lengths(ids, space)
             cuts = segmenting.cuts(ids, marked)
             expected = segmenting.expected(cuts, len(ids))
-            checkpoint = next(match.fitting(len(ids), expected), None)
+            checkpoint = next(match.fitting(len(ids), expected, tail=tail), None)
             if checkpoint is not None:
                 ledger.take(checkpoint)
                 checkpoint.hits += 1
@@ -64,11 +82,38 @@ class Visit:
             prompt.message_start = message_start(ids, segmenting.rule.cut_ids)
             return cls(ledger, space, footing, match, checkpoint, set(marked), expected, prompt)
 
-    def go_on(self, prompt: Prompt) -> None:
-        """The text becomes a longer one that begins with it."""
-        with self.ledger.lock:
-            self.prompt = prompt
-            self.footing.trail = Trail(self.ledger.forest, prompt.ids, self.space)
+    @classmethod
+    def again(cls, ledger: Ledger, prompt: Prompt, space: str, before: Before) -> Visit | None:
+        """Visits a text that begins with a prompt of an earlier visit; None where that was cleared since.
+
+        No age grows, and nothing counts as used; what the prompt resumed from is pinned as it was then.
+        """
+        with ledger.lock:
+            known = ledger.forest.trees.get(space)
+            if known is None or known.serial != before.tree:
+                return None
+            footing = ledger.chains.begin(Trail(ledger.forest, prompt.ids, space))
+            match = Match(*footing.trail.known(), True)
+            wanted = prompt.state_bytes + prompt.kv_bytes_per_token * (len(prompt.ids) - prompt.resumed)
+            prompt.terms = replace(prompt.terms, price=_terms(ledger, match, None, wanted).price)
+            prompt.seconds = ledger.seconds()
+            stored = match.checkpoints(before.resumed)[-1:]
+            below = next((item for item in stored if item.position == before.resumed), None)
+            if below is not None:
+                ledger.take(below)
+                if below.kv is not None:
+                    ledger.chains.stand(footing, below.chain())
+            return cls(ledger, space, footing, match, below, set(), None, prompt, before.tokens)
+
+    @property
+    def tree(self) -> int:
+        """The number of the tree that its text is remembered in; 0 for none."""
+        tree = self.ledger.forest.trees.get(self.space)
+        return 0 if tree is None else tree.serial
+
+    def missing(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """The part of its KV spans that is not stored yet; the rest stays stored until it ends."""
+        return self.ledger.missing_spans(self.footing, spans)
 
     def settle(self) -> bool:
         """The request went well: counts its prompt in the tree, and lets the eviction learn from it.
@@ -80,7 +125,7 @@ class Visit:
         with ledger.lock:
             if self.footing.ended or self.footing not in ledger.chains.footings:  # not there after a fork
                 return False
-            path = ledger.remember(self.footing.trail)
+            path = ledger.remember(self.footing.trail, self.counted)
             ledger.forest.describe(path, self.prompt.shape)
             ledger.eviction.settled(path, self.prompt.forecast, ledger.clock)
             return True
