@@ -19,6 +19,7 @@ from .checks import is_whole, shown
 from .config import SparseCacheConfig
 from .explain import Explanation, explain, not_supported, remedy, too_small
 from .models import generation
+from .models.ambient import claim
 from .models.binding import Binding
 from .models.handed import Prefilled, hand_out
 from .models.handle import Handle
@@ -48,7 +49,7 @@ class SparsePrefixCache(Handle):
     Args:
         model: a causal language model of a supported family.
         tokenizer: optional; prompts may then also be cut after its special tokens, where chats and agents diverge.
-        max_memory, max_checkpoints, exactness, grid, cut_after, pieces, namespace: see `SparseCacheConfig`.
+        max_memory, max_checkpoints, exactness, grid, cut_after, pieces, namespace, ambient: see `SparseCacheConfig`.
         policy: where checkpoints go: a name (see `policies`) or a `Policy` object.
         store: a `CheckpointStore` to share with other handles; it has a budget of its own, in place of `max_memory`.
         prove: prove on a short prompt, once for each model object, that its states can be continued (see "Exactness").
@@ -74,6 +75,7 @@ class SparsePrefixCache(Handle):
         policy: str | Policy = "learned",
         store: CheckpointStore | None = None,
         namespace: str = "",
+        ambient: bool = False,
         prove: bool = True,
         config: SparseCacheConfig | None = None,
     ) -> None:
@@ -85,7 +87,9 @@ class SparsePrefixCache(Handle):
             raise ValueError(f"tokenizer is {shown(tokenizer)}: give the model's tokenizer, or leave it out")
         name = policy if isinstance(policy, str) else type(policy).__name__
         strings: Any = cut_after if isinstance(cut_after, str) else tuple(cut_after)
-        given = SparseCacheConfig(max_memory, max_checkpoints, exactness, grid, name, namespace, strings, pieces)
+        given = SparseCacheConfig(
+            max_memory, max_checkpoints, exactness, grid, name, namespace, strings, pieces, ambient
+        )
         if config is not None and given != SparseCacheConfig():
             raise ValueError("config holds all settings: give either config or single keywords, not both.")
         self.config = given if config is None else config
@@ -108,6 +112,12 @@ class SparsePrefixCache(Handle):
         # Before anything is replaced, so that nothing stays replaced when the handle is collected or cannot be made.
         self._finalizer = weakref.finalize(self, attachment.end)
         attachment.make()
+        if self.config.ambient:
+            try:
+                claim(self.model, self)
+            except BaseException:
+                self.detach()
+                raise
 
     # -- what a user reads --------------------------------------------------------------------------------------------
 

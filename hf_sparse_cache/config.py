@@ -26,6 +26,7 @@ class SparseCacheConfig(Shareable):
         grid: bitwise: tokens between regular cuts. Replayable: tokens a piece, where pieces are faster. None for what
             suits the model and its device.
         cut_after: strings after which a prompt is always cut, such as "\\n\\nQuestion:"; needs a tokenizer.
+        ambient: whether `generate()` on this model uses the handle without being given it, as in pipelines and agents.
         pieces: most tokens that one forward of a prefill may take, in replayable mode; None for no limit.
         policy: name of the placement policy.
         namespace: a tenant; nothing stored under one is ever matched from another.
@@ -44,6 +45,7 @@ class SparseCacheConfig(Shareable):
     namespace: str = ""
     cut_after: tuple[str, ...] = ()
     pieces: int | None = None
+    ambient: bool = False
 
     def __post_init__(self) -> None:
         parse_bytes(self.max_memory)
@@ -58,6 +60,8 @@ class SparseCacheConfig(Shareable):
             )
         if self.pieces is not None and not is_whole(self.pieces, 2, MOST_ID):
             raise ValueError(f"pieces must be None or at least 2 tokens, not {shown(self.pieces)}.")
+        if not isinstance(self.ambient, bool):
+            raise ValueError(f"ambient must be True or False, not {shown(self.ambient)}.")
         strings: Any = self.cut_after
         if isinstance(strings, str) or not all(isinstance(string, str) and string for string in strings):
             raise ValueError(

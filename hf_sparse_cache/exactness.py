@@ -14,7 +14,7 @@ import torch
 
 from .cache import SparsePrefixCache
 from .checks import MOST_ID, shown, whole_number
-from .models import prefill, states
+from .models import ambient, prefill, states
 from .models.inputs import Row, as_ids, check_ids, input_device
 from .models.live import LiveCache
 from .models.server import Served, Server
@@ -203,7 +203,7 @@ def _check(model: Any, ids: torch.Tensor, handle: SparsePrefixCache, max_new_tok
 
 def empty_twin(handle: SparsePrefixCache) -> SparsePrefixCache:
     """A handle with the same cuts and an empty store: what it serves first, it serves cold."""
-    config = replace(handle.config, max_memory=None, grid=handle.grid, policy="none")
+    config = replace(handle.config, max_memory=None, grid=handle.grid, policy="none", ambient=False)
     twin = SparsePrefixCache(handle.model, handle.tokenizer, config=config)
     space, own = twin.server.space.now()[0], handle.server.space.now()[0]
     for prefix in handle.store.marks.prefixes(own):  # which cut as well
@@ -233,18 +233,19 @@ def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_ne
         options["past_key_values"] = handle
         handle.server.on_prefill = keep
     try:
-        result = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
-            # Every step counts: a model that stops at once would prove nothing.
-            min_new_tokens=max_new_tokens,
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **options,
-        )
+        with ambient.off():
+            result = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                num_beams=1,
+                # Every step counts: a model that stops at once would prove nothing.
+                min_new_tokens=max_new_tokens,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
+            )
     finally:
         if handle is not None:
             handle.server.on_prefill = None

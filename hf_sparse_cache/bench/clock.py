@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from ..models import ambient
+
 
 @dataclass
 class Served:
@@ -85,18 +87,19 @@ def serve(model: Any, ids: torch.Tensor, max_new_tokens: int, *, logits: bool = 
     if ids.is_cuda:
         torch.cuda.reset_peak_memory_stats(ids.device)
     started = time.perf_counter()
-    result = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=1,
-        min_new_tokens=max_new_tokens,
-        max_new_tokens=max_new_tokens,
-        return_dict_in_generate=True,
-        output_logits=logits,
-        **streamer,
-        **options,
-    )
+    with ambient.off():
+        result = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            output_logits=logits,
+            **streamer,
+            **options,
+        )
     _finish(ids)
     ended = time.perf_counter()
     tokens = result.sequences[0, ids.shape[1] :].cpu()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from ..models import ambient
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -71,14 +73,15 @@ class Asker:
         finish()
         first = _FirstToken(finish)
         wall, own = time.perf_counter(), time.thread_time()
-        written = self.model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=max(1, tokens),
-            streamer=first,
-            **options,
-        )
+        with ambient.off():
+            written = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=max(1, tokens),
+                streamer=first,
+                **options,
+            )
         if prompt.device.type == "cpu":
             self._wall += first.wall - wall
             self._own += first.own - own

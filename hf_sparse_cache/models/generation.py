@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 from transformers.generation.utils import GenerationMode
 
-from . import answers, handed, mamba1, rope
+from . import ambient, answers, handed, mamba1, rope
 from .attachment import Attachment, Hooks, Replacement
 from .binding import Binding
 from .calls import Call, innermost, opened, prompt_tokens, row_lengths
@@ -34,6 +34,13 @@ def attachment(binding: Binding) -> Attachment:
 def _generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     kwargs = _handed_back(model, kwargs)
     name, handle = _handle_in(kwargs)
+    if handle is None:
+        handle = ambient.handle_for(model, kwargs)
+        asked = None if handle is None else ambient.implementation(model, kwargs)
+        if handle is not None and asked is not None:
+            why = f"cache_implementation={asked!r} asks for a cache of its own"
+            handle.server.uncached(prompt_tokens(args, kwargs), why)
+            handle = None
     if handle is None:
         return own(*args, **kwargs)
     handle.check_call(model, name)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ...models import ambient
 from ...store.store import CheckpointStore
 from .manual import CODE_DIGITS, Manual
 
@@ -23,7 +24,8 @@ def answer(model: Any, tokenizer: Any, prompt: torch.Tensor, **options: Any) -> 
     """
     prompt = prompt.to(model.device)
     mask = torch.ones_like(prompt)
-    written = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=CODE_DIGITS, **options)
+    with ambient.off():
+        written = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=CODE_DIGITS, **options)
     text: str = tokenizer.decode(written[0, prompt.shape[1] :])
     return text.strip()
 
