@@ -40,8 +40,9 @@ class Forecast:
         found: Floats = reaching[np.searchsorted(self.cuts, positions)]
         return found
 
-    def shares(self, positions: Positions, starts: Positions, following: Floats) -> Floats:
-        """Of the prompts that enter the edge of each position, those that leave between it and the next position.
+    def shares(self, positions: Positions, starts: Positions, following: Floats) -> tuple[Floats, Floats]:
+        """Of the prompts that enter the edge of each position, those that leave between it and the next position, and
+        those that go on to that one.
 
         Args:
             positions: cuts on one path, ascending, of shape `(P,)`.
@@ -51,10 +52,11 @@ class Forecast:
         """
         reaching, entering = self.passing(positions), self.passing(starts + 1)
         following = np.minimum(following, 1.0)
-        left = reaching - following * np.append(reaching[1:], 0.0)
+        onward = following * np.append(reaching[1:], 0.0)
         # Where the forecast sees nobody enter, only the rates say who goes on.
-        found: Floats = np.where(entering > TINY, left / np.maximum(entering, TINY), 1.0 - following)
-        return np.maximum(found, 0.0)
+        seen, entering = entering > TINY, np.maximum(entering, TINY)
+        stopping = np.where(seen, (reaching - onward) / entering, 1.0 - following)
+        return np.maximum(stopping, 0.0), np.where(seen, onward / entering, following)
 
 
 class OverlapModel:

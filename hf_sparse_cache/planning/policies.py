@@ -188,7 +188,7 @@ class Learned(Policy):
             model's own, with the attention term or in measured seconds, when they are not proportional.
     """
 
-    default_limit = 8
+    default_limit = 32  # it is the price of memory that decides
 
     def __init__(self, prefill_cost: Callable[[Floats], Floats] | None = None) -> None:
         super().__init__()

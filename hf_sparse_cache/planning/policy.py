@@ -99,7 +99,7 @@ class Prompt:
         above = self.path_ends[self.path_ends < min(position, self.overlap)]
         start = self.overlap if position > self.overlap else int(above[-1]) if len(above) else 0
         positions = np.asarray([position, *after])
-        return float(self.forecast.shares(positions, np.full_like(positions, start), following)[0])
+        return float(self.forecast.shares(positions, np.full_like(positions, start), following)[0][0])
 
     @property
     def _onward_rate(self) -> float:

@@ -22,7 +22,7 @@ class Leaving:
         self.gone: dict[Checkpoint, None] = {}
         self.freed = 0
         self._references: dict[KVSegment, int] = {}  # those that are left, where some are gone
-        self._returned: dict[Checkpoint, float] = {}
+        self._given: dict[Checkpoint, float] = {}
 
     def bytes_of(self, checkpoint: Checkpoint) -> int:
         """What comes free if it goes as well: its state, and the keys and values that nothing else needs then."""
@@ -41,12 +41,16 @@ class Leaving:
             found = found.above()
         return found
 
-    def returned(self, checkpoint: Checkpoint) -> float:
-        """Rate of the requests that resume here, as those they would have resumed at are gone."""
-        return self._returned.get(checkpoint, 0.0)
+    def given(self, checkpoint: Checkpoint) -> float:
+        """Of the prompts that enter its edge, those that resume here as what they would have resumed at is gone."""
+        return self._given.get(checkpoint, 0.0)
 
-    def add(self, checkpoint: Checkpoint, rate: float) -> Checkpoint | None:
-        """Lets one go; `rate` of requests resumed at it. Returns the one that they resume at from now on."""
+    def give(self, checkpoint: Checkpoint, share: float) -> None:
+        """From now on so many more of them resume here."""
+        self._given[checkpoint] = self.given(checkpoint) + share
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Lets one go."""
         self.freed += checkpoint.nbytes
         segment = checkpoint.kv
         while segment is not None:
@@ -56,7 +60,3 @@ class Leaving:
             self.freed += segment.nbytes
             segment = segment.parent
         self.gone[checkpoint] = None
-        above = self.above(checkpoint)
-        if above is not None:
-            self._returned[above] = self.returned(above) + rate
-        return above

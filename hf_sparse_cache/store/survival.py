@@ -4,9 +4,14 @@ Every edge of the store's tree is an individual, with or without a checkpoint on
 was never stored or is lost; their size is fixed. From the hazards follows the index of a cell: the best rate of hits
 over any future horizon, max over T of P(hit within T) / E[time until hit or T], the Gittins form for a hit that is
 worth one.
+
+What was seen fades at two speeds, as some traffic changes within an hour and some never does; how much each speed
+counts follows how likely it made what came next.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +24,8 @@ LEVEL_EDGES = np.asarray([1, 2, 3, 5, 9])
 AGE_EDGES: Floats = np.unique(np.round(np.concatenate([[0], np.geomspace(4, 2**14, 22)])))
 WINDOW = 2**14
 PERIOD = 64
+HALF_LIVES = (700.0, 3000.0)  # of the counts, in requests
+LEAST_SHARE = 0.02  # of a speed that is wrong just now
 
 _PASS_CELL = np.searchsorted(PASS_EDGES, np.arange(PASS_EDGES[-1] + 1), side="right") - 1
 _LEVEL_CELL = np.searchsorted(LEVEL_EDGES, np.arange(LEVEL_EDGES[-1] + 1), side="right") - 1
@@ -39,20 +46,23 @@ class SurvivalTables:
     """Hazards by cell and age, and their index.
 
     Args:
-        decay: what the tables keep of their counts each `PERIOD` requests.
+        half_lives: of the counts, in requests; one a speed of forgetting.
         strength: pseudo-events with which a cell leans on the coarser table above it.
     """
 
-    def __init__(self, decay: float = 0.985, strength: float = 1.5) -> None:
+    def __init__(self, half_lives: Sequence[float] = HALF_LIVES, strength: float = 1.5) -> None:
         cells = 2 * len(PASS_EDGES) * len(LEVEL_EDGES)
-        self.decay, self.strength = decay, strength
+        self.strength = strength
+        self._keep = 0.5 ** (1.0 / np.asarray(half_lives))[:, None, None]  # a request
         # Edges that wait, by the tick of their last pass, and by the bin of their age now.
         self._alive = np.zeros((WINDOW, cells), dtype=np.int16)
         self._waiting = np.zeros((len(AGE_EDGES), cells))
-        self._events = np.zeros((cells, len(AGE_EDGES)))
-        self._exposure = np.zeros((len(AGE_EDGES), cells))
+        # What happened since the last update, and all before, by speed of forgetting.
+        self._new_events, self._new_exposure = np.zeros((2, len(AGE_EDGES), cells))
+        self._events, self._exposure = np.zeros((2, len(half_lives), len(AGE_EDGES), cells))
         self._clock = 0
         self._updated = 0
+        self.shares = np.full(len(half_lives), 1.0 / len(half_lives))
         self.index = np.zeros((cells, len(AGE_EDGES)))
         self._solve()
 
@@ -80,10 +90,10 @@ class SurvivalTables:
         """An edge of `cell`, last passed at tick `since`, was passed again now; `split`: its rest goes on waiting."""
         age = min(self._clock - since, WINDOW)
         last = _AGE_BIN[age]
-        self._events[cell, last] += 1.0
+        self._new_events[last, cell] += 1.0
         if split:  # the part that was passed waited as well, and is counted nowhere else
-            self._exposure[:last, cell] += _WIDTHS[:last]
-            self._exposure[last, cell] += age - AGE_EDGES[last]
+            self._new_exposure[:last, cell] += _WIDTHS[:last]
+            self._new_exposure[last, cell] += age - AGE_EDGES[last]
 
     def advance(self, now: int) -> None:
         """Moves the clock to `now`, one tick a request."""
@@ -93,21 +103,45 @@ class SurvivalTables:
             self._waiting[:-1] -= older
             self._waiting[1:-1] += older[:-1]  # the last fall out of the window
             self._alive[self._clock % WINDOW] = 0
-            self._exposure += self._waiting
+            self._new_exposure += self._waiting
         ticks = now - self._updated
         if ticks >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
-            keep = self.decay ** (ticks / PERIOD)
-            self._events *= keep
-            self._exposure *= keep
+            self._judge()
+            keep = self._keep**ticks
+            for counts, new in ((self._events, self._new_events), (self._exposure, self._new_exposure)):
+                counts += new
+                counts *= keep
+                new[:] = 0.0
             self._updated = now
             self._solve()
 
+    def _judge(self) -> None:
+        """Moves the shares of the speeds towards those that foresaw best what happened since the last update."""
+        likelihood = np.tensordot(np.log(self._hazards), self._new_events)
+        likelihood -= np.tensordot(self._hazards, self._new_exposure)
+        shares = self.shares * np.exp(likelihood - likelihood.max())
+        self.shares = (1.0 - LEAST_SHARE) * shares / shares.sum() + LEAST_SHARE / len(shares)
+
     def _solve(self) -> None:
-        """Hazards, each cell leaning on its pass count, that on the one before, the first on a hazard that falls with
-        age; then the index.
+        """Hazards of each speed, their mixture, and its index."""
+        self._hazards = np.stack(
+            [self._learned(events, exposure) for events, exposure in zip(self._events, self._exposure, strict=True)]
+        )
+        hazard = np.tensordot(self.shares, self._hazards, 1).T
+        missed = np.exp(-hazard * _WIDTHS)
+        time = (1.0 - missed) / hazard
+        for first in range(len(AGE_EDGES)):
+            through = np.cumprod(missed[:, first:], axis=1)
+            entering = np.concatenate([np.ones((len(through), 1)), through[:, :-1]], axis=1)
+            rate = (1.0 - through) / np.cumsum(entering * time[:, first:], axis=1)
+            self.index[:, first] = rate.max(axis=1)
+
+    def _learned(self, events: Floats, exposure: Floats) -> Floats:
+        """Hazards by age and cell, each cell leaning on its pass count, that on the one before, the first on a hazard
+        that falls with age.
         """
         shape = (len(PASS_EDGES), 2 * len(LEVEL_EDGES), len(AGE_EDGES))
-        events, exposure = self._events.reshape(shape), self._exposure.T.reshape(shape)
+        events, exposure = events.T.reshape(shape), exposure.T.reshape(shape)
         lean = self.strength
         hazards = np.empty(shape)
         before = 0.5 / (AGE_EDGES + 5.0)
@@ -117,14 +151,8 @@ class SurvivalTables:
             before = (seen.sum(axis=0) + lean) / (waited.sum(axis=0) + lean / before)
             scale = (seen.sum(axis=1, keepdims=True) + lean) / ((waited * before).sum(axis=1, keepdims=True) + lean)
             hazards[passes] = (seen + 2 * lean) / (waited + 2 * lean / (before * scale))
-        hazard = np.clip(hazards.reshape(self.index.shape), 1e-7, 1.0)
-        missed = np.exp(-hazard * _WIDTHS)
-        time = (1.0 - missed) / hazard
-        for first in range(len(AGE_EDGES)):
-            through = np.cumprod(missed[:, first:], axis=1)
-            entering = np.concatenate([np.ones((len(through), 1)), through[:, :-1]], axis=1)
-            rate = (1.0 - through) / np.cumsum(entering * time[:, first:], axis=1)
-            self.index[:, first] = rate.max(axis=1)
+        found: Floats = np.clip(hazards.reshape(self.index.shape), 1e-7, 1.0).T
+        return found
 
     def rate(self, cell: int, age: int = 0) -> float:
         """The index of one individual, in hits a request."""

@@ -81,6 +81,7 @@ class Checkpoint:
         "lineage",
         "nbytes",
         "node",
+        "onward",
         "owner",
         "pins",
         "position",
@@ -104,6 +105,7 @@ class Checkpoint:
         self.share = (
             1.0  # of the prompts that enter its edge, those expected to leave between it and the next checkpoint
         )
+        self.onward = 0.0  # of the same, those expected to go on to the next checkpoint of the latest prompt
         self.refund = 0.0  # bytes of checkpoints that it makes superfluous
         self.slot = -1  # place in the eviction's tables
 

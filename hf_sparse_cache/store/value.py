@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 FORK_CHILDREN = 3  # more make a hub, such as a shared system prompt, where one path says nothing about the others
+MIN_STEM_TOKENS = 64  # two texts that part before were never one
 NEARLY_TIED = 0.7  # values this close are noise, and then the newcomer is the better guess, as in plain recency
 MIN_EDGE_TOKENS = 16  # shorter edges, such as the last tokens of a template, say nothing about what comes back
 
@@ -58,7 +59,7 @@ class Scored(Eviction):
     def passed(self, path: Sequence[Node], overlap: int, resumed: Checkpoint | None, now: int) -> None:
         """Marks every checkpoint that the prompt shares as passed now."""
         self.now = now
-        for level, node in enumerate(path, 1):
+        for level, node in zip(_levels(path), path, strict=True):
             for checkpoint in node.checkpoints:
                 if checkpoint.position <= overlap and self.touched(checkpoint.slot, checkpoint is resumed):
                     self.ticks[checkpoint.slot] = now
@@ -139,6 +140,15 @@ class LeastValue(Scored):
         super().__init__()
         self.tables = SurvivalTables()
 
+    def dropped(self, checkpoint: Checkpoint) -> None:
+        """Gives the slot back, and those that stopped there to the checkpoint above."""
+        above = checkpoint.above()
+        if above is not None:
+            returned = _returned(checkpoint, above)
+            above.share += returned
+            above.onward -= returned
+        super().dropped(checkpoint)
+
     def values(self) -> Floats:
         """Expected tokens saved a request for each byte."""
         return self.tables.rates(self.cells, self.now - self.ticks) * self.gains
@@ -148,6 +158,8 @@ class LeastValue(Scored):
         super().passed(path, overlap, resumed, now)
         self.tables.advance(now)
         for node in path:
+            if overlap - node.start < MIN_EDGE_TOKENS:
+                continue  # a few first words that two prompts have in common by accident
             if node.waiting is not None:
                 cell, since = node.waiting
                 whole = node.end - overlap < MIN_EDGE_TOKENS
@@ -162,13 +174,13 @@ class LeastValue(Scored):
         rates: list[float] = []
         apart: list[int] = []  # junctions above the edge of each, at which other prompts leave the path
         junctions = 0
-        for level, (node, child) in enumerate(zip(path, [*path[1:], None], strict=True), 1):
+        for level, node, child in zip(_levels(path), path, [*path[1:], None], strict=True):
             if node.waiting is None and len(node.tokens) >= MIN_EDGE_TOKENS:
                 cell = cell_of(node.passes, level)
                 node.waiting = cell, self.now
                 self.tables.enter(cell)
             if child is not None and node.recent is not child:
-                if len(node.children) <= FORK_CHILDREN:
+                if len(node.children) <= FORK_CHILDREN and node.end >= MIN_STEM_TOKENS:
                     self._bypass(node.recent)
                 node.recent = child
             if node.checkpoints:
@@ -183,9 +195,9 @@ class LeastValue(Scored):
         following[:-1] = np.where(np.diff(apart) > 0, np.divide(rates[1:], rates[:-1]), 1.0)
         positions = np.asarray([checkpoint.position for checkpoint in stored])
         starts = np.asarray([checkpoint.node.start for checkpoint in stored])
-        shares = forecast.shares(positions, starts, following).tolist()
-        for checkpoint, share in zip(stored, shares, strict=True):
-            checkpoint.share = share
+        shares, onward = forecast.shares(positions, starts, following)
+        for checkpoint, share, passing in zip(stored, shares.tolist(), onward.tolist(), strict=True):
+            checkpoint.share, checkpoint.onward = share, passing
             self.weigh(checkpoint)
 
     def _bypass(self, node: Node | None) -> None:
@@ -200,7 +212,7 @@ class LeastValue(Scored):
 
     def terms(self, path: Sequence[Node], overlap: int, need: float, resumed: Checkpoint | None) -> Terms:
         """Rates of a path passed just now, and the value of what would have to go, by the byte."""
-        level = len(path)
+        level = _levels(path)[-1] if path else 0
         known = self.tables.rate(cell_of(path[-1].passes + 1, level)) if path else 0.0
         price = 0.0
         if need > 0.0:
@@ -244,29 +256,45 @@ class LeastValue(Scored):
             checkpoint = self.items[slot]
             if not current or checkpoint.pins or checkpoint in leaving.gone:
                 continue
-            rate, worth, value = self._worth(checkpoint, leaving)
+            worth, value = self._worth(checkpoint, leaving)
             if value > 1.001 * known:
                 latest[slot] = value
                 heappush(again, (value, slot))
                 continue
             lost += worth
-            above = leaving.add(checkpoint, rate)
+            above = leaving.above(checkpoint)
+            leaving.add(checkpoint)
             if above is not None:
-                latest[above.slot] = self._worth(above, leaving)[2]
+                leaving.give(above, _returned(checkpoint, above, leaving.given(checkpoint)))
+                latest[above.slot] = self._worth(above, leaving)[1]
                 heappush(again, (latest[above.slot], above.slot))
         return leaving, lost
 
-    def _worth(self, checkpoint: Checkpoint, leaving: Leaving) -> tuple[float, float, float]:
-        """Requests that resume at a checkpoint while others leave; the tokens they save; the same for each byte."""
+    def _worth(self, checkpoint: Checkpoint, leaving: Leaving) -> tuple[float, float]:
+        """Tokens that a checkpoint saves a request while others leave, and the same for each byte."""
         slot = checkpoint.slot
-        rate = self.tables.rate(int(self.cells[slot]), self.now - int(self.ticks[slot])) * max(checkpoint.share, 1e-6)
-        rate += leaving.returned(checkpoint)
+        rate = self.tables.rate(int(self.cells[slot]), self.now - int(self.ticks[slot]))
+        rate *= max(checkpoint.share, 1e-6) + leaving.given(checkpoint)
         above = leaving.above(checkpoint)
         worth = rate * (checkpoint.position - (above.position if above else 0))
-        return rate, worth, worth / max(leaving.bytes_of(checkpoint), 1)
+        return worth, worth / max(leaving.bytes_of(checkpoint), 1)
 
     def _rate(self, checkpoint: Checkpoint) -> float:
         return self.tables.rate(_cell(checkpoint))
+
+
+def _returned(checkpoint: Checkpoint, above: Checkpoint, given: float = 0.0) -> float:
+    """Of the prompts that enter the edge of the checkpoint above, those that stop there once this one has gone.
+
+    The latest prompt's path alone was taken off the share of the one above. `given` was given to this one meanwhile.
+    """
+    node = checkpoint.node
+    while node is not above.node:
+        if node.parent is None or node.parent.recent is not node:
+            return 0.0
+        node = node.parent
+    passing = checkpoint.share + checkpoint.onward
+    return above.onward * (checkpoint.share + given) / passing if passing > 0.0 else 0.0
 
 
 def _branches(node: Node, child: Node | None) -> bool:
@@ -279,7 +307,17 @@ def _branches(node: Node, child: Node | None) -> bool:
 
 def _cell(checkpoint: Checkpoint) -> int:
     """The row of the survival tables for a checkpoint on a path that is passed just now."""
-    level, node = 1, checkpoint.node.parent
-    while node is not None and node.parent is not None:
-        level, node = level + 1, node.parent
-    return cell_of(checkpoint.node.passes + 1, level)
+    path, node = [], checkpoint.node
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    return cell_of(checkpoint.node.passes + 1, _levels(path[::-1])[-1])
+
+
+def _levels(path: Sequence[Node]) -> list[int]:
+    """Which turn each edge is: the number of edges up to it that are long enough to say something."""
+    found, level = [], 0
+    for node in path:
+        level += len(node.tokens) >= MIN_EDGE_TOKENS
+        found.append(max(level, 1))
+    return found

@@ -16,7 +16,6 @@ from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.store.leaving import Leaving
 from hf_sparse_cache.store.store import CheckpointStore
-from hf_sparse_cache.store.tree import Checkpoint
 
 
 STATE, KV, GRID, QUESTION = 400, 1, 64, 70
@@ -107,12 +106,10 @@ def test_a_set_frees_what_the_books_say_when_it_goes(mode: str, lengths: list[in
     order = store.stored()
     random.shuffle(order)  # type: ignore[attr-defined]
     leaving, before = Leaving(), store.used_bytes
-    rates: dict[Checkpoint, float] = dict.fromkeys(order, 1.0)
     for checkpoint in order:
-        above = leaving.add(checkpoint, rates[checkpoint] + leaving.returned(checkpoint))
+        above = leaving.above(checkpoint)
+        assert above is None or above in store.stored()
+        leaving.add(checkpoint)
         store.ledger.evict(checkpoint)
         assert leaving.freed == before - store.used_bytes
-        left = store.stored()
-        assert above is None or above in left
-        assert sum(rates[other] + leaving.returned(other) for other in left) <= len(order)
     assert store.used_bytes == 0
