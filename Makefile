@@ -19,7 +19,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format support api bench bench-table clean test-matrix test-floor fuzz mutants
+.PHONY: help demo test test-all lint format support api bench bench-table clean test-matrix test-floor interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,10 +30,13 @@ demo: .venv/core  ## Questions about long manuals to small trained models, with 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-all: test fuzz  ## make test, and every suite that takes longer or needs more and has a target of its own
+test-all: test fuzz interleavings  ## make test, and every suite that takes longer or needs more and has a target of its own
 
 fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+interleavings: .venv/dev  ## Ten thousand random interleavings of threads that wait for each other's prompts: minutes
+	HF_SPARSE_CACHE_TEST_INTERLEAVINGS=10000 $(BIN)/python -m pytest tests/store/test_promises.py -k interleavings
 
 mutants: .venv/mutants  ## Faults planted in the core, and whether the tests notice: hours; MUTANTS_ARGS="--count 40 --room store"
 	nice -n 19 $(BIN)/python tests/mutants.py $(MUTANTS_ARGS)

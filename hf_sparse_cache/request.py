@@ -6,7 +6,7 @@ The live cache and the simulator both go through `open_request`, so they cannot 
 with open_request(store, policy, ids, Bitwise(CutRule(grid)), space=fingerprint) as request:
     if request.checkpoint is not None:               # pinned until the request closes
         restore(request.checkpoint.state, request.kv_payloads())
-    for end in request.segments:                     # ascending; nothing is left where the prompt is known to its end
+    for end in request.steps():                      # ascending; nothing is left where the prompt is known to its end
         state = prefill_up_to(end)                   # the store holds no lock meanwhile
         if end in request.planned:
             request.add(end, state, kv)              # kv(start, end) is asked for each span not stored yet
@@ -20,7 +20,8 @@ generates from there on is kept by `store.answer`.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -34,9 +35,44 @@ from .planning.policy import placed
 from .planning.segments import Segmenting
 from .stats import Cause, Reason, RequestInfo
 from .store.answer import KVCapture, Read, spans_of, unit_for
+from .store.promises import Promise
 from .store.store import CheckpointStore
-from .store.tree import Payload
+from .store.tree import Checkpoint, Payload
 from .store.visit import Visit
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """Keys and values of one span, on their way from one prompt to another."""
+
+    span: Span
+    payload: Payload
+
+
+@dataclass(frozen=True, eq=False)
+class Handover:
+    """What one prompt computed on its way, for others of the same call that go on from there.
+
+    It is a checkpoint that no store has: it takes no room from any, and is gone with the call.
+
+    Attributes:
+        lineage: of the state.
+        state: the fixed-size payload.
+        links: its keys and values from 0 upwards; empty without full attention.
+    """
+
+    lineage: Lineage
+    state: Payload
+    links: tuple[Link, ...]
+
+    @property
+    def position(self) -> int:
+        """The position of the state."""
+        return self.lineage.end
+
+    def chain(self) -> tuple[Link, ...]:
+        """What a checkpoint calls it."""
+        return self.links
 
 
 class Request:
@@ -47,11 +83,14 @@ class Request:
         overlap_tokens: tokens shared with earlier prompts of the space, remembered or stored.
         resumed_tokens: position of `checkpoint`, 0 when cold.
         checkpoint: deepest stored checkpoint on the path that leaves at least 2 tokens to compute, or none where it is
-            `final`; None when cold.
+            `final`, or what it takes over from another prompt; None when cold.
         planned: positions to capture, ascending.
+        junctions: positions, behind the resumed one, at which other prompts want to take over.
         segments: ends of the segments to run from `resumed_tokens` on, ascending; empty where nothing is left.
         lineage: the segments behind the result, from 0.
         captured: positions stored so far by this request.
+        handovers: what was computed at its junctions, by position.
+        rows_together: prompts that run in one forward with it, itself among them.
         read: once it has closed, what its answer goes on from; None where nothing of the prompt may be remembered.
         reason: why it resumed where it did.
         match_seconds: time spent finding what is stored.
@@ -59,7 +98,14 @@ class Request:
     """
 
     def __init__(
-        self, store: CheckpointStore, policy: Policy, segmenting: Segmenting, visit: Visit, reason: Reason
+        self,
+        store: CheckpointStore,
+        policy: Policy,
+        segmenting: Segmenting,
+        visit: Visit,
+        reason: Reason,
+        junctions: Sequence[int] = (),
+        promise: Promise | None = None,
     ) -> None:
         self._store, self._policy, self._segmenting, self._visit = store, policy, segmenting, visit
         self._prompt = visit.prompt
@@ -68,11 +114,16 @@ class Request:
         self.reason = reason
         self.match_seconds = self.plan_seconds = 0.0
         self.prompt_tokens, self.overlap_tokens = len(visit.prompt.ids), visit.prompt.overlap
-        self.resumed_tokens, self.checkpoint = visit.prompt.resumed, visit.checkpoint
+        self.resumed_tokens = visit.prompt.resumed
+        self.checkpoint: Checkpoint | Handover | None = visit.checkpoint
+        self.junctions = [position for position in junctions if position > self.resumed_tokens]
         self.lineage = Lineage() if visit.checkpoint is None else visit.checkpoint.lineage
         self.planned: list[int] = []
         self.segments: list[int] = []
         self.captured: list[int] = []
+        self.handovers: dict[int, Handover] = {}
+        self.rows_together = 1
+        self._promise = promise
         self.read: Read | None = None
         self._kept: list[Span] | None = None  # spans of the deepest checkpoint that it stored
 
@@ -87,16 +138,114 @@ class Request:
         reached = {length, *self._prompt.open_cuts.tolist()}
         self._marked = {position for position in self._visit.marked if position in reached}
         self.planned = sorted({*fresh, *self._marked})
-        self.segments = self._segmenting.segments(resumed, self.planned, self._prompt.cuts, length).tolist()
-        self.lineage = self.lineage.then(self.segments)
+        self._cut_behind(resumed)
 
     def start_over(self) -> None:
         """Resumes from nothing after all and captures nothing: there is no memory for either."""
         if self.checkpoint is not None:
             self.reason = Reason(Cause.EVICTED)
-        self.resumed_tokens, self.checkpoint, self.planned = 0, None, []
-        self.segments = self._segmenting.segments(0, [], self._prompt.cuts, self.prompt_tokens).tolist()
-        self.lineage = Lineage(self.segments)
+        self.resumed_tokens, self.checkpoint = 0, None
+        self.give_up_captures()
+
+    def give_up_captures(self) -> None:
+        """Captures nothing after all, and is cut for none."""
+        self.planned, self.junctions = [], []
+        self._cut_behind(self.resumed_tokens)
+
+    def run_with(self, prompts: int) -> None:
+        """Runs in one forward with others, `prompts` together, so that nothing of it can be kept."""
+        self.give_up_captures()
+        self.rows_together = prompts
+
+    @property
+    def announced(self) -> bool:
+        """Whether a mark is to be captured."""
+        return not self._marked.isdisjoint(self.planned)
+
+    def _cut_behind(self, start: int) -> None:
+        """Cuts the rest of the prompt for what is to be captured; what comes too close to `start` is not."""
+        made = Lineage() if self.checkpoint is None else self.checkpoint.lineage
+        stops = sorted({*self.planned, *self.junctions})
+        self.segments = self._segmenting.segments(start, stops, self._prompt.cuts, self.prompt_tokens).tolist()
+        self.planned = [position for position in self.planned if position in self.segments]
+        self.junctions = [position for position in self.junctions if position in self.segments]
+        self.lineage = made.then(self.segments)
+
+    def steps(self) -> Iterator[int]:
+        """Ends of the segments to run, in order; ask for the next one when everything of the last one is added.
+
+        What other threads wait for is planned between two of them.
+        """
+        position = self.resumed_tokens
+        while position < self.prompt_tokens:
+            if self._promise is not None:
+                self._heed(self._promise, position)
+            position = next(end for end in self.segments if end > position)
+            yield position
+        if self._promise is not None:
+            self._heed(self._promise, position)
+
+    def _heed(self, promise: Promise, position: int) -> None:
+        """Says how far it is, and plans to store what others ask for behind that."""
+        with self._store.promises.changed:
+            if promise.running is None:
+                promise.resumed = position
+            wishes, promise.wishes = promise.wishes, set()
+            limit = self._prompt.limit
+            for wish in sorted(wishes):
+                if limit is None or len(self.planned) < limit:
+                    self._plan_wish(wish, position)
+            promise.done, promise.planned = position, set(self.planned)
+            promise.running = next((end for end in self.segments if end > position), self.prompt_tokens)
+            self._store.promises.changed.notify_all()
+
+    def _plan_wish(self, wish: int, position: int) -> None:
+        """Stores a checkpoint at `wish`, where no segment becomes too short by that; computed is up to `position`."""
+        fixed = {position, self.prompt_tokens, *self.planned, *self.junctions}
+        if not position < wish or wish in self.planned:
+            return
+        if wish not in fixed and any(abs(wish - other) < MIN_SUFFIX_TOKENS for other in fixed):
+            return
+        stops = sorted({wish, *self.planned, *self.junctions})
+        ends = self._segmenting.segments(position, stops, self._prompt.cuts, self.prompt_tokens).tolist()
+        if wish in ends:
+            made = Lineage() if self.checkpoint is None else self.checkpoint.lineage
+            self.planned = sorted({wish, *self.planned})
+            self.segments = [*(end for end in self.segments if end <= position), *ends]
+            self.lineage = made.then(self.segments)
+
+    def hand_over(self, position: int, state: Payload, kv: KVCapture | None = None) -> Handover:
+        """What others take over at the end of one segment; arguments as for `add`."""
+        lineage = self.lineage.upto(position)
+        known = {} if self.checkpoint is None else {link.span: link.payload for link in self.checkpoint.chain()}
+        spans = [] if kv is None else self._spans(lineage)
+        links = [Link(span, known[span] if span in known else kv(span.start, span.end)) for span in spans if kv]
+        found = self.handovers[position] = Handover(lineage, state, tuple(links))
+        return found
+
+    def take_over(self, given: Handover) -> None:
+        """Goes on from what another prompt of the same call computed, where that is deeper than what is stored.
+
+        The policy decides whether it is stored: where it wants a checkpoint there, it gets this one.
+
+        Args:
+            given: of a prompt that begins with the same tokens, up to its position at least.
+        """
+        position, expected = given.position, self._visit.expected
+        fits = expected is None or expected.begins_with(given.lineage)
+        if not fits or not self.resumed_tokens < position <= self.prompt_tokens - MIN_SUFFIX_TOKENS:
+            return
+        wanted = position in self.planned
+        self.checkpoint, self.resumed_tokens = given, position
+        self.overlap_tokens = max(self.overlap_tokens, position)
+        self.reason = Reason(Cause.RESUMED)
+        self.lineage = given.lineage
+        if wanted:
+            payloads = {(link.span.start, link.span.end): link.payload for link in given.links}
+            self.add(position, given.state, (lambda start, end: payloads[start, end]) if payloads else None)
+        self.planned = [other for other in self.planned if other > position]
+        self.junctions = [other for other in self.junctions if other > position]
+        self._cut_behind(position)
 
     def info(self, reason: Reason | None = None) -> RequestInfo:
         """What happened, for those who count; `reason` in place of its own."""
@@ -106,9 +255,15 @@ class Request:
             resumed_tokens=self.resumed_tokens,
             computed_tokens=self.prompt_tokens - self.resumed_tokens,
             captured=tuple(self.captured),
-            segments=self.lineage.ends,
+            segments=self._segments_run(),
             reason=reason or self.reason,
         )
+
+    def _segments_run(self) -> tuple[int | tuple[int, ...], ...]:
+        ends = self.lineage.ends
+        if self.rows_together == 1:
+            return ends
+        return (*ends[:-1], (self.resumed_tokens, self.prompt_tokens, self.rows_together))
 
     def kv_payloads(self) -> list[Payload]:
         """The KV segments below `checkpoint`, shallow to deep; empty when cold or without full attention."""
@@ -152,7 +307,7 @@ class Request:
     def _spans(self, lineage: Lineage) -> list[Span]:
         """The KV spans of a checkpoint: those that the request resumed from, and its own behind them."""
         chain = [segment.span for segment in self.checkpoint.chain()] if self.checkpoint is not None else []
-        return spans_of(self._segmenting, lineage, chain, self.captured)
+        return spans_of(self._segmenting, lineage, chain, sorted({*self.captured, *self.junctions}))
 
     def close(self) -> None:
         """Counts the prompt in the tree, lets the policy observe it, and unpins. Closing twice is harmless."""
@@ -212,6 +367,8 @@ def open_request(
     *,
     space: str = "",
     tail: int = 1,
+    junctions: Sequence[int] = (),
+    promise: Promise | None = None,
 ) -> Request:
     """Opens a request: matches the prompt, pins the deepest usable checkpoint, plans what to capture.
 
@@ -222,6 +379,8 @@ def open_request(
         segmenting: where it may be cut, and what it may resume from.
         space: fingerprint and namespace; nothing of one space is ever matched from another.
         tail: of how many of the last tokens the logits are wanted, so that they are computed, whatever is stored.
+        junctions: positions at which other prompts want to take over (see `planning.batch`).
+        promise: what other threads know of it meanwhile (see `store.promises`).
 
     Raises:
         ValueError: if `ids` is not a one-dimensional array of integers in the range of int32.
@@ -236,10 +395,12 @@ def open_request(
     started = time.perf_counter()
     visit = store.open(tokens, segmenting, space, tail)
     try:
+        for position in junctions:
+            visit.prompt.cuts = segmenting.joined(visit.prompt.cuts, position, len(ids))
         with store.lock:
             usable = min(visit.match.overlap, len(ids) - max(MIN_SUFFIX_TOKENS, tail))
             reason = cause(visit.match, visit.checkpoint, usable, visit.prompt.cuts)
-        request = Request(store, policy, segmenting, visit, reason)
+        request = Request(store, policy, segmenting, visit, reason, junctions, promise)
         request.match_seconds = (matched := time.perf_counter()) - started
         request.plan()
         request.plan_seconds = time.perf_counter() - matched

@@ -72,7 +72,9 @@ class RequestInfo:
         captured: positions of the checkpoints this request stored; behind the prompt, of its answer, once that is
             there.
         segments: ends of the segments behind the prefill's result, from 0; of tokens that were decoded one by one,
-            `(start, end)`. Empty for a request that ran uncached.
+            `(start, end)`; of tokens that ran batched, in one forward with those of other prompts, `(start, end,
+            prompts)`: such a forward depends on its neighbours in its last bits, so it cannot be replayed and nothing
+            of it is stored. Empty for a request that ran uncached.
         reason: why not more was resumed, or "resumed".
     """
 
@@ -81,8 +83,13 @@ class RequestInfo:
     resumed_tokens: int = 0
     computed_tokens: int = 0
     captured: tuple[int, ...] = ()
-    segments: tuple[int | tuple[int, int], ...] = ()
+    segments: tuple[int | tuple[int, ...], ...] = ()
     reason: Reason = field(kw_only=True)
+
+    @property
+    def batched(self) -> bool:
+        """Whether part of it ran in one forward with other prompts, so that no run can repeat it bit for bit."""
+        return any(isinstance(end, tuple) and len(end) == 3 for end in self.segments)
 
     @property
     def recomputed_tokens(self) -> int:

@@ -11,7 +11,7 @@ from tiny_models import build, random_ids
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
-from hf_sparse_cache.models.server import Server
+from hf_sparse_cache.models import prefill
 from hf_sparse_cache.models.watch import ChangedPrefillError
 from hf_sparse_cache.stats import Recorder, RequestInfo
 
@@ -165,19 +165,21 @@ def test_calls_that_run_uncached(cache: SparsePrefixCache, why: dict[str, Any]) 
 
 
 def test_a_batch_that_ends_uncached_is_counted_once(cache: SparsePrefixCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = []
+    served: list[int] = []
 
-    def second_fails(self: Server, live: Any, ids: torch.Tensor, *further: Any) -> Any:
-        served.append(len(ids))
-        if len(served) == 2:
+    def second_fails(*args: Any, **kwargs: Any) -> Any:
+        served.append(args[3])
+        if len(served) == 3:  # the first prompt was served by then
             raise ChangedPrefillError("a hook takes tokens out")
-        return own(self, live, ids, *further)
+        return own(*args, **kwargs)
 
-    own = Server.serve_row
-    monkeypatch.setattr(Server, "serve_row", second_fails)
+    own = prefill.segment
+    monkeypatch.setattr(prefill, "segment", second_fails)
+    ids = random_ids(90, batch=2)
+    ids[1, :60] = ids[0, :60]
     with cache.record() as requests:
-        cache.model.generate(random_ids(30, batch=2), past_key_values=cache, **GREEDY)
-    assert served == [30, 30] and lengths(requests) == [30, 30]
+        cache.model.generate(ids, past_key_values=cache, **GREEDY)
+    assert len(served) == 3 and lengths(requests) == [90, 90]
     assert all("a hook takes tokens out" in info.reason for info in requests)
     assert cache.stats().requests == 2
 

@@ -51,7 +51,7 @@ class Served:
     restore_seconds: float = 0.0
     eviction_seconds: float = 0.0
     captured: tuple[int, ...] = ()
-    segments: tuple[int | tuple[int, int], ...] = ()
+    segments: tuple[int | tuple[int, ...], ...] = ()
     checkpoints: int = 0
     checkpoint_bytes: int = 0
     kv_bytes: int = 0

@@ -21,8 +21,8 @@ from ..models.families import cache_name_of
 from ..models.inputs import Row
 from ..models.lazy_kv import settle
 from ..models.live import LiveCache
-from ..models.server import Served as ServedRow
 from ..models.server import Server
+from ..models.sitting import Served as ServedRow
 from ..planning.cuts import MIN_SUFFIX_TOKENS
 from ..planning.lineage import Lineage
 from ..planning.policies import Policy, Prompt
@@ -268,7 +268,7 @@ class _Ready(Server):
 
     # What `prefill_row` asks of a request.
     checkpoint = None
-    planned = ()
+    planned = junctions = ()
     segments: Sequence[int] = ()
 
     def __init__(self, server: Server) -> None:
@@ -279,6 +279,10 @@ class _Ready(Server):
     def live_cache(self) -> LiveCache:
         assert self.ready is not None
         return self.ready
+
+    def steps(self) -> Sequence[int]:
+        """As a request has it."""
+        return self.segments
 
     def serve_row(self, live: LiveCache, row: Row) -> ServedRow:
         request: Any = self

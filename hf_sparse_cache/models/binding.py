@@ -189,4 +189,6 @@ def _segmenting(model: Any, family: Family, rule: CutRule, config: SparseCacheCo
     text_config, device = model.config.get_text_config(decoder=True), input_device(model).type
     pieces = [config.pieces, rule.grid if family.scans and device == "cpu" else None]
     piece = min((size for size in pieces if size is not None), default=None)
-    return Replayable(rule, family.step(text_config), piece, family.cut_tokens(text_config, device))
+    weights = sum(parameter.numel() for parameter in model.parameters()) or 1
+    cut, forward = family.cut_tokens(text_config, device), family.forward_tokens(text_config, device, weights)
+    return Replayable(rule, family.step(text_config), piece, cut, forward, device != "cpu")

@@ -21,6 +21,7 @@ ACCELERATOR_GRID = 1024  # until it is measured: about as many tokens as the lau
 STEP = 64
 # Of models with 30 M parameters on two cores of a CPU.
 CUT_TOKENS, CHUNKED_CUT_TOKENS = 8.0, 48.0
+MEASURED_WEIGHTS = 30e6
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class Family:
         if device != "cpu":
             return float(ACCELERATOR_GRID)
         return CHUNKED_CUT_TOKENS if self.chunk(config) > 1 else CUT_TOKENS
+
+    def forward_tokens(self, config: Any, device: str, weights: int) -> float:
+        """What a forward costs besides its tokens, in tokens.
+
+        On a CPU that hardly depends on the model, and what a token costs does.
+        """
+        cut = self.cut_tokens(config, device)
+        return cut if device != "cpu" else min(max(cut * MEASURED_WEIGHTS / weights, 4.0), 256.0)
 
 
 def _mamba2(name: str) -> Family:

@@ -1,15 +1,15 @@
 """The prefill of one request: restore the deepest checkpoint, run the remaining segments, capture on the way.
 
 A run that is resumed, and one from nothing over the same segments, execute the same forwards on the same states, which
-is why their results agree bit for bit (see `planning.segments`). Every distinct row of a batch runs alone, without its
-padding, and the rows are stacked afterwards.
+is why their results agree bit for bit (see `planning.segments`). A row of a batch runs alone, without its padding, or
+together with others (see `rows`), and all of them are stacked afterwards.
 """
 
 import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -76,40 +76,47 @@ def prefill_row(
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
     """
-    clock = time.perf_counter()
-    if request.checkpoint is not None:
-        spans = [layer_tensors(payload) for payload in request.kv_payloads()]
-        states.restore(live, layer_tensors(request.checkpoint.state), spans)
-    restore_seconds = time.perf_counter() - clock
+    restore_seconds = restore(live, request)
     capture_seconds = 0.0
-    planned = set(request.planned)
-    live.length = request.resumed_tokens
     if not request.segments:  # the same prompt was read to its end before
         assert request.checkpoint is not None
         settle(live.layers)
         check()
         logits = states.logits_of(layer_tensors(request.checkpoint.state))
         return binding.output(logits, live), Timing(0.0, restore_seconds)
+    # The last row of many may differ in its last bits from the row alone, which the identical prompt is to find.
     tail = Tail(row) if row.tail > 1 else None
-    if tail is not None:
-        # The last row of many may differ in its last bits from the row alone, which the identical prompt is to find.
-        planned.discard(len(row))
-    for end in request.segments:
+    for end in request.steps():
         output = segment(binding, live, row, end) if tail is None else tail.segment(binding, live, end)
-        if end in planned or end == len(row):
+        kept = end in request.planned and (tail is None or end < len(row))
+        if kept or end in request.junctions or end == len(row):
             check()
-        if end in planned:
+        if kept or end in request.junctions:
             clock = time.perf_counter()
             try:
-                state, kv = states.capture_state(live), partial(states.capture_kv, live)
+                state = states.capture_state(live)
                 state = states.with_logits(state, output.logits) if end == len(row) else state
-                request.add(end, state, kv if live.full_attention_layers else None)
+                kv = cache(partial(states.capture_kv, live)) if live.full_attention_layers else None
+                if end in request.junctions:
+                    request.hand_over(end, state, kv)
+                if kept:
+                    request.add(end, state, kv)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 logger.warning_once(f"No memory to capture a checkpoint; the request goes on without it: {error}")
             capture_seconds += time.perf_counter() - clock
     return output, Timing(capture_seconds, restore_seconds)
+
+
+def restore(live: LiveCache, request: Request) -> float:
+    """Bring a fresh live cache to where a request resumes; returns the seconds that it took."""
+    clock = time.perf_counter()
+    if request.checkpoint is not None:
+        spans = [layer_tensors(payload) for payload in request.kv_payloads()]
+        states.restore(live, layer_tensors(request.checkpoint.state), spans)
+    live.length = request.resumed_tokens
+    return time.perf_counter() - clock
 
 
 def replay(binding: Binding, live: LiveCache, row: Row, lineage: Lineage) -> Any:
@@ -130,23 +137,29 @@ def segment(binding: Binding, live: LiveCache, row: Row, end: int) -> Any:
     Raises:
         ChangedPrefillError: What reached the layers is not these tokens, or not these alone.
     """
-    model, start, ids = binding.model, live.length, row.ids[None, :end]
+    return _forward(binding, live, replace(row, ids=row.ids[None, :end]))
+
+
+def _forward(binding: Binding, live: LiveCache, rows: Row, mask: torch.Tensor | None = None) -> Any:
+    """Run what a live cache has not consumed yet of ids `(batch, end)`, padded on the left where the mask is 0."""
+    model, start, ids = binding.model, live.length, rows.ids
+    end = ids.shape[1]
     asked = {"input_ids": ids[:, start:]}
     if _takes_positions(model):
-        positions = torch.arange(start, end, device=ids.device)
-        asked["position_ids"] = positions.expand(*row.position_dims, 1, end - start)
+        positions = torch.arange(end, device=ids.device)[None] if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+        asked["position_ids"] = positions[:, start:].expand(*rows.position_dims, len(ids), end - start)
     inputs = model.prepare_inputs_for_generation(
         ids,
         next_sequence_length=end - start,
         is_first_iteration=True,
-        attention_mask=None,
+        attention_mask=mask,
         **{binding.cache_name: live},
-        **row.kwargs,
+        **rows.kwargs,
         **{name: value for name, value in asked.items() if name != "input_ids"},
     )
     watch.check_inputs(model, inputs, asked, live)
-    if "logits_to_keep" in inputs and "logits_to_keep" in row.kwargs:  # some models put their configuration's there
-        inputs["logits_to_keep"] = row.kwargs["logits_to_keep"]
+    if "logits_to_keep" in inputs and "logits_to_keep" in rows.kwargs:  # some models put their configuration's there
+        inputs["logits_to_keep"] = rows.kwargs["logits_to_keep"]
     output = _uncompiled(model)(**inputs, return_dict=True)
     settle(live.layers)
     live.length = end
@@ -165,19 +178,54 @@ def _names_positions(forward: Callable[..., Any]) -> bool:
     return "position_ids" in inspect.signature(forward).parameters
 
 
-def join_rows(binding: Binding, live: LiveCache, rows: Sequence[tuple[LiveCache, Any]], width: int) -> Any:
-    """One output and one live cache for a whole batch from those of its rows.
+def gathered(binding: Binding, rows: Sequence[Row], lives: Sequence[LiveCache]) -> tuple[LiveCache, Any]:
+    """Run what is left of several prompts in one forward.
+
+    Args:
+        binding: the model.
+        rows: the prompts, of one length unless nothing of any has been computed.
+        lives: how far each of them is, all of them equally far.
+
+    Returns:
+        A live cache of all of them, laid out as a left-padded batch, and the model's output.
+    """
+    done, width = lives[0].length, max(map(len, rows))
+    live = binding.live_cache()
+    if done:
+        for one in lives:
+            settle(one.layers)
+        states.stack(live, lives, done)
+        live.length = done
+    missing = [width - len(row) for row in rows]
+    pad = torch.nn.functional.pad
+    ids = torch.stack([pad(row.ids, (left, 0)) for row, left in zip(rows, missing, strict=True)])
+    mask = None
+    if any(missing):
+        ones = (pad(torch.ones_like(row.ids), (left, 0)) for row, left in zip(rows, missing, strict=True))
+        mask = torch.stack([*ones]).long()
+    return live, _forward(binding, live, replace(rows[0], ids=ids), mask)
+
+
+def join_rows(
+    binding: Binding, live: LiveCache, filled: Sequence[tuple[LiveCache, Any]], order: list[int], width: int
+) -> Any:
+    """One output and one live cache for a whole batch from those of its distinct rows.
 
     Args:
         binding: the model.
         live: a fresh cache, filled in place.
-        rows: live cache and output of each row, in the order of the batch; equal rows may share them.
+        filled: live caches and outputs, each of one distinct row or of several.
+        order: for each row of the batch, which distinct row it is, counted through all of them.
         width: columns of the left-padded batch.
     """
-    states.stack(live, [cache for cache, _ in rows], width)
+    logits = torch.cat([output.logits[:, -1:] for _, output in filled])
+    if len(filled) == len(logits):
+        states.stack(live, [filled[index][0] for index in order], width)
+    else:
+        states.stack(live, [cache for cache, _ in filled], width)
+        live.reorder_cache(torch.LongTensor(order))
     live.length = width
-    logits = torch.cat([output.logits[:, -1:] for _, output in rows])
-    return binding.output(logits, live)
+    return binding.output(logits[order], live)
 
 
 def _uncompiled(model: Any) -> Callable[..., Any]:

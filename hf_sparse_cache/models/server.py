@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import inspect
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from .. import forks
-from ..errors import out_of_memory
 from ..explain import frequent, not_supported, remedy
 from ..planning.policies import NoCheckpoints, Policy
-from ..planning.policy import limited
-from ..request import Request, open_request
-from ..stats import PATIENCE, Cause, Reason, Recorder, RequestInfo, format_bytes
-from ..store.answer import Read
+from ..stats import PATIENCE, Recorder, RequestInfo
 from ..store.store import CheckpointStore
 from . import answers, mamba1, prefill
 from .answers import Turn
@@ -27,38 +21,14 @@ from .binding import Binding
 from .inputs import Row, check_ids, input_device, unpadded_rows, why_uncached
 from .live import LiveCache
 from .proof import Proof
+from .rows import Filled, Rows
+from .sitting import Asked, Means, Served, serve_alone, with_room
 from .space import Space
-from .watch import ChangedPrefillError, ModelChangedError
-from .weights import Identity, identity, unchanged
+from .watch import ChangedPrefillError
+from .weights import Identity, identity
 
 
 logger = logging.get_logger(__name__)
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Served:
-    """One prompt that was served.
-
-    Attributes:
-        output: the model's, for the last segment.
-        info: what happened; None for a run that is not counted.
-        read: what the request leaves for the answer; None where nothing may be kept of it.
-        made_of: the model's name when it was read.
-        seconds: what it took, by the names of `CacheStats`.
-    """
-
-    output: Any
-    info: RequestInfo | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    read: Read | None = None
-    made_of: Identity | None = None
-
-    def turn(self, live: LiveCache) -> Turn | None:
-        """For its answer, decoded on `live`; None where nothing may be kept of it."""
-        if self.read is None or self.info is None or self.made_of is None:
-            return None
-        return Turn(live, self.read, self.made_of, self.info)
 
 
 class Server:
@@ -85,6 +55,7 @@ class Server:
         self.binding, self.store, self.policy, self.recorder = binding, store, policy, recorder
         self.proof = Proof(binding) if proof is None else proof
         self.space = Space(binding, store)
+        self.means = Means(binding, store, policy, self.space)
         self.on_prefill: Callable[[LiveCache], None] | None = None
         forks.starts_clean(self)
 
@@ -125,14 +96,14 @@ class Server:
             self._note(info)
         self.recorder.tell(infos)
 
-    def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any], prompts: int = 0) -> Any:
+    def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any], given: int = 0) -> Any:
         """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
 
         Args:
             live: the request's live cache, filled in place.
             input_ids: `(batch, width)`, left-padded.
             model_kwargs: those of `generate()`, the mask among them.
-            prompts: how many the caller gave, each in as many rows, one below the other; 0 where nobody knows.
+            given: how many prompts the caller gave, each in as many rows, one below the other; 0 where nobody knows.
         """
         model = self.binding.model
         check_ids(input_ids, model.get_input_embeddings().num_embeddings)
@@ -140,28 +111,24 @@ class Server:
         kwargs: dict[str, Any] = {
             name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs
         }
-        distinct: dict[bytes, int] = {}
-        order = [distinct.setdefault(row.cpu().numpy().tobytes(), len(distinct)) for row in rows]
-        alone = len(rows) == 1 and len(rows[0]) == input_ids.shape[1]
-        caches = [live] if alone else [self.binding.live_cache() for _ in distinct]
-        for cache in caches:
-            cache.found = live.found
         positions = model_kwargs.get("position_ids")
         dims = () if positions is None else tuple(positions.shape[:-2])
-        served = [
-            self.serve_row(caches[index], Row(rows[order.index(index)].to(input_device(model)), kwargs, dims))
-            for index in range(len(distinct))
-        ]
-        self._count(served, order[:: max(1, len(order) // max(1, prompts))])
+        distinct: dict[bytes, int] = {}
+        order = [distinct.setdefault(row.cpu().numpy().tobytes(), len(distinct)) for row in rows]
+        first = [rows[order.index(index)].to(input_device(model)) for index in range(len(distinct))]
+        prompts = [Row(ids, kwargs, dims) for ids in first]
+        alone = len(rows) == 1 and len(rows[0]) == input_ids.shape[1]
+        own = live if alone else self.binding.live_cache()
+        own.found = live.found
+        filled, served = self._serve(prompts, own)
+        self._count(served, order[:: max(1, len(order) // max(1, given))])
         if self.on_prefill is not None:
-            self.on_prefill(caches[-1])
-        outputs = [row.output for row in served]
+            self.on_prefill(filled[-1].live)
         if alone:
             replays = self.binding.config.exactness == "replayable"
             live.turn = served[0].turn(live) if replays else None
-            return outputs[0]
-        batch, width = [(caches[index], outputs[index]) for index in order], input_ids.shape[1]
-        return self._with_room(live, lambda _: prefill.join_rows(self.binding, live, batch, width))
+            return served[0].output
+        return with_room(self.means, live, lambda _: self._joined(live, filled, order, input_ids.shape[1]))
 
     def prefill(self, ids: torch.Tensor, tail: int) -> tuple[torch.Tensor, LiveCache]:
         """Run the prefill of one prompt by itself.
@@ -196,56 +163,12 @@ class Server:
         )
 
     def serve_row(self, live: LiveCache, row: Row) -> Served:
-        """Run the prefill of one prompt on a fresh live cache.
-
-        Where the model changes meanwhile, it begins anew, once, with what is stored for the model as it is then.
+        """Run the prefill of one prompt on a fresh live cache, by itself.
 
         Raises:
             ChangedPrefillError: Segments do not compute what one piece would.
         """
-        try:
-            return self._serve_row(live, row)
-        except ModelChangedError:
-            live.start_anew(self.binding.live_cache())
-            return self._serve_row(live, row)
-
-    def _serve_row(self, live: LiveCache, row: Row) -> Served:
-        started = time.perf_counter()
-        tokens = row.ids.to("cpu", torch.int32).numpy()
-        model = self.binding.model
-        found = identity(model) if live.found is None else live.found
-        space, changed = self.space.now(told=True, found=found)
-        policy = limited(self.policy, self.binding.config.max_checkpoints)
-
-        def check() -> None:
-            if not unchanged(model, found):
-                raise ModelChangedError("the model changed while the prompt was computed")
-
-        def attempt(spacious: bool) -> tuple[Any, Request, dict[str, float]]:
-            with open_request(
-                self.store, policy, tokens, self.binding.segmenting, space=space, tail=row.tail
-            ) as request:
-                if not spacious:
-                    request.start_over()
-                output, timing = prefill.prefill_row(self.binding, live, row, request, check)
-                served = time.perf_counter()
-            return (
-                output,
-                request,
-                {
-                    "match_seconds": request.match_seconds,
-                    "plan_seconds": request.plan_seconds + time.perf_counter() - served,
-                    "capture_seconds": timing.capture_seconds,
-                    "restore_seconds": timing.restore_seconds,
-                },
-            )
-
-        looked = time.perf_counter() - started
-        output, request, seconds = self._with_room(live, attempt)
-        seconds["match_seconds"] += looked
-        info = request.info(Reason(Cause.WEIGHTS_CHANGED) if changed and not request.resumed_tokens else None)
-        seconds["prefill_seconds"] = time.perf_counter() - started
-        return Served(output, info, seconds, request.read, found)
+        return serve_alone(self.means, live, Asked(row))
 
     def answered(self, turn: Turn, result: Any) -> None:
         """Keep the state behind what `generate()` returned for a prompt."""
@@ -253,26 +176,24 @@ class Server:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _with_room(self, live: LiveCache, attempt: Callable[[bool], T]) -> T:
-        """What `attempt` returns; where memory runs out, what is stored goes, and it is tried once more.
+    def _serve(self, prompts: list[Row], live: LiveCache) -> tuple[list[Filled], list[Served]]:
+        """Run different prompts, in caches of their own; one alone in `live`."""
+        if len(prompts) == 1:
+            served = self.serve_row(live, prompts[0])
+            return [Filled(live, served.output, (0,))], [served]
+        rows = Rows(self.means, [Asked(row) for row in prompts], live.found)
+        rows.serve()
+        return rows.filled, [rows.served[index] for index in range(len(prompts))]
 
-        Args:
-            live: what it fills, which begins anew then: nothing half done is ever used.
-            attempt: told whether there is memory to resume and to capture as well.
-        """
-        try:
-            return attempt(True)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            said = str(error).partition("\n")[0]
-        # Behind the block, where the traceback no longer holds what the first attempt had allocated.
-        live.start_anew(self.binding.live_cache())
-        logger.warning(
-            f"A prefill ran out of memory ({said}). {format_bytes(self.store.give_back())} of stored states were "
-            "given back, and it runs once more from nothing; a smaller max_memory leaves it room."
-        )
-        return attempt(False)
+    def _joined(self, live: LiveCache, filled: list[Filled], order: list[int], width: int) -> Any:
+        """One output and one live cache, with a row for each of `order`, which names its prompt."""
+        held = [prompt for each in filled for prompt in each.prompts]
+        places = [held.index(prompt) for prompt in order]
+        only = filled[0]
+        if len(filled) == 1 and places == list(range(len(held))) and only.live.length == width:
+            live.start_anew(only.live)
+            return self.binding.output(only.output.logits[:, -1:], live)
+        return prefill.join_rows(self.binding, live, [(each.live, each.output) for each in filled], places, width)
 
     def _count(self, served: Sequence[Served], order: Sequence[int]) -> None:
         """Count the prompts of a call that were served, and tell which of them each of its rows is, by `order`."""

@@ -131,9 +131,10 @@ class Lineage:
         return [list(entry) if isinstance(entry, tuple) else entry for entry in self.ends]
 
     @classmethod
-    def from_ends(cls, ends: Sequence[int | tuple[int, int]]) -> Lineage:
-        """Reads `ends` back."""
-        return cls([-entry[1] if isinstance(entry, tuple) else entry for entry in ends])
+    def from_ends(cls, ends: Sequence[int | tuple[int, ...]]) -> Lineage:
+        """Reads `ends` back, or the `segments` of a request; what ran batched there is one segment here."""
+        runs = ((entry, False) if isinstance(entry, int) else (entry[1], len(entry) == 2) for entry in ends)
+        return cls([-end if decoded else end for end, decoded in runs])
 
     @classmethod
     def from_json(cls, content: object) -> Lineage:

@@ -17,6 +17,10 @@ from .cuts import MIN_SUFFIX_TOKENS, CutRule, Positions, Tokens, cut_positions
 from .lineage import Lineage
 
 
+SHORT_FORWARDS = 4  # a prompt is short when its tokens cost at most so many times what its forward costs besides
+MOST_SHORT_TOKENS = 1024  # of longer ones something can be kept, whatever the forward costs
+
+
 @dataclass(frozen=True)
 class Segmenting:
     """How the prompts of one handle become segments; `Bitwise` and `Replayable` say it each in their way.
@@ -24,6 +28,7 @@ class Segmenting:
     Attributes:
         rule: the cuts that follow from a prompt and the handle's settings alone.
         cut_tokens: what a cut costs besides the checkpoint, in tokens of prefill.
+        forward_tokens: what a forward costs besides its tokens, in tokens of prefill.
     """
 
     mode: ClassVar[str]
@@ -32,6 +37,10 @@ class Segmenting:
 
     @property
     def cut_tokens(self) -> float:
+        return 0.0
+
+    @property
+    def forward_tokens(self) -> float:
         return 0.0
 
     def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
@@ -56,7 +65,8 @@ class Segmenting:
 
         Args:
             start: where it resumes.
-            planned: positions to capture at, each of them one of `cuts`, or the end.
+            planned: positions to capture at, each of them one of `cuts`, or the end; one that is too close to
+                `start` is left out.
             cuts: those of the prompt.
             length: tokens of the prompt.
 
@@ -77,6 +87,28 @@ class Segmenting:
             Ascending positions, none before `start`, and the lineage of the last of them.
         """
         raise NotImplementedError
+
+    def meeting(self, shared: int, cuts: Positions, length: int, other_cuts: Positions, other_length: int) -> int:
+        """The deepest position at which a prompt may take over from another one that is being computed.
+
+        Args:
+            shared: tokens that the two share.
+            cuts, length: of the prompt.
+            other_cuts, other_length: of the one that it takes over from.
+
+        Returns:
+            The position; 0 where there is none.
+        """
+        raise NotImplementedError
+
+    def together(self, tokens: int, loses: bool) -> bool:
+        """Whether prompts may run in one forward with others, from which nothing can be kept.
+
+        Args:
+            tokens: what is left of each to compute.
+            loses: whether a checkpoint is wanted on the way.
+        """
+        return False
 
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """Where keys and values are cut into spans.
@@ -114,6 +146,11 @@ class Bitwise(Segmenting):
         cuts = self.cuts(ids)
         return cuts[np.searchsorted(cuts, start) :], self.expected(cuts, len(ids))
 
+    def meeting(self, shared: int, cuts: Positions, length: int, other_cuts: Positions, other_length: int) -> int:
+        """The last cut that both have."""
+        common = np.intersect1d(cuts[cuts <= shared], other_cuts)
+        return int(common[-1]) if len(common) else 0
+
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """At every cut: whoever shares a prompt up to a cut shares these."""
         return lineage.positions
@@ -127,6 +164,8 @@ class Replayable(Segmenting):
         step: distance in tokens of the positions at which checkpoints may be planned.
         piece: most tokens a forward, where pieces are faster or memory is short; None for no limit.
         price: what a cut costs besides the checkpoint, in tokens of prefill.
+        overhead: what a forward costs besides its tokens, in tokens.
+        gathers: whether also long prompts run no slower in one forward than each by itself.
     """
 
     mode = "replayable"
@@ -134,10 +173,22 @@ class Replayable(Segmenting):
     step: int = 64
     piece: int | None = None
     price: float = 0.0
+    overhead: float = 0.0
+    gathers: bool = False
+
+    def together(self, tokens: int, loses: bool) -> bool:
+        """Those that cost little beside their forward, and any of which nothing is to be kept, on an accelerator."""
+        within = self.piece is None or tokens <= self.piece
+        short = tokens <= min(SHORT_FORWARDS * self.overhead, MOST_SHORT_TOKENS)
+        return within and (short or (self.gathers and not loses))
 
     @property
     def cut_tokens(self) -> float:
         return self.price
+
+    @property
+    def forward_tokens(self) -> float:
+        return self.overhead
 
     def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
         """Multiples of the step, ends of messages and strings, announced ends, and the end of the prompt."""
@@ -160,7 +211,8 @@ class Replayable(Segmenting):
         """From checkpoint to checkpoint, in pieces where there is a limit."""
         size = length if self.piece is None else self.piece
         ends: list[int] = []
-        for end in sorted({*(position for position in planned if start < position < length), length}):
+        behind = (position for position in planned if start + MIN_SUFFIX_TOKENS <= position < length)
+        for end in sorted({*behind, length}):
             ends += range(start + size, end - MIN_SUFFIX_TOKENS + 1, size)
             ends.append(end)
             start = end
@@ -170,6 +222,13 @@ class Replayable(Segmenting):
         """Behind the last token that was read, one by one; the one after it was chosen and never read."""
         end = len(ids) - 1
         return np.arange(end, end + (end > start), dtype=np.int64), lineage.decoded(end)
+
+    def meeting(self, shared: int, cuts: Positions, length: int, other_cuts: Positions, other_length: int) -> int:
+        """Where they part, or just before, so that no segment of either is too short."""
+        found = min(shared, length - MIN_SUFFIX_TOKENS)
+        if 0 < other_length - found < MIN_SUFFIX_TOKENS:
+            found = other_length - MIN_SUFFIX_TOKENS
+        return found if found >= MIN_SUFFIX_TOKENS else 0
 
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """At checkpoints: nobody else can build on what lies between."""

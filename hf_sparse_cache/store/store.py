@@ -18,6 +18,7 @@ from pathlib import Path
 from .. import forks
 from ..checks import is_whole, shown, text
 from ..errors import out_of_memory
+from ..planning.batch import Member
 from ..planning.cuts import Tokens
 from ..planning.lineage import Lineage
 from ..planning.policy import Prompt
@@ -31,6 +32,7 @@ from .forest import Trail
 from .host import HostTier
 from .ledger import Ledger
 from .marks import Marks
+from .promises import Promises
 from .seal import Seal
 from .tier import Demote, Shown, Tier
 from .tree import Account, Checkpoint, Node
@@ -100,6 +102,7 @@ class CheckpointStore(Shown):
         self.seal = Seal.of(key, encrypt)
         self.tiers: list[Tier] = [memory, *_lower_tiers(host_memory, disk_memory, disk_dir, self.seal)]
         self._journeys: list[_Journey] = []
+        self.promises = Promises()
         forks.starts_clean(self)
 
     def after_fork(self) -> None:
@@ -108,6 +111,7 @@ class CheckpointStore(Shown):
             tier.after_fork()
         self.tiers = [tier for tier in self.tiers if not tier.durable]
         self._journeys = []
+        self.promises.after_fork()
 
     # -- what people read ---------------------------------------------------------------------------------------------
 
@@ -161,6 +165,16 @@ class CheckpointStore(Shown):
         deepest = [next(match.fitting(len(ids), expected), None) for match in found]
         positions = [checkpoint.position for checkpoint in deepest if checkpoint is not None]
         return max(positions, default=0), max((match.overlap for match in found), default=0)
+
+    def foretell(self, ids: Tokens, segmenting: Segmenting, space: str = "") -> Member:
+        """What is known of a prompt before it is opened, for those that are planned together; reads no file."""
+        with self.lock:
+            marked = self.marks.lengths(ids, space)
+            cuts = segmenting.cuts(ids, marked)
+            expected = segmenting.expected(cuts, len(ids))
+            best = next(self.match(ids, space).fitting(len(ids), expected), None)
+        stored = 0 if best is None else best.position
+        return Member(ids, cuts, max(stored, self.reach(ids, expected, space)[0]), marked)
 
     def __repr__(self) -> str:
         limit = "no limit" if self.max_memory is None else f"{self.max_memory:,}"
@@ -421,6 +435,7 @@ class CheckpointStore(Shown):
                     journey.undo.append(how)
         for tier in reversed(self.tiers):
             how(tier, space)
+        self.promises.forget(space)
 
 
 def _limits(namespace_memory: Mapping[str, int | str]) -> dict[str, int | None]:

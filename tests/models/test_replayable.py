@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lineages import differing
 from tiny_models import available_families, build, random_ids
 from torch import Tensor
 
@@ -43,31 +44,6 @@ def ask(model: Any, ids: Tensor, cache: SparsePrefixCache | None = None) -> Tens
 def last(cache: SparsePrefixCache) -> RequestInfo:
     assert cache.last_request is not None
     return cache.last_request
-
-
-def differing(cache: SparsePrefixCache) -> list[str]:
-    """Every stored checkpoint whose state is not, to the bit, that of a run from nothing over its lineage."""
-    found = []
-    for _, tokens, checkpoint in cache.store.checkpoints():
-        live = cache.server.binding.live_cache()
-        ids = torch.from_numpy(tokens).long()
-        with torch.no_grad():
-            prefill.replay(cache.server.binding, live, Row(ids, {"use_cache": True}), checkpoint.lineage)
-        state: Any = checkpoint.state
-        for index, layer in enumerate(states.capture_state(live).layers):
-            for name, value in layer.items():
-                stored = state.layers[index][name]
-                if not (torch.equal(stored, value) if torch.is_tensor(value) else stored == value):
-                    found.append(f"{name} of layer {index} at {checkpoint.position} ({checkpoint.lineage})")
-        for segment in checkpoint.chain():
-            payload: Any = segment.payload
-            for index, layer in enumerate(states.capture_kv(live, segment.start, segment.end).layers):
-                found += [
-                    f"{name} of layer {index} from {segment.start} to {segment.end}"
-                    for name, value in layer.items()
-                    if not torch.equal(payload.layers[index][name], value)
-                ]
-    return found
 
 
 def test_it_is_the_default() -> None:
