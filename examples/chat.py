@@ -1,7 +1,13 @@
-"""A chat of several turns: each turn reads only what is new in it. python examples/chat.py [MODEL_ID]"""
+"""A chat of several turns: each turn reads only what is new in it. python examples/chat.py [MODEL_ID]
+
+The ids of every answer are kept, and the next message is put behind them. An answer that is decoded and tokenised
+again often has other tokens, and then the next turn reads it from the first one that differs.
+"""
 
 import sys
 from pathlib import Path
+
+import torch
 
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.tools.builtin import load
@@ -14,16 +20,22 @@ model, tokenizer = load(MODEL_ID, [manual])
 if tokenizer.chat_template is None:
     tokenizer.chat_template = "{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
 
-messages = [{"role": "system", "content": f"Answer from this manual.\n{manual}"}]
+
+def ids_of(*messages: dict[str, str]) -> torch.Tensor:
+    """Messages as ids `(1, length)`; a template that must begin with a system message needs one here as well."""
+    rendered = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return rendered["input_ids"].to(model.device)
+
+
+text = ids_of({"role": "system", "content": f"Answer from this manual.\n{manual}"})
 with SparsePrefixCache(model, tokenizer) as cache:
     for turn in ["What is a checkpoint?", "And what is a cut?", "How are they related?"]:
-        messages.append({"role": "user", "content": turn})
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": answer})
+        prompt = torch.cat([text, ids_of({"role": "user", "content": turn})], dim=1)
+        text = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=48, do_sample=False
+        )
         info = cache.last_request
         print(
             f"{turn:24} {info.prompt_tokens:,} tokens, of which {info.computed_tokens:,} were computed ({info.reason})"
