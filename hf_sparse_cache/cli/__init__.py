@@ -16,6 +16,7 @@ from ..checks import MOST_ID, printable
 from ..tools import recall
 from ..tools.builtin_sizes import SIZES
 from .benching import bench
+from .hosting import serve
 from .outputs import PNG_MARK, check_output
 from .screen import Screen, fail
 
@@ -321,6 +322,7 @@ def _quiet() -> None:
 
 
 app.command()(bench)
+app.command()(serve)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from ..request import Request
 from . import states, watch
 from .binding import Binding
 from .inputs import Row
+from .interrupts import ask
 from .lazy_kv import settle
 from .live import LiveCache
 from .tensors import layer_tensors
@@ -87,6 +88,7 @@ def prefill_row(
     # The last row of many may differ in its last bits from the row alone, which the identical prompt is to find.
     tail = Tail(row) if row.tail > 1 else None
     for end in request.steps():
+        ask()
         output = segment(binding, live, row, end) if tail is None else tail.segment(binding, live, end)
         kept = end in request.planned and (tail is None or end < len(row))
         if kept or end in request.junctions or end == len(row):

@@ -24,7 +24,7 @@ from hf_sparse_cache.models.lazy_kv import settle
 PACKAGE = Path(hf_sparse_cache.__file__).parent
 ROOM = PACKAGE / "models"
 # A private method of transformers' mixin for the Hub, overridden where there is no model: of no concern to any state.
-ELSEWHERE = {"_upload_modified_files": "hub.py"}
+ELSEWHERE = {"_upload_modified_files": "hub.py", "_StreamError": "generation.py"}
 GENERATION, CACHES = "transformers.generation.utils", "transformers.cache_utils"
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
 MODULE, COMPILER = "torch.nn.modules.module", "torch._dynamo.eval_frame"
@@ -83,7 +83,7 @@ def own_names(tree: ast.AST) -> frozenset[str]:
 
 def _own_names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.id if isinstance(node, ast.Name) else node.attr

@@ -1,0 +1,159 @@
+"""The command `serve`: its options, and what it says. The serving is done in `hf_sparse_cache.serving`."""
+
+import importlib.util
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..stats import format_bytes, parse_bytes
+from .screen import Screen
+
+
+_NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client", "jinja2")
+_PIECES = 1024
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+Model = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)]
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=KEY of a tenant that is let in; repeat for more. Prefixes of one never serve another.",
+        envvar="HF_SPARSE_CACHE_API_KEYS",
+    ),
+]
+AdminKey = Annotated[
+    str, typer.Option(help="Opens the page and /cache.", envvar="HF_SPARSE_CACHE_ADMIN_KEY", show_default=False)
+]
+MaxMemory = Annotated[str, typer.Option(help="Bytes of prefixes beside the model.")]
+TenantMemory = Annotated[
+    list[str] | None, typer.Option(help="NAME=SIZE, the share that a tenant may take of it; repeat for more.")
+]
+HostMemory = Annotated[str | None, typer.Option(help="A second tier in host memory, for models on an accelerator.")]
+DiskMemory = Annotated[str | None, typer.Option(help="A tier on disk, which the next start finds again.")]
+DiskDir = Annotated[Path | None, typer.Option(help="Its folder.")]
+Exactness = Annotated[str, typer.Option(help="replayable, or bitwise.")]
+Policy = Annotated[str, typer.Option(help="Where checkpoints go.")]
+Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
+Pieces = Annotated[int, typer.Option(help="Most tokens read at once: how long one who left keeps the model.", min=2)]
+CutAfter = Annotated[list[str] | None, typer.Option(help="Cut prompts behind this text; repeat for more.")]
+MostWaiting = Annotated[int, typer.Option(help="Requests that may wait; more are told to come back.")]
+Timeout = Annotated[float, typer.Option(help="Seconds from a request's arrival to its end; 0 for no limit.")]
+Drain = Annotated[float, typer.Option(help="Seconds for running requests when told to stop.", min=0)]
+MaxBody = Annotated[str, typer.Option(help="Most bytes of a request.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
+AttnImplementation = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...")]
+Quantization = Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="A file, in place of the model's own template.")]
+ChatTemplateKwargs = Annotated[str, typer.Option(help='JSON for it, such as {"enable_thinking": false}.')]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+
+
+def serve(
+    model: Model,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    admin_key: AdminKey = "",
+    max_memory: MaxMemory = "2GiB",
+    tenant_memory: TenantMemory = None,
+    host_memory: HostMemory = None,
+    disk_memory: DiskMemory = None,
+    disk_dir: DiskDir = None,
+    exactness: Exactness = "replayable",
+    policy: Policy = "learned",
+    grid: Grid = None,
+    pieces: Pieces = _PIECES,
+    cut_after: CutAfter = None,
+    most_waiting: MostWaiting = 64,
+    timeout: Timeout = 600,
+    drain: Drain = 30,
+    max_body: MaxBody = "16MiB",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn_implementation: AttnImplementation = None,
+    quantization: Quantization = None,
+    trust_remote_code: TrustRemoteCode = False,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = "{}",
+    log_level: LogLevel = "info",
+) -> None:
+    """Serve a model over the OpenAI API, with prefixes that are exact: chat, completions, responses.
+
+    Example: `hf-sparse-cache serve jamba-3m --port 8000`
+    """
+    _need_packages()
+    from ..config import SparseCacheConfig
+    from ..serving.model import Loading
+    from ..serving.run import Address, Server
+    from ..serving.service import Service
+    from ..serving.settings import LOOPBACK, Settings
+    from ..store.store import CheckpointStore
+    from .sources import own_document
+
+    tenants, shares = _pairs("--api-key", api_key), dict(_pairs("--tenant-memory", tenant_memory))
+    _check(tenants, shares, log_level)
+    body_bytes = parse_bytes(max_body, "--max-body") or 0
+    settings = Settings({key: name for name, key in tenants}, admin_key, most_waiting, timeout or None, body_bytes)
+    piece = pieces if exactness == "replayable" else None
+    config = SparseCacheConfig(
+        max_memory, exactness=exactness, policy=policy, grid=grid, cut_after=tuple(cut_after or ()), pieces=piece
+    )
+    store = CheckpointStore(
+        max_memory, namespace_memory=shares, host_memory=host_memory, disk_memory=disk_memory, disk_dir=disk_dir
+    )
+    loading = Loading(
+        model, device, dtype, attn_implementation, quantization, trust_remote_code, chat_template, own_document()[0]
+    )
+    service = Service(loading.manager(), store, config, settings, _template_kwargs(chat_template_kwargs))
+    screen, url = Screen(), f"http://{host}:{port}"
+    size = "any size" if store.max_memory is None else format_bytes(store.max_memory)
+    screen.say(f"{model} on {service.model.device}, {exactness} mode, prefixes of {size}")
+    screen.say(f"{url}/v1 for clients, {url}/ for operators")
+    if host not in LOOPBACK and not tenants:
+        screen.say("Anybody who reaches this address may ask: there is no --api-key.", style="bold")
+    Server(service, Address(host, port, drain), log_level).run()
+
+
+def _need_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"serve needs {', '.join(missing)}: pip install 'hf_sparse_cache[serve]'")
+
+
+def _check(tenants: list[tuple[str, str]], shares: dict[str, str], log_level: str) -> None:
+    unknown = [name for name in shares if name not in dict(tenants)]
+    if unknown:
+        raise ValueError(f"--tenant-memory names {unknown[0]!r}, which no --api-key names; give its key, too")
+    if log_level not in _LOG_LEVELS:
+        raise ValueError(f"--log-level is {log_level!r}; give {', '.join(_LOG_LEVELS)}")
+
+
+def _pairs(option: str, given: Sequence[str] | None) -> list[tuple[str, str]]:
+    pairs = []
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{option} is {'given' if not equals else 'empty'} without a name: write NAME=VALUE")
+        pairs.append((name, value))
+    doubled = [name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]) and option != "--api-key"]
+    if doubled:
+        raise ValueError(f"{option} names {doubled[0]!r} twice; give it once")
+    return pairs
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        found = jsonlib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--chat-template-kwargs is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError("--chat-template-kwargs must be a JSON object")
+    return found
