@@ -18,7 +18,7 @@ from . import persistence
 from .checks import is_whole, shown
 from .config import SparseCacheConfig
 from .explain import Explanation, explain, not_supported, remedy, too_small
-from .models import generation
+from .models import fingerprint, generation
 from .models.ambient import claim
 from .models.binding import Binding
 from .models.handed import Prefilled, hand_out
@@ -103,8 +103,7 @@ class SparsePrefixCache(Handle):
         )
         self.store = CheckpointStore(self.config.max_memory) if store is None else store
         self._check_budget()
-        for tier in self.store.tiers:
-            tier.reader = LayerTensors.from_bytes
+        self.store.read_with(LayerTensors.from_bytes)
         proof = Proof(binding, prove)
         proof.require()
         attachment = generation.attachment(binding)
@@ -131,6 +130,7 @@ class SparsePrefixCache(Handle):
             kv_bytes=held.kv_bytes,
             evictions=held.evictions,
             tree_bytes=self.store.ledger.tree_bytes(self.config.namespace),
+            shared={} if self.store.shared is None else self.store.shared.counts,
         )
 
     @property
@@ -178,7 +178,9 @@ class SparsePrefixCache(Handle):
         elif changed and not found.resumed_tokens:
             reason = Reason(Cause.WEIGHTS_CHANGED)
         else:
-            return found
+            others = [] if self.store.shared is None or found.resumed_tokens else self.store.shared.others(space)
+            unlike = fingerprint.unlike(space, others)
+            return replace(found, shared=" ".join(filter(None, (found.shared, unlike)))) if unlike else found
         return replace(found, resumed_tokens=0, reason=reason, remedy=remedy(reason))
 
     def prefill(self, ids: torch.Tensor | str, *, logits_to_keep: int = 1) -> Prefilled:

@@ -64,6 +64,7 @@ class Explanation:
         reason: the cause, from a closed set.
         remedy: what would have helped; empty when nothing is lost.
         context: the decoded text around the divergence, where a tokenizer is known.
+        shared: what the store's shared store has for it, or why not; empty without one.
     """
 
     prompt_tokens: int
@@ -72,6 +73,7 @@ class Explanation:
     reason: Reason
     remedy: str = ""
     context: str = ""
+    shared: str = ""
 
     @property
     def recomputed_tokens(self) -> int:
@@ -84,7 +86,7 @@ class Explanation:
             f"{self.resumed_tokens:,} would be skipped: {self.reason}"
         )
         where = f" (at {self.context!r})" if self.context else ""
-        return f"{start}{where}." + (f" {self.remedy}" if self.remedy else "")
+        return " ".join(filter(None, (f"{start}{where}.", self.remedy, self.shared)))
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,9 @@ def explain(store: CheckpointStore, ids: Tokens, segmenting: Segmenting, space: 
     deeper, known = store.reach(ids, expected, space)
     if deeper > resumed:
         resumed, overlap, reason = deeper, max(overlap, known), Reason(Cause.RESUMED)
+    there, told = (0, "") if store.shared is None else store.shared.reach(ids, expected, space, resumed)
+    if there > resumed:
+        resumed, overlap, reason = there, max(overlap, there), Reason(Cause.RESUMED)
     wanted = int(cuts[cuts <= usable][-1]) if len(cuts) and cuts[0] <= usable else 0
     context = ""
     if model.decode is not None and match.known and match.overlap < len(ids):
@@ -179,7 +184,7 @@ def explain(store: CheckpointStore, ids: Tokens, segmenting: Segmenting, space: 
     parts = expected is not None and match.overlap < len(ids)
     if parts and wanted and behind > MESSAGE_TOKENS:  # fewer agree by chance
         advice = " ".join(filter(None, (advice, _BEHIND_CUT.format(behind))))
-    return Explanation(len(ids), overlap, resumed, reason, advice, context)
+    return Explanation(len(ids), overlap, resumed, reason, advice, context, told)
 
 
 def too_small(bound: Bound, position: int, need: int) -> str:

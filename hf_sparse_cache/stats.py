@@ -115,6 +115,7 @@ class CacheStats:
         capture_seconds, restore_seconds: time spent cloning states and KV out of, and into, live caches; making room
             for what is captured counts as capture.
         proved: whether it was proved on the model, as it is now, that its states can be continued.
+        shared: of the store's shared store, what happened there so far, in words, and how often; empty without one.
     """
 
     requests: int = 0
@@ -133,6 +134,7 @@ class CacheStats:
     capture_seconds: float = 0.0
     restore_seconds: float = 0.0
     proved: bool = False
+    shared: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

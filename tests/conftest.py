@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 torch.set_num_threads(1)
 
 # Their fixtures are for several files.
-pytest_plugins = ["persisting", "disks", "commands"]
+pytest_plugins = ["persisting", "disks", "commands", "sharing"]
 
 # The families of the name, for what need not run on all of them: pure Mamba-1 and 2, hybrids, shared attention.
 CORE_FAMILIES = ("Mamba", "Mamba2", "FalconMamba", "Jamba", "Zamba", "Zamba2")

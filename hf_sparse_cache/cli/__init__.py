@@ -284,7 +284,10 @@ def simulate(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Written by save_pretrained, or a disk_dir.")],
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="Of save_pretrained, a disk_dir, or a shared store or its URL."),
+    ],
     tree: Annotated[bool, typer.Option("--tree", help="Every checkpoint below the one that it continues.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id, to show text instead of token ids.")] = None,
     json: Json = False,
@@ -298,7 +301,7 @@ def inspect(
     screen = Screen(json)
     _quiet()
     decoder = None if tokenizer is None else inspecting.load_tokenizer(tokenizer)
-    screen.emit(inspecting.run(folder, decoder, tree, screen))
+    screen.emit(inspecting.run(folder if "://" in folder else Path(folder), decoder, tree, screen))
 
 
 def _sizes(model: str | None, state_bytes: int | None, kv_bytes_per_token: int, grid: int | None) -> Any:

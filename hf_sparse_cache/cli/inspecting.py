@@ -10,11 +10,13 @@ from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..planning.lineage import Lineage
 from ..stats import counted, format_bytes
+from ..store.contents import units_of
 from ..store.files import kind_of
 from ..store.headers import parse_json
 from ..store.seal import Seal
+from ..store.storage import open_storage
 from ..store.store import CheckpointStore
-from ..store.unit_files import find
+from ..store.unit_files import UnitFiles, find
 from ..tools import recall
 from ..tools.builtin_sizes import SIZES
 from ..tools.outline import added_kv_bytes, outline
@@ -50,21 +52,20 @@ class Stored:
     folder: Path
 
 
-def read(folder: Path) -> list[Stored]:
-    """Every checkpoint of a saved cache, or of a disk tier with its folder for each model; a path before its branches.
+def read(folder: Path | str) -> list[Stored]:
+    """Every checkpoint of a saved cache, of a disk tier with its folder for each model, or of a shared store by its
+    folder or URL; a path before its branches.
 
     Raises:
         ValueError: There is none.
     """
-    if not folder.is_dir():
-        raise ValueError(f"DIR {folder} is not a folder; give one written by save_pretrained, or a disk_dir.")
-    seal, source, refused = Seal.of(None), CheckpointStore(None, "lru"), ""
-    for part in (folder, *sorted(path for path in folder.iterdir() if kind_of(path) == "a folder")):
-        found = find(part, seal)
-        for unit in found.units:
-            known = unit.lineage or Lineage([len(unit.tokens)])  # format 1 does not say it without keys and values
-            source.put(replace(unit, lineage=known).unit(), urgent=True)
-        refused = refused or "".join(f" ({path.name}: {reason})" for path, reason in [*found.lost.items()][:1])
+    seal, source = Seal.of(None), CheckpointStore(None, "lru")
+    units, refused = _shared(folder, seal) if "://" in str(folder) else _local(Path(folder), seal)
+    used: dict[Path, float] = {}
+    for unit in units:
+        known = unit.lineage or Lineage([len(unit.tokens)])  # format 1 does not say it without keys and values
+        source.put(replace(unit, lineage=known).unit(), urgent=True)
+        used[unit.state.path] = unit.used / 1e9
     stored: list[Stored] = []
     with source.lock:
         for space, root in sorted(source.forest.roots.items()):
@@ -72,7 +73,6 @@ def read(folder: Path) -> list[Stored]:
                 before, path = branch.before, branch.node.path_tokens()
                 for depth, checkpoint in enumerate(branch.checkpoints, branch.above):
                     state: Any = checkpoint.state
-                    used = state.path.stat().st_mtime
                     kv_bytes = added_kv_bytes(checkpoint, before)
                     before = checkpoint.position
                     stored.append(
@@ -83,16 +83,43 @@ def read(folder: Path) -> list[Stored]:
                             depth,
                             checkpoint.nbytes,
                             kv_bytes,
-                            used,
+                            used[state.path],
                             state.path.parent,
                         )
                     )
     if not stored:
         raise ValueError(
             f"DIR {folder} holds no checkpoint{printable(refused)}; "
-            "give one written by save_pretrained, or a disk_dir."
+            "give one written by save_pretrained, or a disk_dir, or a shared store."
         )
     return stored
+
+
+def _local(folder: Path, seal: Seal) -> tuple[list[UnitFiles], str]:
+    """The units in a folder, and why one of them is left out.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"DIR {folder} is not a folder; give one written by save_pretrained, or a disk_dir.")
+    units: list[UnitFiles] = []
+    refused = ""
+    for part in (folder, *sorted(path for path in folder.iterdir() if kind_of(path) == "a folder")):
+        found = find(part, seal)
+        units += found.units
+        refused = refused or "".join(f" ({path.name}: {reason})" for path, reason in [*found.lost.items()][:1])
+    if units:
+        return units, refused
+    shared, why = _shared(folder, seal)
+    return shared, refused or why
+
+
+def _shared(where: Path | str, seal: Seal) -> tuple[list[UnitFiles], str]:
+    """The units of a shared store, and why one of them is left out."""
+    storage = open_storage(where)
+    units, lost = units_of(storage, seal)
+    return units, "".join(f" ({name.rpartition('/')[2]}: {reason})" for name, reason in [*lost.items()][:1])
 
 
 def load_tokenizer(name: str) -> Any:
@@ -117,7 +144,7 @@ def load_tokenizer(name: str) -> Any:
         ) from error
 
 
-def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, Any]:
+def run(folder: Path | str, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, Any]:
     """Write what the folder holds; as a tree, with every checkpoint below the one it continues.
 
     Returns:
@@ -129,7 +156,7 @@ def run(folder: Path, tokenizer: Any, tree: bool, screen: Screen) -> dict[str, A
         own = [item for item in stored if item.space == space]
         about, namespace = _describe(space)
         folders = sorted({item.folder for item in own})
-        if folders != [folder]:
+        if folders != [Path(folder)]:
             screen.say(f"In {', '.join(map(str, folders))}:")
         states, kv = sum(item.state_bytes for item in own), sum(item.kv_bytes for item in own)
         screen.say(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -12,6 +14,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +70,10 @@ def space_of(binding: Binding, weights: Identity, durable: bool) -> str:
     key = (weights, torch.get_num_threads(), _modes(binding.model))
     known = _spaces.get(binding)
     if known is None or known[0] != key:
-        known = _spaces[binding] = (key, durable_space(describe(binding), binding.config.namespace))
+        described = describe(binding)
+        # Processors of one capability may still sum in another order, as their caches decide how matrices are split.
+        described |= {"cpu": _processor()} if threads_matter(described) else {}
+        known = _spaces[binding] = (key, durable_space(described, binding.config.namespace))
     return known[1]
 
 
@@ -128,6 +134,27 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         phrase = f"other {_HASHED[name]}" if name in _HASHED else f"{name} {before[:_SHOWN]} instead of {now[:_SHOWN]}"
         found.append(printable(phrase))
     return found
+
+
+def unlike(space: str, others: list[str]) -> str:
+    """What keeps a process from using what others stored of this namespace; empty where nobody did.
+
+    Args:
+        space: its own space, durable.
+        others: those of others.
+    """
+    own = json.loads(space.partition("\x1f")[0]) if others else {}
+    said = []
+    for other in others:
+        try:
+            described = json.loads(other.partition("\x1f")[0])
+        except ValueError:
+            continue
+        if isinstance(described, dict) and described.get("weights") == own.get("weights"):
+            said.append(", ".join(differences(described, own)))
+    if not said:
+        return ""
+    return f"What others stored of this model does not fit: it was made with {'; or with '.join(dict.fromkeys(said))}."
 
 
 def different(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -237,6 +264,16 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor's name, as far as the system says it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _version(package: str) -> str | None:

@@ -49,8 +49,7 @@ class Space:
             self._changed = changed and not told
             gone = self._names if before.weights != weights.weights else set()
             self._names = {new, *(self._names - gone)}
-        for tier in self._store.tiers:
-            tier.expect(new, self.layout)
+        self._store.expect(new, self.layout)
         if before.weights != weights.weights:
             for name in gone - {new}:
                 self._store.drop(name)

@@ -15,6 +15,7 @@ import stat
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ _LIKE_OURS = re.compile(r"(state|kv|marks)-.*\.safetensors", re.DOTALL)
 # Not handed to child processes, and on Windows not translated: a state holds bytes that look like line ends.
 _PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0) | getattr(os, "O_BINARY", 0)
 # No link is followed, and no pipe is waited for.
-_CAREFUL = _PLAIN | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+CAREFUL = _PLAIN | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 CHECKSUMS = Seal()
 # How the record begins in every header, and how far from the beginning of a file it is looked for.
 _MARK, _MARKED_BYTES = b'"unit":"{\\"format\\": ', 2**16
@@ -65,7 +66,7 @@ def lock_of(folder: Path) -> Path:
 
 def take_over(folder: Path) -> int | None:
     """A descriptor that keeps other processes out of a folder until it is closed; None when one is in already."""
-    descriptor = os.open(lock_of(folder), os.O_RDWR | os.O_CREAT | _CAREFUL, 0o600)
+    descriptor = os.open(lock_of(folder), os.O_RDWR | os.O_CREAT | CAREFUL, 0o600)
     try:
         taken = _lock(descriptor)
     except OSError:
@@ -133,6 +134,17 @@ def _tag(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16, person=b"hf_sparse_cache").hexdigest()
 
 
+def own_tag(text: str) -> str:
+    """32 hexadecimal digits that prove, within a name, that this library made the name."""
+    return _tag(text)
+
+
+def proves_itself(name: str) -> bool:
+    """Whether a unit's name holds a checksum of itself, as that of `same_name` does: no other file has such a name."""
+    kind, _, rest = name.removesuffix(SUFFIX).rpartition("-")
+    return is_name(name) and kind.rpartition("-")[2] == _tag(rest)[:12]
+
+
 def temporary_of(path: Path) -> Path:
     """A new name for a file until it is whole. It holds a checksum of itself, as an unfinished file proves nothing."""
     name = f"{path.name}.{uuid.uuid4().hex[:12]}"
@@ -175,7 +187,7 @@ def open_regular(path: Path) -> IO[bytes]:
     """
     if (kind := kind_of(path)) not in (None, "a file"):
         raise DamagedFileError(f"{path} is {kind}, not a file that was written here")
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _CAREFUL))  # noqa: SIM115
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | CAREFUL))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise DamagedFileError(f"{path} is not a regular file")
@@ -195,7 +207,7 @@ def write(path: Path, data: bytes, *, replace: bool = False) -> None:
         raise FileExistsError(f"{path} is there already")
     temporary, made = temporary_of(path), []
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CAREFUL, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CAREFUL, 0o600)
         made.append(temporary)
         try:
             view = memoryview(data)
@@ -251,6 +263,15 @@ def read(path: Path, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
         if most is not None and size > most:
             raise DamagedFileError(f"{path} has {size} bytes; what it is for has at most {most}")
         data = file.read(size)
+    return proved(path, data, seal)
+
+
+def proved(path: Path, data: bytes, seal: Seal = CHECKSUMS) -> bytes:
+    """What a file says, whose bytes were read from wherever it lies.
+
+    Raises:
+        DamagedFileError: its bytes are not those that were written, or this key does not open it.
+    """
     if reason := _refusal(data, seal):
         raise RefusedFileError(f"{path} is refused: {reason}")
     if not seal.fits(data, path.name.removesuffix(SUFFIX).rpartition("-")[2]):
@@ -333,17 +354,32 @@ def peek(path: Path, seal: Seal = CHECKSUMS, *, any_key: bool = False) -> tuple[
         DamagedFileError: it is cut short, not such a file, or not to be read with this key.
     """
     with open_regular(path) as file:
-        header = _header(file)
-        record = header.record()
-        hidden = record.get("encrypted") is True
-        if not any_key and (reason := seal.refusal(record)):
-            raise RefusedFileError(reason)
-        begin, end = header.place("head", "U8", 1) if hidden else header.place("tokens", "I32", 4)
-        if end - begin > (_MAX_HEAD_BYTES if hidden else 4 * MAX_POSITION):
-            raise DamagedFileError(f"it promises {end - begin} bytes of tokens")
-        file.seek(begin)
-        data = file.read(end - begin)
-        return seal.head(data) if hidden else (record, tokens_from(data))
+
+        def part(start: int, end: int) -> bytes:
+            file.seek(start)
+            return file.read(end - start)
+
+        return peek_parts(part, os.fstat(file.fileno()).st_size, seal, any_key=any_key)
+
+
+def peek_parts(
+    part: Callable[[int, int], bytes], size: int, seal: Seal = CHECKSUMS, *, any_key: bool = False
+) -> tuple[dict[str, Any], Tokens]:
+    """`peek` for a file of which `part(start, end)` gives any bytes, wherever it lies."""
+    head = part(0, min(size, _MARKED_BYTES))
+    length = header_bytes(head[:8], size)
+    if len(head) < 8 + length:
+        head += part(len(head), 8 + length)
+    header = Header.parse(head, size)
+    record = header.record()
+    hidden = record.get("encrypted") is True
+    if not any_key and (reason := seal.refusal(record)):
+        raise RefusedFileError(reason)
+    begin, end = header.place("head", "U8", 1) if hidden else header.place("tokens", "I32", 4)
+    if end - begin > (_MAX_HEAD_BYTES if hidden else 4 * MAX_POSITION):
+        raise DamagedFileError(f"it promises {end - begin} bytes of tokens")
+    data = head[begin:end] if end <= len(head) else part(begin, end)
+    return seal.head(data) if hidden else (record, tokens_from(data))
 
 
 def _header(file: IO[bytes], whole: bool = True) -> Header:

@@ -95,14 +95,18 @@ class Seal:
             return f"it was written with a key; give key=, or set {VARIABLE}"
         return None if written == self.keyed else f"it was written with another key than key= or {VARIABLE} gives"
 
-    def closed(self, data: bytes, record: dict[str, Any], tokens: Tokens) -> bytes:
-        """The bytes to write for a file: `data` itself, or a file of the same form that hides it."""
+    def closed(self, data: bytes, record: dict[str, Any], tokens: Tokens, steady: bool = False) -> bytes:
+        """The bytes to write for a file: `data` itself, or a file of the same form that hides it.
+
+        Args:
+            steady: whether equal content gives equal bytes, which shows that it is equal.
+        """
         if self._cipher is None:
             return data
         import safetensors.numpy
 
         head = json.dumps({"record": record, "tokens": tokens.tolist()}).encode()
-        tensors = {"head": self._hidden(head, b"head"), "body": self._hidden(data, b"body")}
+        tensors = {"head": self._hidden(head, b"head", steady), "body": self._hidden(data, b"body", steady)}
         marks = {"format": record["format"], "keyed": self.keyed, "encrypted": True}
         hidden: bytes = safetensors.numpy.save(tensors, {"unit": json.dumps(marks)})
         return hidden
@@ -128,8 +132,16 @@ class Seal:
         value = parse_json(self._shown(hidden, b"head"))
         return value["record"], tokens_from(np.array(value["tokens"], dtype="<i4").tobytes())
 
-    def _hidden(self, data: bytes, part: bytes) -> np.ndarray[Any, Any]:
+    def hasher(self, use: bytes) -> Any:
+        """A BLAKE2b for names, keyed where there is a key: nobody without it can guess what a name stands for."""
+        key = b"" if self._secret is None else _derived(self._secret, b"address")
+        return hashlib.blake2b(digest_size=16, key=key, person=use)
+
+    def _hidden(self, data: bytes, part: bytes, steady: bool) -> np.ndarray[Any, Any]:
         nonce = os.urandom(_NONCE_BYTES)
+        if steady:  # it follows from the key and all of the content, so that none serves two contents
+            key = _derived(self._secret or b"", b"nonce")
+            nonce = hashlib.blake2b(data, digest_size=_NONCE_BYTES, key=key, person=part).digest()
         return np.frombuffer(nonce + self._cipher.encrypt(nonce, data, part), dtype=np.uint8)  # type: ignore[union-attr]
 
     def _shown(self, hidden: bytes, part: bytes) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import dropwhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import forks
 from ..checks import is_whole, shown, text
@@ -36,9 +37,13 @@ from .promises import Promises
 from .seal import Seal
 from .tier import Demote, Shown, Tier
 from .tree import Account, Checkpoint, Node
-from .unit import Unit, unit_of
+from .unit import Expected, MovablePayload, Unit, unit_of
 from .visit import Before, Visit
 
+
+if TYPE_CHECKING:
+    from .behind import SharedStore
+    from .shared import Resumable
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +73,9 @@ class CheckpointStore(Shown):
         host_memory: bytes of a second tier in host memory, for models on an accelerator; None for no such tier.
         disk_memory: bytes of a tier on disk, found again by the next process; None for no such tier.
         disk_dir: its folder; default `sparse_cache` under HF_HOME. One process uses it at a time.
+        shared: a folder, or a URL that fsspec knows, such as "s3://bucket/prefix": what is stored is written there
+            too, behind the requests, and what any process stored there is resumed from. Any number use it at a time.
+        shared_memory: bytes of all that lies there; None for no limit.
         key: a secret of at least 16 bytes that authenticates every file, those of `save_pretrained` too; default the
             environment variable HF_SPARSE_CACHE_KEY, or none. Whoever can write the folder and has no key can then no
             longer put states there.
@@ -88,6 +96,8 @@ class CheckpointStore(Shown):
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
         disk_dir: str | Path | None = None,
+        shared: str | Path | None = None,
+        shared_memory: int | str | None = "100GiB",
         key: str | bytes | None = None,
         encrypt: bool = False,
     ) -> None:
@@ -101,6 +111,7 @@ class CheckpointStore(Shown):
         super().__init__(memory.ledger)
         self.seal = Seal.of(key, encrypt)
         self.tiers: list[Tier] = [memory, *_lower_tiers(host_memory, disk_memory, disk_dir, self.seal)]
+        self.shared = None if shared is None else _shared_store(shared, shared_memory, self.seal, memory.ledger)
         self._journeys: list[_Journey] = []
         self.promises = Promises()
         forks.starts_clean(self)
@@ -110,6 +121,8 @@ class CheckpointStore(Shown):
         for tier in self.tiers:
             tier.after_fork()
         self.tiers = [tier for tier in self.tiers if not tier.durable]
+        if self.shared is not None:
+            self.shared.after_fork()
         self._journeys = []
         self.promises.after_fork()
 
@@ -123,7 +136,7 @@ class CheckpointStore(Shown):
     @property
     def outlives_process(self) -> bool:
         """Whether any tier does, so that a space must name its weights by their content."""
-        return any(tier.durable for tier in self.tiers)
+        return self.shared is not None or any(tier.durable for tier in self.tiers)
 
     @property
     def clock(self) -> int:
@@ -194,9 +207,12 @@ class CheckpointStore(Shown):
         Returns:
             What was found, and what `put` needs of it; to be given back to `leave`.
         """
-        if len(self.tiers) > 1:
+        if len(self.tiers) > 1 or self.shared is not None:
             cuts = segmenting.cuts(ids, self.marks.lengths(ids, space))
-            self.lift(ids, segmenting.expected(cuts, len(ids)), space, tail)
+            expected = segmenting.expected(cuts, len(ids))
+            self.lift(ids, expected, space, tail)
+            if self.shared is not None:
+                self._resume_shared(self.shared, ids, expected, space, tail)
         return Visit.begin(self.ledger, ids, segmenting, space, tail)
 
     def reopen(self, prompt: Prompt, space: str, before: Before) -> Visit | None:
@@ -234,7 +250,10 @@ class CheckpointStore(Shown):
             The checkpoint (the stored one if it was there already), or None when there was no room for it.
         """
         memory = self.tiers[0]
-        return memory.put(unit, self._demotion(memory), footing, urgent=urgent, keep=keep)
+        stored = memory.put(unit, self._demotion(memory), footing, urgent=urgent, keep=keep)
+        if stored is not None and self.shared is not None:
+            self.shared.offer(stored, unit.tokens)
+        return stored
 
     def remember(self, ids: Tokens, space: str = "") -> list[Node]:
         """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
@@ -306,14 +325,19 @@ class CheckpointStore(Shown):
             tier.verify()
 
     def flush(self) -> None:
-        """Copies what only memory holds to the disk tier, if there is one, the least recently used first."""
+        """Copies what only memory holds to the disk tier, if there is one, the least recently used first, and to the
+        shared store, waiting for it as long as it gets on.
+        """
         *faster, last = self.tiers
         for tier in faster if last.durable else ():
             for _, unit in tier.units():
                 last.accept(unit)
+        if self.shared is not None:
+            self.shared.flush(self.tiers[0].checkpoints())
 
     def close(self, flush: bool = True) -> None:
-        """Ends the use of the disk tier, so that another process can take its folder; memory stays as it is.
+        """Ends the use of the disk tier, so that another process can take its folder, and of the shared store; memory
+        stays as it is.
 
         Args:
             flush: whether to write what only memory holds first (see `flush`); else it is gone with the process.
@@ -324,6 +348,23 @@ class CheckpointStore(Shown):
         self.tiers = [tier for tier in self.tiers if not tier.durable]
         for tier in leaving:
             tier.release()
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
+
+    def read_with(self, reader: Callable[[bytes], MovablePayload]) -> None:
+        """Says how a payload is made of a file."""
+        for tier in self.tiers:
+            tier.reader = reader
+        if self.shared is not None:
+            self.shared.reader = reader
+
+    def expect(self, space: str, like: Expected) -> None:
+        """Learns what the states of a space must be."""
+        for tier in self.tiers:
+            tier.expect(space, like)
+        if self.shared is not None:
+            self.shared.expect(space, like)
 
     # -- between the tiers --------------------------------------------------------------------------------------------
 
@@ -390,6 +431,35 @@ class CheckpointStore(Shown):
             tier.brought_up(checkpoint)
         tier.tidy()
         return True
+
+    def _resume_shared(
+        self, shared: SharedStore, ids: Tokens, expected: Lineage | None, space: str, tail: int
+    ) -> None:
+        """Brings the deepest unit of the shared store into memory, where it is deeper than what memory has."""
+        match = self.match(ids, space)
+        known = next(match.fitting(len(ids), expected, tail=tail), None)
+        depth = 0 if known is None else known.position
+        if len(ids) - depth <= shared.tier.storage.least_tokens:
+            return
+        try:
+            for _ in range(shared.tries):  # what turns out to be of no use is not found again
+                found = shared.resume(ids, expected, space, depth, tail)
+                if found is None or self._take_in(shared, found, space):
+                    return
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            shared.tier.warn("fetch", f"A state could not be brought up from the shared store: {error}")
+
+    def _take_in(self, shared: SharedStore, found: Resumable, space: str) -> bool:
+        """Reads what is missing of a unit, and puts it into memory; False where it is of no use."""
+        tokens, spans = found.files.tokens, list(found.files.kv)
+        with self.ledger.footing(tokens, space) as footing:
+            unit = shared.read(found, self.ledger.missing_spans(footing, spans))
+            if unit is not None:
+                memory = self.tiers[0]
+                memory.put(replace(unit, space=space), self._demotion(memory), footing, urgent=True)
+        return unit is not None
 
     def _demotion(self, tier: Tier) -> Demote | None:
         """Where the victims of a tier go; None for the last one."""
@@ -473,6 +543,18 @@ def _lower_tiers(
         disk = DiskTier.open(folder, parse_bytes(disk_memory, "disk_memory"), seal)
         tiers += [disk] if disk is not None else []
     return tiers
+
+
+def _shared_store(where: str | Path, budget: int | str | None, seal: Seal, ledger: Ledger) -> SharedStore:
+    """The shared store that a store asks for; nothing of it is touched yet.
+
+    Raises:
+        ValueError: it is neither a folder nor a URL, or the size cannot be read.
+        ImportError: the package that serves such a URL is not installed.
+    """
+    from .behind import SharedStore  # which a store of its own never needs
+
+    return SharedStore.open(where, parse_bytes(budget, "shared_memory"), seal, ledger)
 
 
 def default_folder() -> Path:

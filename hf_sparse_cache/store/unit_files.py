@@ -42,10 +42,11 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Packing:
-    """How payloads become files: what proves them, and how they are named."""
+    """How payloads become files: what proves them, how they are named, and whether equal ones give equal bytes."""
 
     seal: Seal
     name: Callable[[str, bytes, Seal], str] = files.new_name
+    steady: bool = False
 
     def kv(self, payload: Payload, span: Span, space: str) -> tuple[str, bytes]:
         """Name and bytes of the file of one span of keys and values."""
@@ -67,7 +68,8 @@ class Packing:
         self, kind: str, to_bytes: Callable[[str, Tokens], bytes], about: dict[str, Any], tokens: Tokens
     ) -> tuple[str, bytes]:
         record = {"format": FORMAT, **about, **({"keyed": self.seal.keyed} if self.seal.keyed else {})}
-        data = self.seal.closed(canonical(to_bytes(json.dumps(record), tokens)), record, tokens)
+        plain = canonical(to_bytes(json.dumps(record), tokens))
+        data = self.seal.closed(plain, record, tokens, self.steady)
         return self.name(kind, data, self.seal), data
 
 
@@ -161,11 +163,13 @@ class UnitReader:
     Attributes:
         make: a payload from the bytes of a plain file, in host memory.
         expected: what the payloads must be; None where nothing is known of them.
+        fetch: the proved bytes of a file that has at most so many.
     """
 
     make: Callable[[bytes], MovablePayload]
     seal: Seal
     expected: Expected | None = None
+    fetch: Callable[[StoredFile, int | None], bytes] | None = None
 
     def read(self, unit: UnitFiles, spans: Sequence[Span]) -> Unit:
         """Reads and proves a unit's state and the keys and values of some of its spans.
@@ -173,22 +177,25 @@ class UnitReader:
         Raises:
             DamagedFileError: a file, named by its `path`, cannot be used.
         """
-        state = self._payload(unit.state, partial(self._state, unit), self._most(len(unit.tokens), None, unit.final))
+        most = self.most(len(unit.tokens), None, unit.final)
+        state = self._payload(unit.state, partial(self._state, unit), most)
         kv = {
-            span: self._payload(unit.kv[span], partial(self._kv, unit.space, span), self._most(0, span))
+            span: self._payload(unit.kv[span], partial(self._kv, unit.space, span), self.most(0, span))
             for span in spans
         }
         return unit.unit(state, kv)
 
     def _payload(self, file: StoredFile, make: Callable[[bytes], MovablePayload], most: int | None) -> MovablePayload:
         try:
-            return make(files.read(file.path, self.seal, most)).moved_to("device")
+            read = files.read(file.path, self.seal, most) if self.fetch is None else self.fetch(file, most)
+            return make(read).moved_to("device")
         except (OSError, ValueError) as error:
             refused = DamagedFileError(str(error))
             refused.path = file.path
             raise refused from error
 
-    def _most(self, position: int, span: Span | None, final: bool = False) -> int | None:
+    def most(self, position: int, span: Span | None, final: bool = False) -> int | None:
+        """Most bytes of the file of a state, or of a span's keys and values; None where nothing is expected."""
         if self.expected is None:
             return None
         expected = self.expected

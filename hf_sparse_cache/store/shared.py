@@ -1,0 +1,408 @@
+"""The shared store: units that any number of processes and machines read and write, each proved by whoever uses it.
+
+Nothing in it is ever changed. A unit is filed where its own tokens lead (see `addresses`), written behind the requests
+on a thread of its own, and read by a few threads that nobody waits for longer than a moment: storage that is slow,
+full, failing or gone costs a request what it saves, never its answer. What does not hold what its name says is put
+aside with the reason, and served to nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from ..checks import printable
+from ..errors import DamagedFileError
+from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
+from ..planning.lineage import Lineage, Span
+from . import files
+from .addresses import BLOCK, Filed, Text, namespace_folder
+from .hands import BusyError, Hands, Trust
+from .headers import RefusedFileError
+from .keeper import Keeper
+from .seal import Seal
+from .shelf import Shelf
+from .storage import Storage
+from .unit import Expected, MovablePayload, Unit, namespace_of
+from .unit_files import StoredFile, UnitFiles, UnitReader, state_record
+
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+LOOK_SECONDS = 2.0  # that a request waits for what there is
+READ_SECONDS = 10.0  # and for what it resumes from
+_READERS = 8
+MOST_TRIES = 3  # units that one request tries
+_MOST_BAD = 4096
+_MOST_ABOUT_BYTES = 2**20
+_MOST_FAILURES = 16  # kinds that are told apart
+
+
+class StorageFailedError(RuntimeError):
+    """The storage did not give what it has, or not in time; says nothing about the file."""
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """A unit whose state was read and proved; its keys and values are still to be read.
+
+    Attributes:
+        text: of its own tokens.
+        data: the bytes of the state's file.
+    """
+
+    files: UnitFiles
+    text: Text
+    filed: Filed
+    data: bytes
+    reader: UnitReader
+
+
+class SharedTier:
+    """Reads and proves what others wrote, and keeps count of what became of it.
+
+    Args:
+        storage: where it lies.
+        budget: bytes of everything in it; None for no limit.
+        seal: what proves the files, and whether they are encrypted.
+
+    Attributes:
+        reader: makes a payload of a file.
+        counts: what happened, in words, and how often.
+    """
+
+    name = "shared"
+
+    def __init__(self, storage: Storage, budget: int | None, seal: Seal) -> None:
+        self.storage, self.budget, self.seal = storage, budget, seal
+        self.reader: Callable[[bytes], MovablePayload] | None = None
+        self._expected: weakref.WeakValueDictionary[str, Expected] = weakref.WeakValueDictionary()
+        self._start()
+
+    def _start(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.trust = Trust()
+        self.shelf = Shelf(self.storage)
+        self.keeper = Keeper(self.storage, self.seal, self.budget)
+        self.hands = Hands(_READERS, "sparse-cache-reads")
+        self.chores: Callable[[Callable[[], None]], None] = lambda chore: None  # of the writer
+        self._bad: OrderedDict[str, tuple[tuple[str, int], str]] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()  # units that lie there, as far as this process knows
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
+
+    def after_fork(self) -> None:
+        """In a child process: with threads, locks and connections of its own, and nothing counted."""
+        self.storage.after_fork()
+        self._start()
+
+    def expect(self, space: str, like: Expected) -> None:
+        """Learns what the states of a space must be; as long as `like` lives, none that is not is served."""
+        self._expected[space] = like
+
+    # -- what a request asks ------------------------------------------------------------------------------------------
+
+    def find(
+        self,
+        ids: Tokens,
+        expected: Lineage | None,
+        space: str,
+        above: int,
+        *,
+        tail: int = 1,
+        quietly: bool = False,
+    ) -> list[Filed]:
+        """The units that a prompt may resume from, the deepest first; none where the storage cannot say in time.
+
+        Args:
+            ids: the prompt.
+            expected: how the prompt itself would be cut; None where any lineage will do.
+            space: where to look.
+            above: a unit must lie deeper than this position.
+            tail: how many of the last tokens are to be computed whatever is stored; 1 for none but what must be.
+            quietly: whether it is only looked at, and not counted.
+        """
+        text = Text(self.seal, space, ids)
+
+        def fits(unit: Filed) -> bool:
+            end = unit.position
+            whole = end == len(ids) and unit.final and tail == 1
+            if not whole and end > len(ids) - max(MIN_SUFFIX_TOKENS, tail):
+                return False
+            if unit.tokens != text.digest(end)[:16]:
+                return False
+            return expected is None or unit.lineage == _begin(text, expected, end)
+
+        until = time.monotonic() + LOOK_SECONDS
+        looked = self._asked(lambda: self.shelf.find(text, fits, above, self.is_bad), until, "look-up")
+        if looked is None:
+            return []
+        found, doubtful = looked
+        if doubtful and not quietly:
+            self.chores(partial(self.shelf.survey, text))
+        if not found and not quietly:
+            self.count("nothing deeper there")
+        return found
+
+    def resume(self, ids: Tokens, expected: Lineage | None, space: str, above: int, tail: int = 1) -> Resumable | None:
+        """The deepest unit that a prompt may resume from, its state proved; None where there is none."""
+        if self.reader is None:
+            return None
+        reader = UnitReader(self.reader, self.seal, self._expected.get(space))
+        gone: set[str] = set()
+        for _ in range(MOST_TRIES):
+            found = self.find(ids, expected, space, above, tail=tail)
+            filed = next((unit for unit in found if unit.name not in gone), None)
+            if filed is None:
+                return None
+            gone.add(filed.name)
+            most = reader.most(filed.position, None, filed.final)
+            job, until = partial(self._bytes, filed.name, most), time.monotonic() + READ_SECONDS
+            data = self._asked(job, until, "reading a state", filed)
+            if data is not None:
+                text = Text(self.seal, space, ids[: filed.position])
+                try:
+                    unit = self._proved(filed, text, space, expected, data)
+                    return Resumable(unit, text, filed, data, reader)
+                except DamagedFileError as error:
+                    self.refuse(filed, filed.state, error)
+        return None
+
+    def read(self, found: Resumable, spans: Sequence[Span]) -> Unit | None:
+        """The rest of a unit: several threads read its keys and values ahead while what came first is proved."""
+        until = time.monotonic() + READ_SECONDS
+        coming: dict[str, Future[bytes]] = {}
+        try:
+            for span in spans:
+                name = found.files.kv[span].path.name
+                coming[name] = self.hands.begin(partial(self._bytes, found.text.kv(name), found.reader.most(0, span)))
+        except BusyError as error:
+            self._failed(f"reading: {error}")
+            return None
+
+        def fetch(file: StoredFile, most: int | None) -> bytes:
+            if file is found.files.state:
+                return files.proved(file.path, found.data, self.seal)
+            try:
+                data = self.hands.wait(coming.pop(file.path.name), until)
+            except FileNotFoundError:
+                raise DamagedFileError("it is gone") from None
+            except DamagedFileError:
+                raise
+            except Exception as error:
+                raise StorageFailedError(_said(error, "reading keys and values")) from error
+            return files.proved(file.path, data, self.seal)
+
+        try:
+            unit = replace(found.reader, fetch=fetch).read(found.files, spans)
+        except StorageFailedError as error:
+            self._failed(str(error))
+            return None
+        except DamagedFileError as error:
+            culprit = found.filed.state if error.path is None else error.path.name
+            self.refuse(found.filed, culprit, error)
+            others = [found.text.kv(file.path.name) for file in found.files.kv.values() if file.path.name != culprit]
+            self.chores(partial(self._check, others))
+            return None
+        finally:
+            for future in coming.values():
+                future.cancel()
+        self.trust.kept()
+        self.count("resumed from")
+        self.knows(found.filed.state)
+        self.keeper.uses(found.filed.state, time.monotonic())
+        return unit
+
+    def others(self, space: str) -> list[str]:
+        """Other spaces of the same namespace of which something was stored: of other versions, of other weights."""
+        folder = namespace_folder(self.seal, namespace_of(space))
+
+        def read() -> list[str]:
+            found = []
+            for entry in self.storage.list(folder)[:16]:
+                own = entry.name.rpartition("/")[2]
+                if files.is_name(own, "marks") and files.proves_itself(own):
+                    data = self.storage.read(entry.name, 0, _MOST_ABOUT_BYTES)
+                    record, _ = files.record_of(files.proved(Path(own), data, self.seal))
+                    found.append(str(record.get("space")))
+            return [name for name in found if name != space and namespace_of(name) == namespace_of(space)]
+
+        return self._asked(read, time.monotonic() + LOOK_SECONDS, "look-up") or []
+
+    # -- what is known of single files --------------------------------------------------------------------------------
+
+    def is_bad(self, name: str) -> bool:
+        """Whether a file was found to be of no use here."""
+        return name in self._bad
+
+    def put_aside(self, ids: Tokens, space: str) -> str:
+        """Why a unit of this prompt was found to be of no use; empty where none was."""
+        text = Text(self.seal, space, ids)
+        with self._lock:
+            for place, reason in reversed(self._bad.values()):
+                block = place[1]
+                if block <= text.blocks and text.folder(block) == place[0]:
+                    return reason
+        return ""
+
+    def is_known(self, name: str) -> bool:
+        """Whether a file is known to lie there."""
+        return name in self._known
+
+    def knows(self, name: str) -> None:
+        """Remembers, within a bound, that a file lies there."""
+        with self._lock:
+            _remember(self._known, name, None)
+
+    def forget(self, name: str) -> None:
+        """A file that was known is gone."""
+        with self._lock:
+            self._known.pop(name, None)
+
+    def refuse(self, filed: Filed, culprit: str, error: DamagedFileError) -> None:
+        """A unit is of no use: it is never looked at again, and put aside for all where it is damaged."""
+        reason = printable(str(error))
+        with self._lock:
+            place = filed.name.rpartition("/")[0], filed.position // BLOCK
+            _remember(self._bad, filed.state, (place, reason))
+            self._known.pop(filed.state, None)
+            self._known.pop(culprit, None)
+        if isinstance(error, RefusedFileError) or isinstance(error.__cause__, RefusedFileError):
+            self.count(f"not for this store: {_kind(reason)}")
+            return
+        self.count(f"put aside: {_kind(reason)}")
+        self.warn("damaged", f"A unit in {self.storage.where} is of no use and put aside: {culprit}: {reason}")
+        doomed = [filed.name]
+        if culprit != filed.state:
+            doomed.append(f"{filed.name.partition('/')[0]}/kv/{culprit}")
+        self.chores(lambda: self._put_aside(doomed, reason))
+
+    def _put_aside(self, names: list[str], reason: str) -> None:
+        """Moves files out of their places: the state first, so that nobody finds the rest."""
+        for name in names:
+            own = name.rpartition("/")[2]
+            try:
+                data = self.storage.read(name)
+            except (FileNotFoundError, DamagedFileError):
+                continue
+            self.storage.put(f"quarantine/{own}.reason", json.dumps({"file": name, "reason": reason}).encode())
+            self.storage.put(f"quarantine/{own}", data)
+            self.storage.remove(name)
+
+    def _check(self, names: list[str]) -> None:
+        """Puts aside which of these files are damaged, as others rely on them by their names."""
+        for name in names:
+            try:
+                files.proved(Path(name), self.storage.read(name), self.seal)
+            except FileNotFoundError:
+                continue
+            except DamagedFileError as error:
+                self.count(f"put aside: {_kind(printable(str(error)))}")
+                self._put_aside([name], printable(str(error)))
+
+    def count(self, what: str) -> None:
+        """Counts something that happened, by kind; beyond a number of kinds all others are one."""
+        with self._lock:
+            known = what in self.counts or len(self.counts) < _MOST_FAILURES
+            self.counts[what if known else "something else failed"] += 1
+
+    def warn(self, kind: str, message: str) -> None:
+        """Logs one warning of a kind, ever."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%s. Requests go on without it; further failures of this kind are counted.", message)
+
+    def write_failed(self, reason: str) -> None:
+        """Something could not be written."""
+        self.count(f"failed: {_kind(reason)}")
+        self.warn("write", f"The shared store {self.storage.where} cannot be written: {printable(reason)}")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _asked(self, job: Callable[[], T], until: float, what: str, filed: Filed | None = None) -> T | None:
+        """What the storage answers in time; None, with the reason counted, when it does not."""
+        if not self.trust.holds:
+            self.count("not asked, as it failed lately")
+            return None
+        try:
+            return self.hands.wait(self.hands.begin(job), until)
+        except FileNotFoundError as error:
+            if filed is None:
+                self._failed(_said(error, what))
+            else:
+                self.count("gone before it was read")
+                self.forget(filed.state)
+        except DamagedFileError as error:
+            if filed is None:
+                self._failed(_said(error, what))
+            else:
+                self.refuse(filed, filed.state, error)
+        except Exception as error:
+            self._failed(_said(error, what))
+        return None
+
+    def _failed(self, reason: str) -> None:
+        self.trust.broken(reason)
+        self.count(f"failed: {_kind(reason)}")
+        self.warn("failed", f"The shared store {self.storage.where} failed: {printable(reason)}")
+
+    def _bytes(self, name: str, most: int | None) -> bytes:
+        """A whole file of at most so many bytes."""
+        data = self.storage.read(name) if most is None else self.storage.read(name, 0, most + 1)
+        if most is not None and len(data) > most:
+            raise DamagedFileError(f"it has more than the {most} bytes that what it is for has at most")
+        return data
+
+    def _proved(self, filed: Filed, text: Text, space: str, expected: Lineage | None, data: bytes) -> UnitFiles:
+        """What a state's file says of its unit, held against where it was filed and what was asked."""
+        path = Path(filed.state)
+        record = state_record(*files.record_of(files.proved(path, data, self.seal)))
+        lineage = record.lineage
+        if record.space != space:
+            raise DamagedFileError("it belongs to another model or namespace than its folder says")
+        if len(record.tokens) != filed.position or not (record.tokens == text.tokens).all():
+            raise DamagedFileError("it belongs to another prompt than its place says")
+        if lineage is None or text.lineage(lineage) != filed.lineage or record.final != filed.final:
+            raise DamagedFileError("it was made otherwise than its name says")
+        if expected is not None and not expected.begins_with(lineage):
+            raise DamagedFileError("it was made by other segments than its name says")
+        if any(not files.is_name(name, "kv") for _, name in record.kv):
+            raise DamagedFileError("it names files that are none of keys and values")
+        kv = {span: StoredFile(Path(name), 0) for span, name in record.kv}
+        return UnitFiles(record.space, record.tokens, lineage, record.final, StoredFile(path, len(data)), kv)
+
+
+def _begin(text: Text, expected: Lineage, end: int) -> str | None:
+    try:
+        return text.lineage(expected.upto(end))
+    except ValueError:
+        return None
+
+
+def _remember(kept: OrderedDict[str, T], name: str, value: T) -> None:
+    kept.pop(name, None)
+    kept[name] = value
+    while len(kept) > _MOST_BAD:
+        kept.popitem(last=False)
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is of one file alone."""
+    words = [word for word in reason.split() if "/" not in word and ".safetensors" not in word]
+    return "".join(character if not character.isdigit() else "#" for character in " ".join(words))[:120]
+
+
+def _said(error: BaseException, what: str) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"{what} took too long"
+    return f"{what}: {type(error).__name__}: {error}"

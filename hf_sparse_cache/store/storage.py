@@ -1,0 +1,251 @@
+"""Where a shared store lies: a folder, local or on a network, or what fsspec reaches by a URL. Names have slashes.
+
+A file is there in full or not at all: a folder's files are written beside their place and renamed, an object is put
+once. Nothing here is proved; whoever reads does that.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ..checks import shown
+from ..errors import DamagedFileError
+from . import files
+
+
+class Entry(NamedTuple):
+    """One file: its name from the root, its bytes, and when it was written, in seconds, by the storage's clock."""
+
+    name: str
+    nbytes: int
+    modified: float
+
+
+class Storage(Protocol):
+    """What a shared store asks of the place it lies in. Every verb may raise whatever the place raises.
+
+    Attributes:
+        where: as people call it.
+        least_tokens: fewer are computed sooner than looked for.
+    """
+
+    where: str
+    least_tokens: int
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start .. end` of a file, or as many as there are. Raises FileNotFoundError where there is none."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Makes or replaces a file."""
+
+    def list(self, folder: str) -> list[Entry]:
+        """The files that lie in one folder itself; none where there is no such folder."""
+
+    def walk(self) -> Iterator[Entry]:
+        """Every file."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+
+    def remove(self, name: str) -> None:
+        """Deletes a file; one that is gone is fine."""
+
+    def after_fork(self) -> None:
+        """In a child process: with connections of its own."""
+
+
+class Folder:
+    """A folder that all processes see. What it makes has the permissions of the folder; a new one is private."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.where, self.least_tokens = root, str(root), 2
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """See `Storage`; through no link, and from regular files alone."""
+        with files.open_regular(self.root / name) as file:
+            file.seek(start)
+            return file.read() if end is None else file.read(end - start)
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `Storage`."""
+        path = self.root / name
+        if files.kind_of(path) not in (None, "a file"):
+            raise DamagedFileError(f"{path} is {files.kind_of(path)}, not a file that was written here")
+        self._made(path.parent)
+        beside = uuid.uuid4().hex[:12]
+        temporary = path.with_name(f"{beside}-{files.own_tag(beside)}{files.TEMPORARY}")
+        mode = os.stat(self.root).st_mode & 0o666
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | files.CAREFUL
+        try:
+            with open(temporary, "wb", opener=lambda at, _: os.open(at, flags, mode)) as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _made(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        files.private_folder(self.root)
+        mode = os.stat(self.root).st_mode & 0o777
+        for part in [*reversed(folder.relative_to(self.root).parents), folder.relative_to(self.root)]:
+            with suppress(FileExistsError):
+                (self.root / part).mkdir(mode=mode)
+
+    def list(self, folder: str) -> list[Entry]:
+        """See `Storage`."""
+        return [entry for entry in self._scan(folder) if entry is not None and isinstance(entry, Entry)]
+
+    def walk(self) -> Iterator[Entry]:
+        """See `Storage`; links are not followed."""
+        waiting = [""]
+        while waiting:
+            for entry in self._scan(waiting.pop()):
+                if isinstance(entry, Entry):
+                    yield entry
+                else:
+                    waiting.append(entry)
+
+    def _scan(self, folder: str) -> Iterator[Entry | str]:
+        """Files and, as strings, folders in one folder."""
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as found:
+            for item in found:
+                name = f"{folder}/{item.name}" if folder else item.name
+                if item.is_dir(follow_symlinks=False):
+                    yield name
+                elif item.is_file(follow_symlinks=False):
+                    with suppress(FileNotFoundError):
+                        about = item.stat(follow_symlinks=False)
+                        yield Entry(name, about.st_size, about.st_mtime)
+
+    def size(self, name: str) -> int | None:
+        """See `Storage`."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return os.lstat(self.root / name).st_size
+        return None
+
+    def remove(self, name: str) -> None:
+        """See `Storage`; a folder that is left empty goes as well."""
+        path = self.root / name
+        if files.kind_of(path) == "a file":
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            with suppress(OSError):
+                if path.parent != self.root:
+                    os.rmdir(path.parent)
+
+    def after_fork(self) -> None:
+        """Nothing: a folder has no connections."""
+
+
+class Objects:
+    """What fsspec reaches by a URL such as "s3://bucket/prefix"; credentials and endpoints are those of its settings.
+
+    Raises:
+        ValueError: fsspec knows no such protocol.
+        ImportError: the package that serves it is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.where, self.least_tokens = url, 256
+        protocol = url.partition("://")[0]
+        try:
+            self._class = fsspec.get_filesystem_class(protocol)
+        except ValueError as error:
+            hint = f"fsspec knows no protocol {shown(protocol)}; give a folder, or a URL that it knows"
+            raise ValueError(f"shared={shown(url)}: {hint}") from error
+        except ImportError as error:
+            hint = "for s3:// pip install 'hf_sparse_cache[shared]'"
+            raise ImportError(f"shared={shown(url)}: {error}; {hint}") from error
+        self._fs: Any = None
+
+    def _at(self, name: str) -> tuple[Any, str]:
+        if self._fs is None:
+            import fsspec
+
+            # A cache of listings would hide what others write, and an instance is not for two processes.
+            options = {"use_listings_cache": False, "skip_instance_cache": True}
+            self._fs, self._root = fsspec.core.url_to_fs(self.where, **options)
+        return self._fs, f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """See `Storage`."""
+        fs, path = self._at(name)
+        part = {"start": start, "end": end} if start or end is not None else {}
+        data: bytes = fs.cat_file(path, **part)
+        return data
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `Storage`."""
+        fs, path = self._at(name)
+        if not getattr(fs, "async_impl", False):  # those with folders, which are not made by themselves
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(path, data)
+
+    def list(self, folder: str) -> list[Entry]:
+        """See `Storage`."""
+        fs, path = self._at(folder)
+        try:
+            found = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [entry for item in found if (entry := self._entry(item)) is not None and entry.name != folder]
+
+    def walk(self) -> Iterator[Entry]:
+        """See `Storage`."""
+        fs, path = self._at("")
+        try:
+            found = fs.find(path, detail=True)
+        except FileNotFoundError:
+            return
+        yield from (entry for item in found.values() if (entry := self._entry(item)) is not None)
+
+    def _entry(self, item: dict[str, Any]) -> Entry | None:
+        root = self._root.strip("/")
+        name = str(item["name"]).strip("/")
+        if item.get("type") != "file" or not name.startswith(f"{root}/" if root else ""):
+            return None
+        when = next((item[key] for key in ("LastModified", "mtime", "last_modified", "created") if key in item), 0.0)
+        seconds = when.timestamp() if hasattr(when, "timestamp") else float(when or 0.0)
+        return Entry(name[len(root) + 1 if root else 0 :], int(item.get("size") or 0), seconds)
+
+    def size(self, name: str) -> int | None:
+        """See `Storage`."""
+        fs, path = self._at(name)
+        with suppress(FileNotFoundError):
+            return int(fs.info(path)["size"])
+        return None
+
+    def remove(self, name: str) -> None:
+        """See `Storage`."""
+        fs, path = self._at(name)
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+    def after_fork(self) -> None:
+        """Connects anew."""
+        self._fs = None
+
+
+def open_storage(where: str | Path) -> Storage:
+    """A folder, or what a URL names; nothing is touched yet.
+
+    Raises:
+        ValueError: it is neither.
+        ImportError: the package that serves such a URL is not installed.
+    """
+    if not isinstance(where, str | Path) or not str(where).strip():
+        raise ValueError(f"shared is {shown(where)}: give a folder, or a URL such as 's3://bucket/prefix'")
+    if "://" not in str(where):
+        return Folder(Path(where).expanduser().absolute())
+    protocol, _, rest = str(where).partition("://")
+    return Folder(Path(rest).absolute()) if protocol in ("file", "local") else Objects(str(where))

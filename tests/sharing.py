@@ -1,0 +1,157 @@
+"""Shared by the tests of the shared store: stores on one place, prompts that they serve, storage that fails."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cutting import every
+from reference_store import Blob
+
+from hf_sparse_cache.planning.policies import NoCheckpoints
+from hf_sparse_cache.planning.segments import Segmenting
+from hf_sparse_cache.request import Request, open_request
+from hf_sparse_cache.store import files
+from hf_sparse_cache.store.storage import Entry, Folder, open_storage
+from hf_sparse_cache.store.store import CheckpointStore
+
+
+KV = 5  # bytes of keys and values a token
+STEP = 64
+
+
+def begin(store: CheckpointStore, ids: list[int], space: str = "", rule: Segmenting | None = None) -> Request:
+    tokens = np.asarray(ids, dtype=np.int32)
+    return open_request(store, NoCheckpoints(), tokens, rule or every(STEP), space=space)
+
+
+class Faulty:
+    """A folder whose calls do something first: wait, hang or raise. `rule` is told the verb and the name."""
+
+    def __init__(self, root: Path, rule: Callable[[str, str], None]) -> None:
+        self._inner, self.rule = Folder(root), rule
+        self.where, self.least_tokens = self._inner.where, self._inner.least_tokens
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        self.rule("read", name)
+        return self._inner.read(name, start, end)
+
+    def put(self, name: str, data: bytes) -> None:
+        self.rule("put", name)
+        self._inner.put(name, data)
+
+    def list(self, folder: str) -> list[Entry]:
+        self.rule("list", folder)
+        return self._inner.list(folder)
+
+    def walk(self) -> Iterator[Entry]:
+        self.rule("walk", "")
+        return self._inner.walk()
+
+    def size(self, name: str) -> int | None:
+        self.rule("size", name)
+        return self._inner.size(name)
+
+    def remove(self, name: str) -> None:
+        self.rule("remove", name)
+        self._inner.remove(name)
+
+    def after_fork(self) -> None:
+        self._inner.after_fork()
+
+
+def failing(code: int, *verbs: str) -> Callable[[str, str], None]:
+    def rule(verb: str, name: str) -> None:
+        if verb in verbs:
+            raise OSError(code, errno.errorcode[code], name)
+
+    return rule
+
+
+def hanging(*verbs: str) -> tuple[Callable[[str, str], None], threading.Event]:
+    release = threading.Event()
+
+    def rule(verb: str, name: str) -> None:
+        if verb in verbs:
+            release.wait(60)
+
+    return rule, release
+
+
+def slow(seconds: float) -> Callable[[str, str], None]:
+    return lambda verb, name: time.sleep(seconds)
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> Iterator[Callable[..., CheckpointStore]]:
+    """Makes stores that share one place, as so many processes would."""
+    made: list[CheckpointStore] = []
+
+    def make(
+        where: Any = None, *, rule: Callable[[str, str], None] | None = None, max_memory: Any = "1GiB", **options: Any
+    ) -> CheckpointStore:
+        store = CheckpointStore(max_memory, "lru", shared=where or tmp_path / "shared", **options)
+        store.read_with(Blob.from_bytes)
+        if rule is not None:
+            assert store.shared is not None
+            store.shared.tier.storage = Faulty(tmp_path / "shared", rule)
+            store.shared.after_fork()  # all that has the storage
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.close(flush=False)
+
+
+def prompt(first: int, length: int, shared: int | None = None, other: int = 0) -> list[int]:
+    """Tokens of one text; behind `shared` of them those of another."""
+    ids = [first, *range(100, 99 + length)]
+    return ids if shared is None else [*ids[:shared], *[10_000 + other] * (length - shared)]
+
+
+def serve(store: CheckpointStore, ids: list[int], positions: tuple[int, ...] = (), space: str = "") -> int:
+    """Serves one prompt and returns the tokens it resumed; what it resumed from is checked, label by label."""
+    with begin(store, ids, space) as request:
+        resumed = request.resumed_tokens
+        if request.checkpoint is not None:
+            assert request.checkpoint.state.label == label(ids, resumed)
+            ends = [segment.span.end for segment in request.checkpoint.chain()]
+            assert [blob.label for blob in request.kv_payloads()] == [label(ids, end) for end in ends]
+            assert sum(blob.nbytes for blob in request.kv_payloads()) == KV * resumed
+        for position in positions:
+            if position > resumed:
+                request.add(position, Blob(10, label(ids, position)), lambda a, b: Blob(KV * (b - a), label(ids, b)))
+    store.verify()
+    return resumed
+
+
+def label(ids: list[int], position: int) -> tuple[int, int, int]:
+    """What a state or keys and values at a position must say: a stand-in for what a model would compute."""
+    return (ids[0], position, hash(tuple(ids[:position])) % 1_000_003)
+
+
+def written(store: CheckpointStore) -> dict[str, int]:
+    """What became of everything, once it is written."""
+    assert store.shared is not None
+    store.flush()
+    return store.shared.counts
+
+
+def files_in(root: Path, kind: str = "") -> list[Path]:
+    found = (path for path in root.rglob("*") if path.is_file() and kind in path.name)
+    return sorted(path for path in found if "quarantine" not in path.parts)
+
+
+def storage_of(where: Any) -> Any:
+    return open_storage(where)
+
+
+def peek(path: Path) -> Any:
+    return files.peek(path)
