@@ -50,4 +50,5 @@ def replayed(cache: SparsePrefixCache, ids: torch.Tensor, segments: Any) -> torc
 if __name__ == "__main__":
     assert GRID
     for asked in sys.argv[2:]:
-        ask(sys.argv[1], *asked.split(":"))
+        family, mode, seed = asked.split(":")
+        ask(f"{sys.argv[1]}/{family}-{mode}", family, mode, seed)

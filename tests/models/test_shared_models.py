@@ -41,7 +41,7 @@ def shared_folder(left: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", ["Mamba", "Zamba2"])
 @pytest.mark.parametrize("mode", ["bitwise", "replayable"])
 def test_what_another_process_read_is_resumed(shared_folder: Path, family: str, mode: str) -> None:
-    model, store = shared_worker.model(family), CheckpointStore(shared=shared_folder)
+    model, store = shared_worker.model(family), CheckpointStore(shared=shared_folder / f"{family}-{mode}")
     ids = question(2)
     with handle(model, store=store, exactness=mode) as cache:
         assert cache.explain(ids).resumed_tokens > 0
@@ -60,7 +60,7 @@ def test_what_another_process_read_is_resumed(shared_folder: Path, family: str, 
 
 def test_a_wrong_state_is_noticed(shared_folder: Path) -> None:
     model, ids = shared_worker.model("Zamba2"), question(2)
-    store = CheckpointStore(shared=shared_folder)
+    store = CheckpointStore(shared=shared_folder / "Zamba2-bitwise")
     with handle(model, store=store) as cache:
 
         def wrong(data: bytes) -> Any:
@@ -80,7 +80,7 @@ def test_a_wrong_state_is_noticed(shared_folder: Path) -> None:
 
 def test_what_does_not_fit_is_not_served_and_explain_says_why(shared_folder: Path) -> None:
     model, ids = shared_worker.model("Mamba"), question(2)
-    store = CheckpointStore(shared=shared_folder)
+    store = CheckpointStore(shared=shared_folder / "Mamba-bitwise")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
@@ -91,14 +91,14 @@ def test_what_does_not_fit_is_not_served_and_explain_says_why(shared_folder: Pat
             assert cache.last_request is not None and cache.last_request.resumed_tokens == 0
     finally:
         torch.set_num_threads(threads)
-    with handle(model, store=CheckpointStore(shared=shared_folder), namespace="another") as cache:
+    with handle(model, store=CheckpointStore(shared=shared_folder / "Mamba-bitwise"), namespace="another") as cache:
         assert cache.explain(ids).resumed_tokens == 0 and "instead of" not in str(cache.explain(ids))
     store.close(flush=False)
 
 
 def test_a_kept_end_is_resumed_without_computing(shared_folder: Path) -> None:
     model, ids = shared_worker.model("Mamba"), question(1)
-    store = CheckpointStore(shared=shared_folder)
+    store = CheckpointStore(shared=shared_folder / "Mamba-bitwise")
     with handle(model, store=store) as cache:
         warm = logits(model, ids, cache)
         assert cache.last_request is not None
