@@ -8,6 +8,7 @@ FLOOR_ARGS ?=
 WORKERS ?= auto
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 240
+CHAOS_ARGS ?=
 FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format support api bench bench-table clean test-matrix test-floor interleavings fuzz mutants
+.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,7 +31,11 @@ demo: .venv/core  ## Questions about long manuals to small trained models, with 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-all: test fuzz interleavings  ## make test, and every suite that takes longer or needs more and has a target of its own
+test-all: test fuzz interleavings test-shared  ## make test, and every suite that takes longer or needs more and has a target of its own
+
+test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and 8 processes on one folder that is damaged under them
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-s3/bin/python -m pytest tests/store/test_shared_s3.py $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos_shared.py $(CHAOS_ARGS)
 
 fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
@@ -69,7 +74,7 @@ api: .venv/dev  ## The API reference, docs/api.md, from the docstrings
 	$(BIN)/python docs/make_api.py
 
 bench: .venv/dev  ## The benchmarks, one after the other: hours; WORKLOADS=folder adds those on recorded requests
-	for name in planner store costs; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
+	for name in planner store costs shared; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
 ifdef WORKLOADS
 	$(BIN)/python -m benchmarks.bench_policies $(WORKLOADS)
 	$(BIN)/python -m benchmarks.bench_deciding $(dir $(firstword $(wildcard $(WORKLOADS)/*/meta.json)))
@@ -79,7 +84,7 @@ bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/
 	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv .venv-floor build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor .venv-s3 build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first, by itself: then no other package decides which build of it is taken.
@@ -112,5 +117,14 @@ clean:  ## Remove the virtual environment and everything that was built
 	    --constraint .venv-floor/constraints.txt --requirement constraints-floor.txt
 	.venv-floor/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
 	    newest = str(there).replace(".venv-floor", ".venv"); \
+	    (there / "newest.pth").write_text(f"import site; site.addsitedir({newest!r})\n")'
+	@touch $@
+
+# s3fs wants an fsspec of its own age, and moto the boto3 that goes with it: all else is that of .venv, through a .pth file.
+.venv-s3/ready: .venv/dev constraints-s3.txt
+	$(PYTHON) -m venv --clear .venv-s3
+	.venv-s3/bin/python -m pip --disable-pip-version-check install --quiet --requirement constraints-s3.txt
+	.venv-s3/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
+	    newest = str(there).replace(".venv-s3", ".venv"); \
 	    (there / "newest.pth").write_text(f"import site; site.addsitedir({newest!r})\n")'
 	@touch $@

@@ -144,6 +144,11 @@ def written(store: CheckpointStore) -> dict[str, int]:
     return store.shared.counts
 
 
+def drained(store: CheckpointStore) -> None:
+    """Waits until nothing waits to be written."""
+    assert store.shared is not None and store.shared.writer.gets_on(0)
+
+
 def files_in(root: Path, kind: str = "") -> list[Path]:
     found = (path for path in root.rglob("*") if path.is_file() and kind in path.name)
     return sorted(path for path in found if "quarantine" not in path.parts)

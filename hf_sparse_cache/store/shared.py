@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 LOOK_SECONDS = 2.0  # that a request waits for what there is
 READ_SECONDS = 10.0  # and for what it resumes from
+FIRST = 5  # times as long, until the storage has answered once: it may have to connect
 _READERS = 8
 MOST_TRIES = 3  # units that one request tries
 _MOST_BAD = 4096
@@ -100,6 +101,7 @@ class SharedTier:
         self._known: OrderedDict[str, None] = OrderedDict()  # units that lie there, as far as this process knows
         self._lock = threading.Lock()
         self._warned: set[str] = set()
+        self._answered = False
 
     def after_fork(self) -> None:
         """In a child process: with threads, locks and connections of its own, and nothing counted."""
@@ -334,8 +336,13 @@ class SharedTier:
         if not self.trust.holds:
             self.count("not asked, as it failed lately")
             return None
+        if not self._answered:
+            now = time.monotonic()
+            until = now + FIRST * (until - now)
         try:
-            return self.hands.wait(self.hands.begin(job), until)
+            answer = self.hands.wait(self.hands.begin(job), until)
+            self._answered = True
+            return answer
         except FileNotFoundError as error:
             if filed is None:
                 self._failed(_said(error, what))

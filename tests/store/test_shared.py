@@ -16,7 +16,7 @@ from cutting import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_store import Blob
-from sharing import begin, failing, files_in, hanging, prompt, serve, slow, written
+from sharing import begin, drained, failing, files_in, hanging, prompt, serve, slow, written
 
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.store import addresses, keeper, shared
@@ -290,6 +290,7 @@ def test_storage_that_hangs_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(shared, "LOOK_SECONDS", 0.2)
     monkeypatch.setattr(shared, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(shared, "FIRST", 1)
     monkeypatch.setattr("hf_sparse_cache.store.behind._STALLED_SECONDS", 0.3)
     serve(first := joined(), prompt(1, 1300), (1024,))
     written(first)
@@ -344,10 +345,6 @@ def test_what_waits_keeps_no_state_alive(joined: Joined) -> None:
 
 
 # -- the budget -------------------------------------------------------------------------------------------------------
-
-
-def drained(store: CheckpointStore) -> None:
-    assert store.shared is not None and store.shared.writer.gets_on(0)
 
 
 def total(root: Path) -> int:
