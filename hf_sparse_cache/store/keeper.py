@@ -278,6 +278,8 @@ class Keeper:
                 self._needs[state] = _Needs(kv, places, len(record.tokens))
             except FileNotFoundError:
                 return _DAMAGED
+            except OSError:
+                return _FOREIGN  # it cannot be read now, so nothing is deleted that it may need
             except RefusedFileError:
                 self._needs[state] = _FOREIGN
             except (DamagedFileError, ValueError):
