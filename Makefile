@@ -77,6 +77,7 @@ bench: .venv/dev  ## The benchmarks, one after the other: hours; WORKLOADS=folde
 	for name in planner store costs shared; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
 ifdef WORKLOADS
 	$(BIN)/python -m benchmarks.bench_policies $(WORKLOADS)
+	$(BIN)/python -m benchmarks.bench_paper $(wildcard $(WORKLOADS)/docqa* $(WORKLOADS)/sysprompts*)
 	$(BIN)/python -m benchmarks.bench_deciding $(dir $(firstword $(wildcard $(WORKLOADS)/*/meta.json)))
 endif
 
