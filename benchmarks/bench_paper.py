@@ -6,7 +6,8 @@
 Each source is a workload folder, a file, or the id of a dataset. Every prompt may leave at most M new checkpoints,
 memory has no limit, cuts lie on a grid of 64 tokens for all. 60 % of the requests warm up. Counted are the shared
 tokens that a request computes again, and the seconds that these take: the prefill of a purely recurrent built-in model
-is measured at lengths up to the longest, and read off between them, so every policy is timed by the same curve.
+is measured at lengths up to 1,024 tokens, read off between them, and proportional behind them, so every
+policy is timed by the same curve.
 
 The abstract claims that placement by the distribution of overlap depths dominates every baseline of a fixed budget,
 and gains most where checkpoints are few. Both are held against each point, for the paper's planner and for `learned`.
@@ -39,6 +40,7 @@ BASELINES = ("block", "balanced", "sqrt", "dyadic")
 AWARE = ("dp", "learned")
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 WARMUP, GRID = 0.6, 64
+LONGEST = 1024  # tokens of a timed prefill: recurrent layers take as long for each token behind it
 EQUAL = 0.01  # of the tokens that are computed again: nearer than that two policies are the same
 
 
@@ -56,7 +58,7 @@ class PrefillClock:
     """Seconds of a prefill by its length, measured on a model whose layers are all recurrent."""
 
     def __init__(self, model: str, longest: int, repeats: int = 3) -> None:
-        self.lengths = np.unique(np.geomspace(16, max(longest, 64), 10).astype(int))
+        self.lengths = np.unique(np.geomspace(16, min(max(longest, 64), LONGEST), 6).astype(int))
         network = build_model(model).eval()
         times = []
         with torch.inference_mode():
@@ -75,7 +77,7 @@ class PrefillClock:
     def seconds(self, tokens: np.ndarray) -> np.ndarray:
         """Of prefills of so many tokens, none for none."""
         found: np.ndarray = np.interp(tokens, np.append(0, self.lengths), np.append(0.0, self.times))
-        return found
+        return found * np.maximum(tokens / self.lengths[-1], 1.0)
 
 
 def loaded(source: str, options: argparse.Namespace) -> Trace:
