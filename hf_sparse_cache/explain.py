@@ -19,7 +19,7 @@ from .planning.cuts import MESSAGE_TOKENS, MIN_SUFFIX_TOKENS, Positions, Tokens
 from .planning.segments import Segmenting
 from .stats import Cause, Reason, format_bytes
 from .store.bounds import Bound
-from .store.tree import Checkpoint, Match, Node
+from .store.tree import Checkpoint, Departure, Match, nearest
 from .store.unit import namespace_of
 
 
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 # Tokens decoded on either side of the place where a prompt leaves what is known.
 _CONTEXT_TOKENS = 8
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a letter are decoded to
+_IN_ANSWER = {  # by whether both go on with the same text
+    True: "decoded, it was tokenised differently",
+    False: "the prompt has another text there, as where a template rewrites answers",
+    None: "decoded, it was tokenised differently, or it was rewritten",
+}
+_KEEP_IDS = (
+    "Keep the ids of answers and put the next message behind them, or call cache.prefill(conversation) while the user "
+    "is reading"
+)
 TRAINING_MODE = "the model is in training mode"
 _REMEDIES = {
     Cause.RESUMED: "",
@@ -54,6 +64,54 @@ _BEHIND_CUT = (
 
 
 @dataclass(frozen=True)
+class Difference:
+    """The first token that a prompt has otherwise than what is stored; `str()` of it reads as a sentence.
+
+    Attributes:
+        position: tokens before it, which are shared.
+        token: the prompt's.
+        stored_token: the one that stands there in the latest text that is stored.
+        text, stored_text: the two decoded, where a tokenizer is known.
+        in_answer: whether the stored one was generated, in an answer that is kept.
+        same_text: of an answer, whether both go on with the same text, in other tokens; None where nobody can tell.
+    """
+
+    position: int
+    token: int
+    stored_token: int
+    text: str = ""
+    stored_text: str = ""
+    in_answer: bool = False
+    same_text: bool | None = None
+
+    @classmethod
+    def of(cls, ids: Tokens, departure: Departure, decode: Callable[[list[int]], str] | None) -> Difference | None:
+        """Of a prompt that leaves what is stored; None where it only goes on, or ends before."""
+        at, stored = departure.position, departure.stored
+        if not len(stored):
+            return None
+        own, other = int(ids[at]), int(stored[0])
+        if decode is None:
+            return cls(at, own, other, in_answer=departure.generated)
+        same = None
+        if departure.generated:  # decoded with what stands before, as a first token may read otherwise
+            before = ids[max(0, at - _CONTEXT_TOKENS) : at].tolist()
+            shared = decode(before).rstrip(_HALF)
+            texts = [decode(before + part.tolist()).rstrip(_HALF) for part in (ids[at : at + _CONTEXT_TOKENS], stored)]
+            length = min(map(len, texts))
+            same = texts[0][:length] == texts[1][:length] if length > len(shared) else None
+        return cls(at, own, other, decode([own]), decode([other]), departure.generated, same)
+
+    def __str__(self) -> str:
+        own, other = (
+            f"{text!r} ({token})" if text else f"{token}"
+            for text, token in ((self.text, self.token), (self.stored_text, self.stored_token))
+        )
+        said = f"Token {self.position:,} is {own}, and {other} in what is stored"
+        return f"{said}, in an answer: {_IN_ANSWER[self.same_text]}. {_KEEP_IDS}" if self.in_answer else said
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What one prompt would reuse; `str()` of it reads as a sentence.
 
@@ -65,6 +123,7 @@ class Explanation:
         remedy: what would have helped; empty when nothing is lost.
         context: the decoded text around the divergence, where a tokenizer is known.
         shared: what the store's shared store has for it, or why not; empty without one.
+        difference: the first token that is otherwise than in what is stored; None where the prompt only goes on.
     """
 
     prompt_tokens: int
@@ -74,6 +133,7 @@ class Explanation:
     remedy: str = ""
     context: str = ""
     shared: str = ""
+    difference: Difference | None = None
 
     @property
     def recomputed_tokens(self) -> int:
@@ -86,7 +146,8 @@ class Explanation:
             f"{self.resumed_tokens:,} would be skipped: {self.reason}"
         )
         where = f" (at {self.context!r})" if self.context else ""
-        return " ".join(filter(None, (f"{start}{where}.", self.remedy, self.shared)))
+        parts = f"{self.difference}." if self.difference is not None else ""
+        return " ".join(filter(None, (f"{start}{where}.", parts, self.remedy, self.shared)))
 
 
 @dataclass(frozen=True)
@@ -184,7 +245,9 @@ def explain(store: CheckpointStore, ids: Tokens, segmenting: Segmenting, space: 
     parts = expected is not None and match.overlap < len(ids)
     if parts and wanted and behind > MESSAGE_TOKENS:  # fewer agree by chance
         advice = " ".join(filter(None, (advice, _BEHIND_CUT.format(behind))))
-    return Explanation(len(ids), overlap, resumed, reason, advice, context, told)
+    departures = [tier.departure(ids, space, _CONTEXT_TOKENS) for tier in store.tiers]
+    difference = Difference.of(ids, max(departures, key=lambda one: one.position), model.decode)
+    return Explanation(len(ids), overlap, resumed, reason, advice, context, told, difference)
 
 
 def too_small(bound: Bound, position: int, need: int) -> str:
@@ -219,9 +282,10 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
         return Reason(Cause.EVICTED)
     if any(0 < node.refused <= usable for node in match.path):
         return Reason(Cause.NO_ROOM, tokens=usable)
-    ahead = _first_ahead(match.path)
-    if ahead is not None:
-        return Reason(Cause.BEFORE_FIRST, tokens=match.overlap, position=ahead)
+    ahead = nearest(match.path[-1:])
+    if ahead:
+        first = min(checkpoint.position for checkpoint in ahead)
+        return Reason(Cause.BEFORE_FIRST, tokens=match.overlap, position=first)
     return Reason(Cause.NOT_PLACED, tokens=usable)
 
 
@@ -240,15 +304,3 @@ def frequent(reasons: Sequence[Reason]) -> tuple[Reason, int]:
     """The most frequent cause, as it was worded last, and how often it came; the figures in it may differ."""
     kind, count = Counter(reason.kind for reason in reasons).most_common(1)[0]
     return next(reason for reason in reversed(reasons) if reason.kind == kind), count
-
-
-def _first_ahead(path: list[Node], limit: int = 256) -> int | None:
-    """The shallowest checkpoint at or below the last node of a path, looking at `limit` nodes at most."""
-    level, first = path[-1:], None
-    while level and limit > 0:
-        found = [checkpoint.position for node in level for checkpoint in node.checkpoints]
-        if found:
-            first = min([*found, first] if first is not None else found)
-        limit -= len(level)
-        level = [child for node in level if not node.checkpoints for child in node.children.values()]
-    return first

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..planning.cuts import Tokens
 from ..planning.views import Shape
-from .tree import DESCRIPTION_BYTES, NODE_BYTES, TOKEN_BYTES, Node, Tree
+from .tree import DESCRIPTION_BYTES, NODE_BYTES, TOKEN_BYTES, Departure, Node, Tree, nearest
 
 
 # What nodes may take however few tokens are remembered: some hundred short prompts are always worth it.
@@ -70,6 +70,19 @@ class Forest:
                 break
             node = child
         return path, depth
+
+    def departure(self, ids: Tokens, space: str, most: int) -> Departure:
+        """Where `ids` have another token than what the space knows, with `most` of the tokens that stand there."""
+        path, depth = self.walk(ids, space)
+        nodes = path[-1:] or [tree.root for tree in [self.trees.get(space)] if tree is not None]
+        if nodes and nodes[0].end == depth:
+            nodes = sorted(nodes[0].children.values(), key=lambda node: node.last_used)[-1:]
+        if not nodes or depth == len(ids):
+            return Departure(depth, ids[:0], False)
+        (node,) = nodes
+        runs = (step for item in nearest([node]) for step in item.lineage.steps() if step.decoded)
+        generated = node.generated or any(run.start <= depth < run.end for run in runs)
+        return Departure(depth, node.tokens[depth - node.start :][:most].copy(), generated)
 
     def insert(self, ids: Tokens, space: str, now: int) -> list[Node]:
         """Makes the path of `ids` exist, with a node that ends exactly where they end, and returns its nodes."""
@@ -206,6 +219,7 @@ class Forest:
         assert node.parent is not None
         upper = Node(node.tokens[:offset].copy(), node.start, node.parent, node.tree)
         upper.passes, upper.last_used, upper.latest = node.passes, node.last_used, node.latest
+        upper.generated = node.generated
         node.parent.children[int(upper.tokens[0])] = upper
         node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper
         upper.children[int(node.tokens[0])] = upper.recent = node

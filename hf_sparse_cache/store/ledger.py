@@ -16,7 +16,7 @@ from .chains import Chains, Footing
 from .eviction import LRU, Eviction
 from .forest import Forest, Trail
 from .marks import Marks
-from .tree import Account, Checkpoint, KVSegment, Match, Node, Payload
+from .tree import Account, Checkpoint, Departure, KVSegment, Match, Node, Payload
 from .unit import Unit, holder, namespace_of, unit_of
 
 
@@ -110,6 +110,11 @@ class Ledger:
         with self.lock:
             return Match(*self.forest.walk(ids, space), space in self.forest.trees)
 
+    def departure(self, ids: Tokens, space: str, most: int) -> Departure:
+        """Where a prompt leaves what the space remembers (see `Forest.departure`)."""
+        with self.lock:
+            return self.forest.departure(ids, space, most)
+
     def stored(self, space: str | None = None) -> list[Checkpoint]:
         """Every stored checkpoint of one space, or of all."""
         with self.lock:
@@ -172,7 +177,9 @@ class Ledger:
         with self.lock:
             path = trail.grown(self.clock)
             for node in path:
-                node.passes += node.end > counted
+                new = node.end > counted
+                node.generated |= bool(counted) and new and not node.passes
+                node.passes += new
                 node.last_used = self.clock
             self.trim()
             return path

@@ -17,7 +17,7 @@ from .chains import Footing
 from .eviction import Eviction
 from .forest import Forest
 from .ledger import Ledger
-from .tree import Checkpoint, Match
+from .tree import Checkpoint, Departure, Match
 from .unit import Expected, MovablePayload, Unit
 
 
@@ -82,6 +82,10 @@ class Shown:
     def match(self, ids: Tokens, space: str = "") -> Match:
         """Finds the longest prefix of `ids` that the space remembers, token by token."""
         return self.ledger.match(ids, space)
+
+    def departure(self, ids: Tokens, space: str = "", most: int = 1) -> Departure:
+        """Where a prompt has another token than what the space remembers, with `most` of those that stand there."""
+        return self.ledger.departure(ids, space, most)
 
     def stored(self, space: str | None = None) -> list[Checkpoint]:
         """Every stored checkpoint of one space, or of all."""

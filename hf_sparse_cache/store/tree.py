@@ -7,9 +7,9 @@ states are gone, so that overlap depths and junctions can still be learned. `for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -155,7 +155,7 @@ class Checkpoint:
 
 # What a node and a description take, with their places in dictionaries and in the heap; tokens and arrays apart. Found
 # by counting the objects of trees of many shapes, which a test does again.
-NODE_BYTES = 720
+NODE_BYTES = 728
 DESCRIPTION_BYTES = 440
 TOKEN_BYTES = 4
 
@@ -208,6 +208,7 @@ class Node:
         "children",
         "described",
         "end",
+        "generated",
         "last_used",
         "latest",
         "lost",
@@ -232,6 +233,7 @@ class Node:
         self.passes = 0  # prompts that ran along the whole edge
         self.last_used = 0  # request that passed it last
         self.queued = False  # whether it waits for its turn to be forgotten
+        self.generated = False  # whether a model wrote its tokens, in answer to a prompt that ends above
         self.recent: Node | None = None  # the child that the latest prompt ran on to, for the eviction
         self.latest: Shape | None = None  # the policies' description of the latest prompt that came this way
         self.described = 0  # bytes of the description of a prompt that ends here
@@ -257,6 +259,30 @@ class Node:
             edges.append(node.tokens)
             node = node.parent
         return np.concatenate(edges[::-1])
+
+
+def nearest(nodes: Sequence[Node], limit: int = 256) -> list[Checkpoint]:
+    """The checkpoints of the first node that holds any, on every path down from `nodes`; looks at `limit` nodes."""
+    level, found = list(nodes), []
+    while level and limit > 0:
+        found += [checkpoint for node in level for checkpoint in node.checkpoints]
+        limit -= len(level)
+        level = [child for node in level if not node.checkpoints for child in node.children.values()]
+    return found
+
+
+class Departure(NamedTuple):
+    """Where a text has another token than what a tree remembers.
+
+    Attributes:
+        position: tokens that are shared before it.
+        stored: the next ones of the latest text that came so far; empty where none went on.
+        generated: whether a model wrote these in answer to a prompt.
+    """
+
+    position: int
+    stored: Tokens
+    generated: bool
 
 
 @dataclass
