@@ -149,7 +149,7 @@ class CacheStats:
         )
 
 
-# Requests without a single hit after which something is wrong.
+# Calls without a single hit after which something is wrong.
 PATIENCE = 20
 
 
@@ -177,6 +177,7 @@ class Recorder:
         self._recent: deque[RequestInfo] = deque(maxlen=PATIENCE)
         self._lock = threading.Lock()
         self._totals = CacheStats()
+        self._calls = 0
 
     @property
     def last(self) -> RequestInfo | None:
@@ -220,12 +221,8 @@ class Recorder:
         """The sums so far, with what the store holds now filled in."""
         return replace(self._totals, **stored)
 
-    def add(self, info: RequestInfo, **seconds: float) -> list[RequestInfo]:
-        """Count one finished request; `seconds` go by the names of `CacheStats`.
-
-        Returns:
-            The requests so far if there are `PATIENCE` of them and none resumed anything; otherwise nothing.
-        """
+    def add(self, info: RequestInfo, **seconds: float) -> None:
+        """Count one finished request; `seconds` go by the names of `CacheStats`."""
         with self._lock:
             self._recent.append(info)
             totals = self._totals
@@ -238,8 +235,16 @@ class Recorder:
                 computed_tokens=totals.computed_tokens + info.computed_tokens,
                 **{name: getattr(totals, name) + spent for name, spent in seconds.items()},
             )
-            fruitless = self._totals.requests == PATIENCE and not self._totals.resumed_tokens
-            return list(self._recent) if fruitless else []
+
+    def called(self) -> list[RequestInfo]:
+        """Count one call as over, whose requests were added: the rows of a batch had no earlier one to resume from.
+
+        Returns:
+            The latest requests if this was the call number `PATIENCE` and none resumed anything; otherwise nothing.
+        """
+        with self._lock:
+            self._calls += 1
+            return list(self._recent) if self._calls == PATIENCE and not self._totals.resumed_tokens else []
 
 
 def counted(number: int, what: str) -> str:

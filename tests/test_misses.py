@@ -48,6 +48,42 @@ def test_one_hit_is_enough(jamba: PreTrainedModel, caplog: pytest.LogCaptureFixt
     assert misses(caplog) == []
 
 
+def batch(model: PreTrainedModel, cache: SparsePrefixCache, count: int, shared: int = 0) -> None:
+    """One call with prompts of 40 tokens, of which all begin alike."""
+    ids = random_ids(40, seed=cache.stats().requests, batch=count)
+    ids[:, :shared] = ids[0, :shared]
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1)
+
+
+def test_the_rows_of_one_call_had_nothing_to_resume_from(
+    jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls are counted: a batch of prompts that have nothing in common is no sign of a fault."""
+    with SparsePrefixCache(jamba) as cache:
+        batch(jamba, cache, 24)
+        assert cache.stats().requests == 24 and not cache.stats().resumed_tokens and misses(caplog) == []
+        for _ in range(18):
+            batch(jamba, cache, 2)
+        assert misses(caplog) == []
+        for _ in range(3):
+            batch(jamba, cache, 2)
+    (said,) = misses(caplog)
+    assert said.startswith(
+        "62 requests in 20 calls and nothing was resumed. Most frequent reason (20 of the last 20): "
+    )
+
+
+def test_what_rows_took_over_from_each_other_was_resumed(
+    jamba: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SparsePrefixCache(jamba) as cache:
+        batch(jamba, cache, 3, shared=30)
+        assert cache.stats().resumed_tokens == 60
+        for _ in range(25):
+            batch(jamba, cache, 1)
+    assert misses(caplog) == []
+
+
 class Letters:
     """A tokenizer whose text is one letter, whatever the token."""
 

@@ -95,6 +95,7 @@ class Server:
         for info in infos:
             self._note(info)
         self.recorder.tell(infos)
+        self._over()
 
     def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any], given: int = 0) -> Any:
         """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
@@ -202,21 +203,27 @@ class Server:
                 self._note(row.info, **row.seconds)
         infos = [served[index].info for index in order]
         self.recorder.tell([info for info in infos if info is not None])
+        self._over()
 
     def _note(self, info: RequestInfo, **seconds: float) -> None:
-        """Count one finished request; say so, once, when none of the first ones resumed anything."""
-        misses = self.recorder.add(info, **seconds)
-        if misses and not isinstance(self.policy, NoCheckpoints):
-            reason, count = frequent([miss.reason for miss in misses])
-            advice = remedy(reason, self.binding.config.namespace)
-            logger.warning(
-                f"{len(misses)} requests and nothing was resumed. Most frequent reason ({count} of {len(misses)}): "
-                f"{reason}. {advice} cache.explain(prompt) tells for any prompt."
-            )
+        """Count one finished request."""
+        self.recorder.add(info, **seconds)
         ends = self.binding.segmenting.rule.cut_after
         if ends is not None and not ends.found and self.recorder.totals().requests == PATIENCE:
             logger.warning(
                 f"None of {PATIENCE} prompts has a token that ends with one of cut_after={ends.strings!r}, so none is "
                 "cut there. A string that ends inside a token does not cut: give the text up to the end of a token, "
                 "or call cache.mark() on the shared part."
+            )
+
+    def _over(self) -> None:
+        """Count a call that is over; say so, once, when none of the first ones resumed anything."""
+        misses, requests = self.recorder.called(), self.recorder.totals().requests
+        if misses and not isinstance(self.policy, NoCheckpoints):
+            reason, count = frequent([miss.reason for miss in misses])
+            calls, last = ("", "") if requests == PATIENCE else (f" in {PATIENCE} calls", "the last ")
+            logger.warning(
+                f"{requests} requests{calls} and nothing was resumed. Most frequent reason ({count} of {last}"
+                f"{len(misses)}): {reason}. {remedy(reason, self.binding.config.namespace)} "
+                "cache.explain(prompt) tells for any prompt."
             )
