@@ -246,7 +246,8 @@ def explain(store: CheckpointStore, ids: Tokens, segmenting: Segmenting, space: 
     if parts and wanted and behind > MESSAGE_TOKENS:  # fewer agree by chance
         advice = " ".join(filter(None, (advice, _BEHIND_CUT.format(behind))))
     departures = [tier.departure(ids, space, _CONTEXT_TOKENS) for tier in store.tiers]
-    difference = Difference.of(ids, max(departures, key=lambda one: one.position), model.decode)
+    furthest = max(departures, key=lambda one: one.position)
+    difference = Difference.of(ids, furthest, model.decode) if furthest.position >= overlap else None
     return Explanation(len(ids), overlap, resumed, reason, advice, context, told, difference)
 
 
