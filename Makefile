@@ -20,7 +20,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor interleavings fuzz mutants
+.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor test-eval interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,7 @@ demo: .venv/core  ## Questions about long manuals to small trained models, with 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-all: test fuzz interleavings test-shared  ## make test, and every suite that takes longer or needs more and has a target of its own
+test-all: test test-eval fuzz interleavings test-shared  ## make test, and every suite that takes longer or needs more and has a target of its own
 
 test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and 8 processes on one folder that is damaged under them
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-s3/bin/python -m pytest tests/store/test_shared_s3.py $(PYTEST_ARGS)
@@ -67,6 +67,10 @@ test-matrix: .venv/dev test-floor  ## The exactness tests on the oldest supporte
 test-floor: .venv-floor/ready  ## The exactness tests on the oldest supported transformers
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(FLOOR_ARGS)
 
+test-eval: .venv-eval/ready  ## Evaluation through lm-evaluation-harness, beside the harness's own model
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/evaluation \
+	    'tests/project/test_notebooks.py::test_runs[evaluation]' $(PYTEST_ARGS)
+
 support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: slow
 	$(BIN)/python tests/support_table.py
 
@@ -85,7 +89,7 @@ bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/
 	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv .venv-floor .venv-s3 build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor .venv-s3 .venv-eval build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first, by itself: then no other package decides which build of it is taken.
@@ -128,4 +132,13 @@ clean:  ## Remove the virtual environment and everything that was built
 	.venv-s3/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
 	    newest = str(there).replace(".venv-s3", ".venv"); \
 	    (there / "newest.pth").write_text(f"import site; site.addsitedir({newest!r})\n")'
+	@touch $@
+
+# lm-evaluation-harness and what only it needs; all the rest is that of .venv, seen through a .pth file.
+.venv-eval/ready: .venv/dev
+	$(PYTHON) -m venv --clear .venv-eval
+	.venv-eval/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
+	    rest = str(there).replace(".venv-eval", ".venv"); \
+	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	.venv-eval/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt 'lm-eval>=0.4.13'
 	@touch $@

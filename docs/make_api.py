@@ -22,7 +22,8 @@ PUBLIC = (
         "The handle",
         "SparsePrefixCache",
         "cache",
-        "stats last_request record prefill explain mark simulation clear detach save_pretrained from_pretrained",
+        "stats last_request record prefill loglikelihood loglikelihood_rolling explain mark simulation clear detach "
+        "save_pretrained from_pretrained",
     ),
     ("The handle", "SparseCacheConfig", "config", ""),
     ("The handle", "CheckpointStore", "store.store", "resize clear flush close"),

@@ -4,18 +4,20 @@ It holds no request's state. Every call to `generate()` gets a live cache of its
 handle points to, so one handle serves any number of prompts, batches and threads.
 """
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from . import persistence
-from .checks import is_whole, shown
+from .checks import is_whole, shown, whole_number
 from .config import SparseCacheConfig
 from .explain import Explanation, explain, not_supported, remedy, too_small
 from .models import fingerprint, generation
@@ -24,7 +26,9 @@ from .models.binding import Binding
 from .models.handed import Prefilled, hand_out
 from .models.handle import Handle
 from .models.inputs import as_ids, check_ids, why_uncached
+from .models.pairs import Pair, prefix_token, read_pairs, read_texts, windows
 from .models.proof import Proof
+from .models.scoring import Scoring
 from .models.server import Server
 from .models.tensors import LayerTensors
 from .planning.cuts import MIN_SUFFIX_TOKENS
@@ -256,6 +260,74 @@ class SparsePrefixCache(Handle):
         if bound is not None and bound.kept + need > bound.limit:
             logger.warning(f"Nothing can be kept for this mark. {too_small(bound, position, need)}.")
 
+    # -- scores -------------------------------------------------------------------------------------------------------
+
+    def loglikelihood(
+        self,
+        pairs: Iterable[tuple[Any, Any]],
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        progress: bool | None = None,
+    ) -> list[tuple[float, bool]]:
+        """How likely each continuation is behind its context; what contexts share is computed once.
+
+        The call knows all its pairs, so that states are kept exactly where they part, and no longer than another pair
+        needs them. Only logits of continuations are computed. Every pair counts as one request.
+
+        Args:
+            pairs: of `(context, continuation)`, both strings or both token ids. White space at the end of a context
+                counts as the beginning of its continuation, as in lm-evaluation-harness.
+            batch_size: most continuations of one context in a forward. In bitwise mode each runs alone, and the result
+                of a pair is, bit for bit, that of the pair asked alone.
+            max_length: most tokens that the model may read of a pair, whose context loses its beginning beyond it;
+                default the model's context window, where it has one.
+            progress: whether to show a progress bar; default where standard error is a terminal.
+
+        Returns:
+            For each pair the sum of the log-probabilities of the continuation, and whether greedy decoding gives it.
+
+        Raises:
+            ValueError: something is no pair of a context and a continuation; the message names it by its index, and
+                nothing was computed yet.
+        """
+        self._check_scored(batch_size, max_length)
+        return self._scores(read_pairs(self.server.binding, pairs, self._window(max_length)), batch_size, progress)
+
+    def loglikelihood_rolling(
+        self,
+        texts: Iterable[Any],
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        prefix: int | None = None,
+        progress: bool | None = None,
+    ) -> list[float]:
+        """How likely each whole text is, for its perplexity: `exp(-value / tokens)`.
+
+        A text that does not fit the context window is scored in windows that do not overlap, each of which sees the
+        token before it, as in lm-evaluation-harness.
+
+        Args:
+            texts: strings or token ids.
+            batch_size, progress: as for `loglikelihood`.
+            max_length: tokens of a window; default the model's context window, or the whole text where it has none.
+            prefix: the id of the token before the first one; default the tokenizer's token that begins texts, or else
+                ends them.
+
+        Returns:
+            For each text the sum of the log-probabilities of its tokens.
+
+        Raises:
+            ValueError: something is no text, or there is neither `prefix` nor a tokenizer that has one.
+        """
+        self._check_scored(batch_size, max_length)
+        binding, window = self.server.binding, self._window(max_length)
+        first = prefix_token(binding, prefix)
+        found = [windows(tokens, first, window or len(tokens)) for tokens in read_texts(binding, texts)]
+        scores = iter(self._scores([pair for pairs in found for pair in pairs], batch_size, progress))
+        return [math.fsum(next(scores)[0] for _ in pairs) for pairs in found]
+
     # -- files --------------------------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -348,3 +420,19 @@ class SparsePrefixCache(Handle):
                 f"max_memory is {format_bytes(self.store.max_memory)}, less than one checkpoint of this model, "
                 f"{format_bytes(needed)} with the keys and values of one grid step. Give at least that."
             )
+
+    def _check_scored(self, batch_size: int, max_length: int | None) -> None:
+        """Refuse a call that can score nothing, before anything runs."""
+        whole_number("batch_size", batch_size, 1, "it is the number of continuations in one forward")
+        if max_length is not None:
+            whole_number("max_length", max_length, 1, "it is the number of tokens that the model may read at once")
+        self.check_call(self.model, "the cache")
+
+    def _window(self, max_length: int | None) -> int | None:
+        window: int | None = getattr(self.server.binding.text_config, "max_position_embeddings", None)
+        return window if max_length is None else max_length
+
+    def _scores(self, pairs: list[Pair], batch_size: int, progress: bool | None) -> list[tuple[float, bool]]:
+        hidden = None if progress is None else not progress  # None: where nobody looks on
+        with tqdm(total=len(pairs), desc="score", unit="pair", disable=hidden, leave=False) as bar:
+            return Scoring(self.server, pairs, batch_size, bar.update).run()

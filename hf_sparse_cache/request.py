@@ -35,6 +35,7 @@ from .planning.policy import placed
 from .planning.segments import Segmenting
 from .stats import Cause, Reason, RequestInfo
 from .store.answer import KVCapture, Read, spans_of, unit_for
+from .store.holding import Holding
 from .store.promises import Promise
 from .store.store import CheckpointStore
 from .store.tree import Checkpoint, Payload
@@ -106,7 +107,9 @@ class Request:
         reason: Reason,
         junctions: Sequence[int] = (),
         promise: Promise | None = None,
+        holding: Holding | None = None,
     ) -> None:
+        self._holding = holding
         self._store, self._policy, self._segmenting, self._visit = store, policy, segmenting, visit
         self._prompt = visit.prompt
         self._marked: set[int] = set()
@@ -132,6 +135,8 @@ class Request:
         with self._policy.lock:
             wanted = placed(self._policy, self._prompt)
         length, resumed = self.prompt_tokens, self.resumed_tokens
+        if self._holding is not None and isinstance(self.checkpoint, Checkpoint) and self._holding.needs(resumed):
+            self._holding.hold(self.checkpoint, new=False)
         if resumed == length:
             return
         fresh = _among([*self._prompt.open_cuts.tolist(), length], wanted, self._prompt.limit)
@@ -298,8 +303,12 @@ class Request:
             refund=self._prompt.refund(position) if not self.captured else 0.0,
         )
         # The footing holds its KV: later checkpoints of this prompt chain to it even if it is evicted by then.
-        if self._store.put(unit, self._visit.footing, keep=position in self._marked) is None:
+        needed = self._holding is not None and self._holding.needs(position)
+        stored = self._store.put(unit, self._visit.footing, urgent=needed, keep=position in self._marked)
+        if stored is None:
             return False
+        if needed and self._holding is not None:
+            self._holding.hold(stored, new=stored.state is state)
         self.captured.append(position)
         self._kept = spans
         return True
@@ -369,6 +378,7 @@ def open_request(
     tail: int = 1,
     junctions: Sequence[int] = (),
     promise: Promise | None = None,
+    holding: Holding | None = None,
 ) -> Request:
     """Opens a request: matches the prompt, pins the deepest usable checkpoint, plans what to capture.
 
@@ -381,6 +391,7 @@ def open_request(
         tail: of how many of the last tokens the logits are wanted, so that they are computed, whatever is stored.
         junctions: positions at which other prompts want to take over (see `planning.batch`).
         promise: what other threads know of it meanwhile (see `store.promises`).
+        holding: what a call of several prompts keeps for those of them that are to come.
 
     Raises:
         ValueError: if `ids` is not a one-dimensional array of integers in the range of int32.
@@ -400,7 +411,7 @@ def open_request(
         with store.lock:
             usable = min(visit.match.overlap, len(ids) - max(MIN_SUFFIX_TOKENS, tail))
             reason = cause(visit.match, visit.checkpoint, usable, visit.prompt.cuts)
-        request = Request(store, policy, segmenting, visit, reason, junctions, promise)
+        request = Request(store, policy, segmenting, visit, reason, junctions, promise, holding)
         request.match_seconds = (matched := time.perf_counter()) - started
         request.plan()
         request.plan_seconds = time.perf_counter() - matched

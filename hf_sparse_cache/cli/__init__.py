@@ -16,6 +16,7 @@ from ..checks import MOST_ID, printable
 from ..tools import recall
 from ..tools.builtin_sizes import SIZES
 from .benching import bench
+from .evaluating import evaluate
 from .hosting import serve
 from .outputs import PNG_MARK, check_output
 from .screen import Screen, fail
@@ -326,6 +327,10 @@ def _quiet() -> None:
 
 app.command()(bench)
 app.command()(serve)
+# Its options are those of the harness, help and all.
+app.command(
+    "eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)(evaluate)
 
 
 def main() -> None:

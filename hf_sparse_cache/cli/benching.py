@@ -6,7 +6,7 @@ import json as jsonlib
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,12 +36,17 @@ Grid = Annotated[
     int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
 ]
 Seed = Annotated[int, typer.Option(help="Of the arrivals, and of a built-in model's weights.", min=0, max=2**32 - 1)]
+TaskFile = Annotated[
+    Path | None, typer.Option(help="File or folder of questions with choices, in place of the workloads.")
+]
 Quick = Annotated[bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the results; a run that was interrupted goes on.")]
 
 
 def bench(
     model: Annotated[list[str] | None, typer.Option(help="Built-in model, folder or Hub id; repeat for more.")] = None,
+    task: TaskFile = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each question of a --task.", min=0)] = None,
     dataset: Datasets = None,
     columns: Annotated[str, typer.Option(help="Columns that make up a prompt, such as article,question.")] = "",
     config: Annotated[str | None, typer.Option(help="Configuration of the Hub dataset.")] = None,
@@ -88,6 +93,10 @@ def bench(
         seed=seed,
         **_sizes(quick, (requests, per_group, max_prompt_tokens, max_new_tokens, checked)),
     )
+    if task is not None:
+        from .tasking import run as evaluate
+
+        raise typer.Exit(0 if evaluate(task, shots, replace(settings, requests=requests), screen) else 1)
     raise typer.Exit(0 if _measure(settings, screen, out, report) else 1)
 
 
@@ -95,7 +104,9 @@ def _require_packages() -> None:
     """Say what is missing; of what is there, keep the progress bars to terminals."""
     import transformers
 
-    missing = [name for name in ("datasets", "matplotlib", "pandas") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("datasets", "evaluate", "matplotlib", "pandas") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise ImportError(f"bench needs {', '.join(missing)}: pip install 'hf_sparse_cache[bench]'")
     import datasets

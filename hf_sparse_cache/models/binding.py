@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -118,6 +119,11 @@ class Binding:
         given = as_ids(ids, self.tokenizer)
         check_ids(given, self.model.get_input_embeddings().num_embeddings, "ids")
         return given[0].to("cpu", torch.int32).numpy()
+
+    def logits_to_keep(self, tokens: int) -> dict[str, int]:
+        """The keyword with which the forward gives logits for its last tokens alone; none where it gives all."""
+        takes = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+        return {"logits_to_keep": tokens} if takes else {}
 
     def output(self, logits: torch.Tensor, live: LiveCache) -> Any:
         """The model's output for logits `(batch, 1, vocabulary)` that are known, and the live cache behind them."""

@@ -1,7 +1,9 @@
 """What a call to `generate()` asks for: its prompts, and whether their prefill can reuse a prefix."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -71,24 +73,41 @@ def _positions_are_plain(
     return bool(((position_ids == expected) | ~kept).all())
 
 
+class Reader(Protocol):
+    """Reads the logits of a prefill on the way, for callers who want more than those of the last token."""
+
+    def wanted(self, start: int, end: int) -> int:
+        """For how many of the last tokens of the segment `start .. end` there are to be logits, at least 1."""
+
+    def read(self, start: int, end: int, logits: torch.Tensor) -> None:
+        """Takes logits `(1, k, vocabulary)` of the last tokens of a segment, k being at least what was wanted."""
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt of a call, as the model is to be given it.
+    """One prompt of a call, as the model is to be given it, or several of one length.
 
     Attributes:
-        ids: its tokens `(length,)`, without padding.
+        ids: its tokens `(length,)`, without padding, or `(batch, length)`.
         kwargs: further keywords for the model, the same for every segment.
         position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
         tail: of how many of the last tokens the logits are wanted.
+        reader: reads the logits of every segment, in place of those of the last token.
     """
 
     ids: torch.Tensor
     kwargs: dict[str, Any] = field(default_factory=dict)
     position_dims: tuple[int, ...] = ()
     tail: int = 1
+    reader: Reader | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.ids.shape[-1]
+
+    @property
+    def batch(self) -> torch.Tensor:
+        """Its tokens `(batch, length)`."""
+        return self.ids if self.ids.dim() == 2 else self.ids[None]
 
 
 def unpadded_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:

@@ -84,13 +84,16 @@ def prefill_row(
         settle(live.layers)
         check()
         logits = states.logits_of(layer_tensors(request.checkpoint.state))
+        if row.reader is not None:
+            row.reader.read(len(row) - 1, len(row), logits)
         return binding.output(logits, live), Timing(0.0, restore_seconds)
     # The last row of many may differ in its last bits from the row alone, which the identical prompt is to find.
     tail = Tail(row) if row.tail > 1 else None
     for end in request.steps():
         ask()
-        output = segment(binding, live, row, end) if tail is None else tail.segment(binding, live, end)
-        kept = end in request.planned and (tail is None or end < len(row))
+        output = _read_segment(binding, live, row, end) if tail is None else tail.segment(binding, live, end)
+        alone = tail is None and (row.reader is None or output.logits.shape[1] == 1)
+        kept = end in request.planned and (alone or end < len(row))
         if kept or end in request.junctions or end == len(row):
             check()
         if kept or end in request.junctions:
@@ -133,13 +136,24 @@ def replay(binding: Binding, live: LiveCache, row: Row, lineage: Lineage) -> Any
     return output
 
 
+def _read_segment(binding: Binding, live: LiveCache, row: Row, end: int) -> Any:
+    """A segment whose logits the row's reader reads, if it has one."""
+    if row.reader is None:
+        return segment(binding, live, row, end)
+    start = live.length
+    kwargs = {**row.kwargs, **binding.logits_to_keep(row.reader.wanted(start, end))}
+    output = segment(binding, live, replace(row, kwargs=kwargs), end)
+    row.reader.read(start, end, output.logits)
+    return output
+
+
 def segment(binding: Binding, live: LiveCache, row: Row, end: int) -> Any:
     """Run the tokens of a row up to `end` that a live cache has not consumed yet, in one forward.
 
     Raises:
         ChangedPrefillError: What reached the layers is not these tokens, or not these alone.
     """
-    return _forward(binding, live, replace(row, ids=row.ids[None, :end]))
+    return _forward(binding, live, replace(row, ids=row.batch[:, :end]))
 
 
 def _forward(binding: Binding, live: LiveCache, rows: Row, mask: torch.Tensor | None = None) -> Any:

@@ -122,7 +122,7 @@ class Server:
         own = live if alone else self.binding.live_cache()
         own.found = live.found
         filled, served = self._serve(prompts, own)
-        self._count(served, order[:: max(1, len(order) // max(1, given))])
+        self.count(served, order[:: max(1, len(order) // max(1, given))])
         if self.on_prefill is not None:
             self.on_prefill(filled[-1].live)
         if alone:
@@ -155,7 +155,7 @@ class Server:
             try:
                 with torch.no_grad(), mamba1.held(model):
                     served = self.serve_row(live, Row(ids[0].to(input_device(model)), kwargs, tail=tail))
-                self._count([served], [0])
+                self.count([served], [0])
                 return served.output.logits[:, -tail:], live
             except ChangedPrefillError as error:
                 why = str(error)
@@ -196,7 +196,7 @@ class Server:
             return self.binding.output(only.output.logits[:, -1:], live)
         return prefill.join_rows(self.binding, live, [(each.live, each.output) for each in filled], places, width)
 
-    def _count(self, served: Sequence[Served], order: Sequence[int]) -> None:
+    def count(self, served: Sequence[Served], order: Sequence[int]) -> None:
         """Count the prompts of a call that were served, and tell which of them each of its rows is, by `order`."""
         for row in served:
             if row.info is not None:

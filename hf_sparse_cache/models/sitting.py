@@ -17,9 +17,11 @@ from ..planning.batch import Member
 from ..planning.cuts import Tokens
 from ..planning.policies import NoCheckpoints, Policy
 from ..planning.policy import limited
+from ..planning.segments import Segmenting
 from ..request import Handover, Request, open_request
 from ..stats import Cause, Reason, RequestInfo, format_bytes
 from ..store.answer import Read
+from ..store.holding import Holding
 from ..store.promises import Promise, Terms
 from ..store.store import CheckpointStore
 from . import prefill
@@ -52,6 +54,23 @@ class Means:
     store: CheckpointStore
     policy: Policy
     space: Space
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a prompt is served, where not as any other.
+
+    Attributes:
+        policy: where checkpoints go.
+        segmenting: how it becomes segments.
+        tail: how many of the last tokens are to be computed whatever is stored.
+        holding: what a call of several prompts keeps for those that are to come.
+    """
+
+    policy: Policy
+    segmenting: Segmenting
+    tail: int = 1
+    holding: Holding | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,7 @@ class Asked:
         meeting: the position at which it does.
         handovers: what was computed at its junctions, by position.
         made_of: the model that computed them.
+        way: how it is served; None as any other.
     """
 
     row: Row
@@ -98,6 +118,7 @@ class Asked:
     meeting: int = 0
     handovers: dict[int, Handover] = field(default_factory=dict)
     made_of: str = ""
+    way: Way | None = None
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -176,15 +197,18 @@ class Sitting:
             promise: what other threads know of it meanwhile.
         """
         means, asked = self._means, self.asked
+        policy = limited(means.policy, means.binding.config.max_checkpoints)
+        way = Way(policy, means.binding.segmenting, asked.row.tail) if asked.way is None else asked.way
         with open_request(
             means.store,
-            limited(means.policy, means.binding.config.max_checkpoints),
+            way.policy,
             asked.tokens,
-            means.binding.segmenting,
+            way.segmenting,
             space=self._space,
-            tail=asked.row.tail,
+            tail=way.tail,
             junctions=asked.junctions,
             promise=promise,
+            holding=way.holding,
         ) as self.request:
             given = asked.given(str(self._found))
             if given is not None:
@@ -231,7 +255,7 @@ def _serve_alone(means: Means, live: LiveCache, asked: Asked) -> Served:
     sitting = Sitting(means, asked, identity(means.binding.model) if live.found is None else live.found)
 
     def attempt(spacious: bool) -> tuple[Any, Timing]:
-        with sitting.promised() if spacious else sitting.opened() as request:
+        with sitting.promised() if spacious and asked.way is None else sitting.opened() as request:
             if not spacious:
                 request.start_over()
             return sitting.run(live)

@@ -56,6 +56,16 @@ class Segmenting:
         """These cuts, and those that follow from the tokens that the prompt shares with earlier ones."""
         raise NotImplementedError
 
+    def foreseen(self, ids: Tokens, positions: Sequence[int], marked: Sequence[int] = ()) -> Positions:
+        """Where checkpoints of a prompt may sit for a caller who knows where later ones will leave it.
+
+        Args:
+            ids: its tokens.
+            positions: where they will leave, ascending.
+            marked: lengths of the announced prefixes that it begins with.
+        """
+        raise NotImplementedError
+
     def expected(self, cuts: Positions, length: int) -> Lineage | None:
         """What a prompt may resume from: the first segments of this lineage; None where any lineage will do."""
         raise NotImplementedError
@@ -133,6 +143,10 @@ class Bitwise(Segmenting):
         """The same: nothing but the prompt and the settings may decide."""
         return cuts
 
+    def foreseen(self, ids: Tokens, positions: Sequence[int], marked: Sequence[int] = ()) -> Positions:
+        """Those of the rule: nothing but the prompt and the settings may decide."""
+        return self.cuts(ids, marked)
+
     def expected(self, cuts: Positions, length: int) -> Lineage:
         """What this very prompt runs from nothing."""
         return Lineage(self.segments(0, [], cuts, length))
@@ -203,6 +217,10 @@ class Replayable(Segmenting):
         near = np.abs(cuts - overlap) < MIN_SUFFIX_TOKENS
         found: Positions = np.sort(np.append(cuts[~near], overlap))
         return found
+
+    def foreseen(self, ids: Tokens, positions: Sequence[int], marked: Sequence[int] = ()) -> Positions:
+        """Just there, and at announced ends."""
+        return _spaced(((len(ids),), marked, positions), len(ids))
 
     def expected(self, cuts: Positions, length: int) -> None:
         """Any: whoever resumes from a state says what made it."""

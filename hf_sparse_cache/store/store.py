@@ -231,6 +231,10 @@ class CheckpointStore(Shown):
     def leave(self, visit: Visit) -> None:
         """Ends a request: what only it pinned or held may go, and goes where the budget is smaller by now."""
         visit.end()
+        self.settle()
+
+    def settle(self) -> None:
+        """Sends off what does not fit a budget that was lowered while it was in use."""
         memory = self.tiers[0]
         if memory.ledger.over_budget:
             memory.shrink(self._demotion(memory))

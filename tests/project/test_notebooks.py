@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom in a fresh kernel, on the small built-in models, and is ready for Colab."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,8 @@ def text_of(notebook: nbformat.NotebookNode) -> str:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the libraries that run it
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if path.stem == "evaluation" and importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("it needs lm_eval, which `make test-eval` installs")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
@@ -52,5 +55,11 @@ def test_is_ready_for_the_hub(path: Path) -> None:
     assert path.stat().st_size < 200_000
 
 
-def test_there_are_four() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["chat_and_agent", "exactness", "long_document", "planning"]
+def test_there_are_five() -> None:
+    assert [path.stem for path in NOTEBOOKS] == [
+        "chat_and_agent",
+        "evaluation",
+        "exactness",
+        "long_document",
+        "planning",
+    ]
