@@ -31,12 +31,14 @@ from hf_sparse_cache.config import EXACTNESS
 from hf_sparse_cache.exactness import Replay
 from hf_sparse_cache.models import states
 from hf_sparse_cache.planning.lineage import Lineage
+from hf_sparse_cache.stats import RequestInfo
 
 
 REPLAYABLE, BITWISE = EXACTNESS
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
 POLICIES = ("learned", "balanced", "block", "dp", "junction", "last", "sqrt", "dyadic")
 PLANTED = "planted"
+LONGEST = 220
 
 
 class Difference(AssertionError):
@@ -127,13 +129,13 @@ class World:
                 fresh = torch.cat([earlier[:, :cut], fresh[:, :50]], dim=1)
                 if kind > 0.9:  # an edit in the middle
                     fresh = torch.cat([fresh, earlier[:, cut + 1 :]], dim=1)
-        fresh = fresh[:, :220]
+        fresh = fresh[:, :LONGEST]
         self.prompts = [*self.prompts[-11:], fresh]
         return fresh
 
     # -- runs and their comparison ------------------------------------------------------------------------------------
 
-    def generate(self, ids: Tensor, mask: Tensor, cache: SparsePrefixCache | None, steps: int) -> tuple[Tensor, Any]:
+    def generate(self, ids: Tensor, mask: Tensor, cache: Any, steps: int) -> tuple[Tensor, Any]:
         """Logits of every step `(steps, batch, vocabulary)`, and the cache that `generate()` ends with."""
         kwargs = {} if cache is None else {"past_key_values": cache}
         out = self.model.generate(
@@ -148,24 +150,37 @@ class World:
         )
         return torch.stack(out.logits), out.get("cache", out.get("past_key_values"))
 
-    def cold(self, ids: Tensor, mask: Tensor, steps: int, cache: SparsePrefixCache) -> tuple[Tensor, Any]:
-        """On an empty store, with the same marks; or over the segments of the handle's last request."""
+    def cold(
+        self, ids: Tensor, mask: Tensor, steps: int, cache: SparsePrefixCache, info: RequestInfo | None = None
+    ) -> tuple[Tensor, Any]:
+        """On an empty store, with the same marks; or over the segments of a request, of the handle's last one."""
         with self.make(policy="none", max_memory=None) as twin:
             if self.mode == REPLAYABLE:
-                assert cache.last_request is not None
-                twin.server = Replay(twin.server, Lineage.from_ends(cache.last_request.segments))
+                info = cache.last_request if info is None else info
+                assert info is not None
+                twin.server = Replay(twin.server, Lineage.from_ends(info.segments))
             for prefix in cache.store.marks.prefixes(cache.server.space.now()[0]):
                 twin.store.mark(prefix, twin.server.space.now()[0])
             return self.generate(ids, mask, twin, steps)
 
     def compare(
-        self, ids: Tensor, mask: Tensor, warm: tuple[Tensor, Any], steps: int, cache: SparsePrefixCache | None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        warm: tuple[Tensor, Any],
+        steps: int,
+        cache: SparsePrefixCache | None,
+        infos: list[RequestInfo] | None = None,
     ) -> None:
+        """Warm with cold and stock; `infos` are those of the rows, where the last request may be another one."""
         if cache is not None and (self.mode == BITWISE or len(ids) == 1):
-            cold, state = self.cold(ids, mask, steps, cache)
+            cold, state = self.cold(ids, mask, steps, cache, infos[0] if infos else None)
             self.expect(torch.equal(warm[0], cold), "logits differ from those of a cold run", warm[0] - cold)
             self.expect(_same_states(warm[1], state), "states differ from those of a cold run")
             self.tally["compared with cold"] += len(ids)
+        elif cache is not None and infos:
+            for index, info in enumerate(infos):
+                self.compare_row(ids[index : index + 1, mask[index].bool()], warm[0][0, index], info, cache)
         if self.dtype in TOLERANCE:
             stock, _ = self.generate(ids, mask, None, steps)
             # From the first step at which a token differs, the runs read different texts.
@@ -174,6 +189,16 @@ class World:
             apart = ((warm[0] - stock).abs().amax(-1) * valid).max()
             self.expect(bool(apart <= TOLERANCE[self.dtype]), f"logits are {apart:.1e} from stock")
             self.tally["compared with stock"] += len(ids)
+
+    def compare_row(self, ids: Tensor, warm: Tensor, info: RequestInfo, cache: SparsePrefixCache) -> None:
+        """The first logits of one row with those of a run of its own: what ran alone is the same, bit for bit."""
+        cold, _ = self.cold(ids, torch.ones_like(ids), 1, cache, info)
+        apart = (warm - cold[0, 0]).abs().max()
+        if not info.batched:
+            self.expect(bool(apart == 0), f"a row over {info.segments} differs from its cold run", apart)
+        elif self.dtype in TOLERANCE:
+            self.expect(bool(apart <= TOLERANCE[self.dtype]), f"a batched row is {apart:.1e} from its cold run")
+        self.tally["rows batched" if info.batched else "rows alone"] += 1
 
     def expect(self, holds: bool, what: str, difference: Tensor | None = None) -> None:
         if not holds:
@@ -204,6 +229,23 @@ class World:
         if foretold is not None:
             self.expect(foretold.resumed_tokens == info.resumed_tokens, f"explain() foretold {foretold}")
         self.compare(ids, mask, warm, steps, cache)
+        text = torch.cat([ids, warm[0].argmax(-1).T], dim=1)  # the next turn goes on behind the answer
+        self.prompts = [*self.prompts[-11:], text] if text.shape[1] < LONGEST else self.prompts
+
+    def handed(self) -> None:
+        """`prefill()` alone, its logits, and what `generate()` makes of the live cache that it gives."""
+        ids, cache = self.prompt(), self.handle
+        tail = self.draw.randint(1, min(5, ids.shape[1]))
+        given = cache.prefill(ids, logits_to_keep=tail)
+        grown = torch.cat([ids, random_ids(self.draw.randint(1, 9), self.draw.randrange(1 << 30))], dim=1)
+        self.note(f"prefill {ids.shape[1]} with {tail} logits, continued to {grown.shape[1]}")
+        with torch.no_grad():
+            stock = self.model(ids).logits[:, -tail:]
+        if self.dtype in TOLERANCE:
+            apart = (given.logits - stock).abs().max()
+            self.expect(bool(apart <= TOLERANCE[self.dtype]), f"logits of a prefill are {apart:.1e} from stock")
+        mask = torch.ones_like(grown)
+        self.compare(grown, mask, self.generate(grown, mask, given.past_key_values, 2), 2, None)
 
     def batch(self) -> None:
         rows = [self.prompt() for _ in range(self.draw.randint(2, 4))]
@@ -216,17 +258,39 @@ class World:
         steps = self.draw.randint(1, 2)
         self.note(f"batch {[row.shape[1] for row in rows]} in {width}")
         cache = self.handle
-        self.compare(ids, mask, self.generate(ids, mask, cache, steps), steps, cache)
+        with cache.record() as infos:
+            warm = self.generate(ids, mask, cache, steps)
+        self.note(f"of which were run {[info.segments for info in infos]}")
+        for row, info in zip(rows, infos, strict=True):
+            self.expect(
+                info.resumed_tokens + info.computed_tokens == info.prompt_tokens == row.shape[1], "tokens add up"
+            )
+        self.expect(self.mode == REPLAYABLE or not any(info.batched for info in infos), "rows ran together")
+        self.compare(ids, mask, warm, steps, cache, infos)
 
     def threads(self) -> None:
+        """Threads that wait for each other's prompts where these begin alike; a forward of one may be interrupted."""
         asked = [(self.prompt(), self.handle) for _ in range(3)]
-        self.note(f"threads {[ids.shape[1] for ids, _ in asked]}")
-        with ThreadPoolExecutor(3) as pool:
-            waiting = [pool.submit(self.generate, ids, torch.ones_like(ids), cache, 2) for ids, cache in asked]
+        if self.draw.random() < 0.5:
+            stem = random_ids(self.draw.randint(40, 140), self.draw.randrange(1 << 30))
+            asked = [(torch.cat([stem, ids[:, -40:]], dim=1), cache) for ids, cache in asked]
+        fails = self.draw.random() < 0.3
+        self.note(f"threads {[ids.shape[1] for ids, _ in asked]}{', one of which is interrupted' if fails else ''}")
+
+        def run(ids: Tensor, cache: SparsePrefixCache) -> tuple[tuple[Tensor, Any], list[RequestInfo]] | None:
+            with cache.record() as infos, suppress(Planted):
+                return self.generate(ids, torch.ones_like(ids), cache, 2), infos
+            return None
+
+        with self.fault("interrupted") if fails else nullcontext(), ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(run, ids, cache) for ids, cache in asked]
             answers = [answer.result() for answer in waiting]
-        for (ids, cache), warm in zip(asked, answers, strict=True):
-            # Which request was the last one is left to chance.
-            self.compare(ids, torch.ones_like(ids), warm, 2, cache if self.mode == BITWISE else None)
+        self.expect(answers.count(None) <= fails, "a failure went over to another thread")
+        for (ids, cache), answer in zip(asked, answers, strict=True):
+            if answer is not None:
+                warm, infos = answer
+                self.tally["threads resumed" if infos[0].resumed_tokens else "threads from nothing"] += 1
+                self.compare(ids, torch.ones_like(ids), warm, 2, cache, infos)
 
     def failing(self) -> None:
         """A request during which an allocation fails, or a forward is interrupted."""
@@ -332,7 +396,7 @@ class World:
         """One thing that happens, and the books afterwards."""
         rare: list[Callable[[], None]] = [
             *(self.weights, self.evict, self.mark, self.clear, self.resize, self.reopen, self.save),
-            *(self.threads, self.failing, self.failing),
+            *(self.threads, self.threads, self.failing, self.failing, self.handed),
         ]
         happens = self.draw.choice([self.request] * 12 + [self.batch] * 3 + rare)
         if self.sabotage:
