@@ -51,6 +51,8 @@ _REMEDIES = {
     Cause.EVICTED: "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint.",
     Cause.TOO_SHORT: "So short a prompt is always computed.{grid}",
     Cause.NO_ROOM: "Raise max_memory, or the namespace's share in namespace_memory.",
+    Cause.BATCHED: "What ran so is not stored: a prompt that comes back runs by itself and is kept from then on; "
+    "cache.mark() keeps what is announced at once, and exactness='bitwise' runs every row by itself.",
     Cause.NOT_PLACED: "Call cache.mark() on the shared part, or raise max_checkpoints, or choose another policy.",
     Cause.WEIGHTS_CHANGED: "States belong to weights: this prompt and those after it are stored anew.",
     Cause.TRAINING: "Call model.eval() first.",
@@ -287,7 +289,8 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
     if ahead:
         first = min(checkpoint.position for checkpoint in ahead)
         return Reason(Cause.BEFORE_FIRST, tokens=match.overlap, position=first)
-    return Reason(Cause.NOT_PLACED, tokens=usable)
+    together = any(node.batched for node in match.path if node.start < usable)
+    return Reason(Cause.BATCHED if together else Cause.NOT_PLACED, tokens=usable)
 
 
 def not_supported(why: str) -> Reason:

@@ -160,7 +160,7 @@ class Request:
     def run_with(self, prompts: int) -> None:
         """Runs in one forward with others, `prompts` together, so that nothing of it can be kept."""
         self.give_up_captures()
-        self.rows_together = prompts
+        self.rows_together, self._visit.batched = prompts, True
 
     @property
     def announced(self) -> bool:

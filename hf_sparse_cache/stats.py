@@ -24,6 +24,7 @@ class Cause(Enum):
     EVICTED = "evicted"
     TOO_SHORT = "never captured: the prompt is shorter than the first cut"
     NO_ROOM = "never captured: no room was made for a checkpoint on the first {tokens} tokens"
+    BATCHED = "never captured: the first {tokens} tokens ran in one forward with other prompts"
     NOT_PLACED = "never captured: the policy placed no checkpoint on the first {tokens} tokens"
     WEIGHTS_CHANGED = "weights changed: what was stored of them was dropped"
     TRAINING = "call not supported: the model is in training mode"

@@ -123,6 +123,7 @@ def test_every_cause_has_a_remedy_of_its_own() -> None:
         Reason(Cause.BEFORE_FIRST, tokens=3, position=9): "overlap of 3 tokens ends before the first checkpoint at 9",
         Reason(Cause.EVICTED): "evicted",
         Reason(Cause.TOO_SHORT): "never captured: the prompt is shorter than the first cut",
+        Reason(Cause.BATCHED, tokens=9): "never captured: the first 9 tokens ran in one forward with other prompts",
         Reason(Cause.NOT_PLACED, tokens=9): "never captured: the policy placed no checkpoint on the first 9 tokens",
         Reason(
             Cause.CUT_OTHERWISE, tokens=9

@@ -16,6 +16,7 @@ from hf_sparse_cache import (
     simulate,
 )
 from hf_sparse_cache.planning.policies import Policy, Prompt
+from hf_sparse_cache.stats import RequestInfo
 
 
 class LastCut(Policy):
@@ -34,6 +35,15 @@ def serve(model: Any, tokenizer: Any, folder: Path) -> int:
         return len(str(error))
     with cache, SparsePrefixCache(model, policy=LastCut(), max_memory=2**30, exactness="bitwise") as other:
         print(cache.explain("text").reason, other.stats().resumed_tokens)
+    with cache.record() as requests:
+        start = cache.prefill("text", logits_to_keep=2)
+    print(start.logits.shape, [(info.batched, info.reason.cause) for info in requests], start.past_key_values)
+    infos: list[RequestInfo] = requests
+    with SparsePrefixCache(model, tokenizer, ambient=True) as unasked:
+        print(unasked.config.ambient, sum(info.computed_tokens for info in infos))
+    difference = cache.explain("text").difference
+    if difference is not None:
+        return difference.position if difference.same_text else difference.stored_token
     request = cache.last_request
     return 0 if request is None else request.resumed_tokens
 

@@ -219,7 +219,7 @@ class Forest:
         assert node.parent is not None
         upper = Node(node.tokens[:offset].copy(), node.start, node.parent, node.tree)
         upper.passes, upper.last_used, upper.latest = node.passes, node.last_used, node.latest
-        upper.generated = node.generated
+        upper.generated, upper.batched = node.generated, node.batched
         node.parent.children[int(upper.tokens[0])] = upper
         node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper
         upper.children[int(node.tokens[0])] = upper.recent = node

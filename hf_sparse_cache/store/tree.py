@@ -155,7 +155,7 @@ class Checkpoint:
 
 # What a node and a description take, with their places in dictionaries and in the heap; tokens and arrays apart. Found
 # by counting the objects of trees of many shapes, which a test does again.
-NODE_BYTES = 728
+NODE_BYTES = 736
 DESCRIPTION_BYTES = 440
 TOKEN_BYTES = 4
 
@@ -204,6 +204,7 @@ class Node:
     """One edge of the tree: `tokens` cover the positions `start + 1 .. end` of the path."""
 
     __slots__ = (
+        "batched",
         "checkpoints",
         "children",
         "described",
@@ -233,6 +234,7 @@ class Node:
         self.passes = 0  # prompts that ran along the whole edge
         self.last_used = 0  # request that passed it last
         self.queued = False  # whether it waits for its turn to be forgotten
+        self.batched = False  # whether its tokens never ran but in one forward with other prompts
         self.generated = False  # whether a model wrote its tokens, in answer to a prompt that ends above
         self.recent: Node | None = None  # the child that the latest prompt ran on to, for the eviction
         self.latest: Shape | None = None  # the policies' description of the latest prompt that came this way

@@ -44,6 +44,7 @@ class Visit:
         expected: how the prompt itself would be cut; None where it may resume from any lineage.
         prompt: what a policy may look at.
         counted: tokens of the text that were counted as a prompt before.
+        batched: whether what it computed ran in one forward with other prompts.
     """
 
     ledger: Ledger
@@ -55,6 +56,7 @@ class Visit:
     expected: Lineage | None
     prompt: Prompt
     counted: int = 0
+    batched: bool = False
 
     @classmethod
     def begin(cls, ledger: Ledger, ids: Tokens, segmenting: Segmenting, space: str, tail: int = 1) -> Visit:
@@ -126,6 +128,9 @@ class Visit:
             if self.footing.ended or self.footing not in ledger.chains.footings:  # not there after a fork
                 return False
             path = ledger.remember(self.footing.trail, self.counted)
+            for node in path:
+                if node.end > max(self.counted, self.prompt.resumed):
+                    node.batched = self.batched and (node.batched or node.passes == 1)
             ledger.forest.describe(path, self.prompt.shape)
             ledger.eviction.settled(path, self.prompt.forecast, ledger.clock)
             return True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness
 from hf_sparse_cache.models import prefill, states
-from hf_sparse_cache.stats import RequestInfo
+from hf_sparse_cache.stats import Cause, RequestInfo
 
 
 CORE = ["Mamba", "Jamba", "Zamba2", "Qwen3.5", "LFM2", "Gemma3"]
@@ -135,6 +135,30 @@ def test_rows_that_come_back_are_kept() -> None:
     with SparsePrefixCache(model) as cache:
         assert [computed(served(model, rows, cache)[1]) for _ in range(3)] == [287, 287, 0]
         assert not differing(cache)
+
+
+def test_why_rows_that_ran_together_are_not_kept_is_said() -> None:
+    model = build("Jamba")
+    rows = [random_ids(length, seed=length) for length in (90, 100, 97)]
+    with SparsePrefixCache(model) as cache:
+        served(model, [torch.cat([rows[0], random_ids(9, seed=1)], dim=1)], cache)  # by itself
+        assert cache.explain(rows[1]).reason.cause is Cause.DIVERGES or cache.explain(rows[1]).overlap_tokens == 0
+        cache.clear()
+        _, infos = served(model, rows, cache)
+        assert all(info.batched and not info.captured and info.computed_tokens == info.prompt_tokens for info in infos)
+        grown = torch.cat([rows[1], random_ids(30, seed=3)], dim=1)
+        said = cache.explain(grown)
+        assert said.reason == "never captured: the first 100 tokens ran in one forward with other prompts"
+        assert "comes back runs by itself" in said.remedy and said.difference is None
+        served(model, [grown], cache)
+        assert cache.last_request.reason == said.reason and not cache.last_request.batched
+        assert cache.explain(grown).reason == "resumed"
+        served(model, rows[:2], cache)  # one of them resumes, or ran alone: no longer told so
+        assert cache.explain(rows[1]).reason.cause is not Cause.BATCHED
+    with SparsePrefixCache(model, policy="none") as cache:  # by itself: the policy did it
+        served(model, rows[:1], cache)
+        assert cache.explain(grown[:, :1]).reason.cause is not Cause.BATCHED
+        assert cache.explain(torch.cat([rows[0], rows[1]], dim=1)).reason.cause is Cause.NOT_PLACED
 
 
 def test_marks_among_rows_are_captured() -> None:
