@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.models import prefill, server
+from hf_sparse_cache.models import prefill, sitting
 from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import Policy, make_policy
 from hf_sparse_cache.planning.segments import Bitwise
@@ -75,7 +75,7 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Every request of this process is timed meanwhile."""
         with (
-            mock.patch.object(server, "open_request", self.timed("match and plan", server.open_request)),
+            mock.patch.object(sitting, "open_request", self.timed("match and plan", sitting.open_request)),
             mock.patch.object(Request, "add", self.timed("add", Request.add)),
             mock.patch.object(Request, "close", self.timed("close", Request.close)),
             mock.patch.object(prefill.states, "capture_kv", self.copies(prefill.states.capture_kv)),

@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import tiny_models
 import torch
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel
 
 
 torch.set_num_threads(1)
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 # Their fixtures are for several files.
 pytest_plugins = ["persisting", "disks", "commands", "sharing"]

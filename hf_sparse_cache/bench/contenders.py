@@ -241,7 +241,8 @@ class Limit(Contender):
         space, segmenting = server.space.now()[0], server.binding.segmenting
         cuts = segmenting.cuts(asked.ids, server.store.marks.lengths(asked.ids, space))
         expected, match = segmenting.expected(cuts, len(asked.ids)), server.store.match(asked.ids, space)
-        stored = next(match.fitting(len(asked.ids) - 1, expected), None)
+        fitting = match.fitting(len(asked.ids), expected)
+        stored = next((found for found in fitting if found.position < len(asked.ids)), None)
         self._server.ready = None
         if stored is not None:
             state: Any = stored.state

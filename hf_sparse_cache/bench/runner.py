@@ -182,7 +182,8 @@ def _checked(requests: list[Asked], count: int) -> set[int]:
         seen.add(asked.group)
     later = later or list(range(len(requests)))
     count = min(count, len(later))
-    return {later[step * (len(later) - 1) // max(1, count - 1)] for step in range(count)}
+    # The last one first: a group's second request may say only where its third will resume.
+    return {later[-1 - step * (len(later) - 1) // max(1, count - 1)] for step in range(count)}
 
 
 def _grid(contenders: list[Contender]) -> int:

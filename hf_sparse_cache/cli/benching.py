@@ -22,7 +22,7 @@ RIVALS = ("stock", "chunked", "deepcopy", "dense", "limit")
 OWN = "documentation"
 # How much is measured unless told otherwise, in full and with --quick; of some, 0 means all.
 UNLIMITED = ("requests", "per_group", "max_prompt_tokens")
-QUICK: dict[str, Any] = {"requests": 4, "per_group": 2, "max_prompt_tokens": 1024, "max_new_tokens": 2, "checked": 1}
+QUICK: dict[str, Any] = {"requests": 6, "per_group": 3, "max_prompt_tokens": 1024, "max_new_tokens": 2, "checked": 1}
 FULL: dict[str, Any] = {"requests": 5, "per_group": 5, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
 
 Datasets = Annotated[

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(folder: Path, out: Path, *more: str) -> tuple[str, ...]:
     return (
         *("bench", "--model", "zamba2-3m", "--dataset", str(folder), "--grid", "128", "--max-new-tokens", "2"),
-        *("--checked", "1", "--per-group", "2", "--out", str(out), *more),
+        *("--checked", "1", "--requests", "6", "--per-group", "3", "--out", str(out), *more),
     )
 
 
@@ -62,7 +62,8 @@ def done(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_contender_serves_every_request_in_turn(done: Path) -> None:
     rows = pandas.read_parquet(done / "requests.parquet")
     served = rows.groupby("contender").size().to_dict()
-    assert served == {"stock": 4, "chunked": 4, "deepcopy": 4, "dense": 4, "learned": 4, "limit": 2}
+    # The second question says where the third will leave a text as short as this one.
+    assert served == {"stock": 6, "chunked": 6, "deepcopy": 6, "dense": 6, "learned": 6, "limit": 2}
     learned = rows[rows["contender"] == "learned"]
     assert (learned["prompt_tokens"] == learned["resumed_tokens"] + learned["computed_tokens"]).all()
     assert (learned["resumed_tokens"] > 0).sum() == 2 and rows["tokens_equal"].all()
@@ -79,7 +80,7 @@ def test_metrics_and_exactness(done: Path) -> None:
     assert learned["checked_bitwise"] == learned["checked_resumed"] == 1
     assert learned["max_abs_logit_diff"] <= 1e-4 and learned["tokens_equal"] == 1.0
     assert learned["held_bytes"] == learned["checkpoint_bytes"] + learned["kv_bytes"] == learned["peak_bytes"] > 0
-    assert learned["sooner_again"]["count"] == learned["over_limit"]["count"] == 2
+    assert (learned["sooner_again"]["count"], learned["over_limit"]["count"]) == (4, 2)
     assert learned["decode_tokens_per_second"] > 0
     (summary,) = content["units"]
     assert summary["random_weights"] and summary["left_out"] == {} and summary["grid"] == 128

@@ -62,19 +62,21 @@ def run_threads(threads: list[threading.Thread]) -> None:
 
 
 def test_two_threads_store_a_new_document_once(jamba: PreTrainedModel) -> None:
-    with handle(jamba) as alone:
-        logits(jamba, question(2), alone)
-        expected = alone.store.used_bytes
     with handle(jamba) as cache:
-        start = threading.Barrier(2)
+        start, found = threading.Barrier(2), []
 
         def work() -> None:
             start.wait()
-            logits(jamba, question(2), cache)
+            with cache.record() as requests:
+                logits(jamba, question(2), cache)
+            found.extend(requests)
 
         run_threads([threading.Thread(target=work) for _ in range(2)])
-        assert cache.store.used_bytes == expected
-        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == expected
+        length = question(2).shape[-1]
+        assert sorted(info.computed_tokens for info in found) == [0, length]  # one of them waited for the other
+        stats = cache.stats()
+        assert stats.kv_bytes == length * cache.size.kv_bytes_per_token
+        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == cache.store.used_bytes
 
 
 def in_child(cache: SparsePrefixCache, sender: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from matrix import Bench
 from tiny_models import build
 
-from hf_sparse_cache.models import server, space
+from hf_sparse_cache.models import rows, server, sitting, space
 from hf_sparse_cache.models.weights import identity
 
 
@@ -195,8 +195,10 @@ def test_a_warm_request_looks_once_before_and_once_behind(
     second: list[Any] = []
     for module, name, found in (
         (server, "identity", first),
+        (sitting, "identity", first),
+        (rows, "identity", first),
         (space, "identity", first),
-        (server, "unchanged", second),
+        (sitting, "unchanged", second),
     ):
         own = getattr(module, name)
 

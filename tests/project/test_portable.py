@@ -13,6 +13,10 @@ from hf_sparse_cache.tools import machine
 ELSEWHERE = """
 import os, subprocess, sys, types
 import psutil, torch, transformers  # which look for the platform's modules themselves
+try:
+    import uvicorn, huggingface_hub.utils._cache_manager  # and so do these
+except ImportError:
+    pass
 for name in ("resource", "fcntl", "pwd", "grp", "termios"):
     sys.modules[name] = None
 for name in ("register_at_fork", "fork", "sched_getaffinity", "sysconf", "getuid", "O_CLOEXEC"):
