@@ -72,7 +72,7 @@ test-eval: .venv-eval/ready  ## Evaluation through lm-evaluation-harness, beside
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/evaluation \
 	    'tests/project/test_notebooks.py::test_runs[evaluation]' $(PYTEST_ARGS)
 
-support: .venv/dev  ## Every cell of the exactness matrix into docs/support.md: slow
+support: .venv/dev  ## Every cell of the exactness matrix, in both modes, into docs/support.md: slow
 	$(BIN)/python tests/support_table.py
 
 api: .venv/dev  ## The API reference, docs/api.md, from the docstrings

@@ -3,8 +3,9 @@
     python -m benchmarks.readme_table            rewrites README.md between its two marks
     python -m benchmarks.readme_table --check    exit code 1 if README.md does not say what the results say
 
-Every folder of `hf-sparse-cache bench --out benchmarks/results/NAME` gives rows to the first table, costs.json
-(written by `python -m benchmarks.bench_costs`) gives the second.
+new_tokens.json (written by `python -m benchmarks.bench_new_tokens`) gives the first table, every folder of
+`hf-sparse-cache bench --out benchmarks/results/NAME` one more, costs.json (`python -m benchmarks.bench_costs`) the
+last. Each names the mode of exactness; results of before it was noted are of bitwise mode.
 """
 
 import argparse
@@ -20,24 +21,58 @@ from hf_sparse_cache.stats import format_bytes, table
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured: begin, written by python -m benchmarks.readme_table -->", "<!-- measured: end -->"
 PLACEHOLDER = "MEASURED_TABLE"
+OLD_MODE = "bitwise"  # of results that do not say
 
 
 def tables(results):
     """Markdown of all results in a folder."""
     parts = []
+    new_tokens = results / "new_tokens.json"
+    if new_tokens.is_file():
+        content = json.loads(new_tokens.read_text(encoding="utf-8"))
+        parts += ["What a question costs that follows a long document:", _new_tokens(content["results"])]
+        parts.append(_circumstances(content, new_tokens.name))
     for folder in sorted(path.parent for path in results.glob("*/metrics.json")):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["measured"]
         parts += [
+            f"Whole workloads, in {config['settings'].get('exactness', OLD_MODE)} mode:",
             _bench(measured, config["settings"]["policies"][0]),
             _circumstances(config, folder.relative_to(results)),
         ]
     costs = results / "costs.json"
     if costs.is_file():
         content = json.loads(costs.read_text(encoding="utf-8"))
-        parts += ["What it costs where it cannot help, and beside what it must not cost:", _costs(content["results"])]
+        mode = content.get("exactness", OLD_MODE)
+        parts += [f"What it costs where it cannot help, and beside what it must not cost, in {mode} mode:"]
+        parts.append(_costs(content["results"]))
         parts.append(_circumstances(content, costs.name))
     return "\n\n".join(parts)
+
+
+def _new_tokens(results):
+    ratios = list(dict.fromkeys(name for result in results for name in result if " / " in name))
+    columns = (
+        "model",
+        "mode",
+        "tokens of a question",
+        "computed by the second",
+        "by later ones",
+        "the same prompt again",
+    )
+    cells = []
+    for result in results:
+        computed = result["computed"]
+        counts = ("question", "second", "third and later, median", "the same prompt again")
+        shown = [f"{computed[name]:,.0f}" for name in counts]
+        if computed["third and later, most"] != computed["third and later, median"]:
+            shown[2] += f" (at most {computed['third and later, most']:,.0f})"
+        cells.append((result["model"], result["exactness"], *shown, *(_interval(result.get(name)) for name in ratios)))
+    return table((*columns, *ratios), cells)
+
+
+def _interval(ratio):
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
 
 
 def _bench(measured, policy):

@@ -26,7 +26,7 @@ def think(context: str) -> None:
     print(f"{info.prompt_tokens:6,} tokens · resumed {info.resumed_tokens:6,} · computed {info.computed_tokens:5,}")
 
 
-with SparsePrefixCache(model, tokenizer, grid=128) as cache:
+with SparsePrefixCache(model, tokenizer) as cache:
     context = f"You may call open(page). Pages: {', '.join(pages)}.{end}"
     for page in ("exactness", "troubleshooting"):
         context += f"open({page}){end}{pages[page][:3000]}{end}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from typing import Any, ClassVar, Self
 
 from .checks import MOST_ID, is_whole, shown, text
@@ -15,7 +16,8 @@ EXACTNESS = ("replayable", "bitwise")
 
 @dataclass(frozen=True)
 class SparseCacheConfig(Shareable):
-    """Settings of a `SparsePrefixCache`; the same names, defaults and errors as its keyword arguments.
+    """Settings of a `SparsePrefixCache`; the same names, defaults and errors as its keyword arguments, which are all
+    but the last one.
 
     Args:
         max_memory: bytes that may be stored, as an integer or such as "2GiB"; None for no limit.
@@ -30,6 +32,8 @@ class SparseCacheConfig(Shareable):
         pieces: most tokens that one forward of a prefill may take, in replayable mode; None for no limit.
         policy: name of the placement policy.
         namespace: a tenant; nothing stored under one is ever matched from another.
+        cut_tokens: what one more cut of a prefill costs, in tokens of prefill, which decides in replayable mode how
+            many are worth it; None for what is usual on the model's device. `hf-sparse-cache tune` measures it.
 
     Raises:
         ValueError: A value is out of range; the message names the argument.
@@ -46,6 +50,7 @@ class SparseCacheConfig(Shareable):
     cut_after: tuple[str, ...] = ()
     pieces: int | None = None
     ambient: bool = False
+    cut_tokens: float | None = None
 
     def __post_init__(self) -> None:
         parse_bytes(self.max_memory)
@@ -62,6 +67,9 @@ class SparseCacheConfig(Shareable):
             raise ValueError(f"pieces must be None or at least 2 tokens, not {shown(self.pieces)}.")
         if not isinstance(self.ambient, bool):
             raise ValueError(f"ambient must be True or False, not {shown(self.ambient)}.")
+        cost: Any = self.cut_tokens
+        if cost is not None and (isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < inf):
+            raise ValueError(f"cut_tokens must be None or a finite number, at least 0, not {shown(self.cut_tokens)}.")
         strings: Any = self.cut_after
         if isinstance(strings, str) or not all(isinstance(string, str) and string for string in strings):
             raise ValueError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .planning.cuts import MESSAGE_TOKENS, MIN_SUFFIX_TOKENS, Positions, Tokens
+from .planning.lineage import Lineage
 from .planning.segments import Segmenting
 from .stats import Cause, Reason, format_bytes
 from .store.bounds import Bound
@@ -60,9 +61,10 @@ _REMEDIES = {
 }
 _MARK = "{:,} shared tokens lie behind the last checkpoint: cache.mark() on them would keep one there."
 _BEHIND_CUT = (
-    "{:,} shared tokens lie behind the last cut before the prompts part and are computed again. cache.mark() on the "
-    "shared part, cut_after= the string that ends it, a special token there, or exactness='replayable' saves them."
+    "{:,} shared tokens lie {} and are computed again. cache.mark() on the shared part, cut_after= the string that "
+    "ends it,{} or exactness='replayable' saves them."
 )
+_LAST_CUT, _FIRST_CUT = "behind the last cut before the prompts part", "before the first cut"
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,8 @@ def explain(store: CheckpointStore, ids: Tokens, segmenting: Segmenting, space: 
         usable = min(match.overlap, len(ids) - MIN_SUFFIX_TOKENS)
         checkpoint = next(match.fitting(len(ids), expected), None)
         reason = cause(match, checkpoint, usable, cuts)
+    if checkpoint is None:
+        reason = with_lower_tiers(reason, store, ids, expected, space)
     resumed, overlap = checkpoint.position if checkpoint else 0, match.overlap
     deeper, known = store.reach(ids, expected, space)
     if deeper > resumed:
@@ -245,12 +249,19 @@ def explain(store: CheckpointStore, ids: Tokens, segmenting: Segmenting, space: 
         advice = room or advice or _MARK.format(wanted - resumed)
     behind = usable - max(wanted, resumed)
     parts = expected is not None and match.overlap < len(ids)
-    if parts and wanted and behind > MESSAGE_TOKENS:  # fewer agree by chance
-        advice = " ".join(filter(None, (advice, _BEHIND_CUT.format(behind))))
+    if parts and behind > MESSAGE_TOKENS:  # fewer agree by chance
+        advice = _with_ways(advice, behind, max(wanted, resumed), segmenting)
     departures = [tier.departure(ids, space, _CONTEXT_TOKENS) for tier in store.tiers]
     furthest = max(departures, key=lambda one: one.position)
     difference = Difference.of(ids, furthest, model.decode) if furthest.position >= overlap else None
     return Explanation(len(ids), overlap, resumed, reason, advice, context, told, difference)
+
+
+def _with_ways(advice: str, behind: int, cut: int, segmenting: Segmenting) -> str:
+    """Advice with what saves the shared tokens behind a cut, or before the first one where `cut` is 0."""
+    special = " a special token there," if behind >= segmenting.rule.special_distance else ""
+    saved = _BEHIND_CUT.format(behind, _LAST_CUT if cut else _FIRST_CUT, special)
+    return " ".join(filter(None, (advice, saved) if cut else (saved, advice)))
 
 
 def too_small(bound: Bound, position: int, need: int) -> str:
@@ -275,7 +286,7 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
         return Reason(Cause.RESUMED)
     if not match.known:
         return Reason(Cause.NOTHING_STORED)
-    if not len(cuts):
+    if not len(cuts) or (cuts[0] > usable and match.overlap > usable):  # its end comes first, not where it leaves
         return Reason(Cause.TOO_SHORT)
     if cuts[0] > usable:
         return Reason(Cause.DIVERGES, token=match.overlap)
@@ -291,6 +302,16 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
         return Reason(Cause.BEFORE_FIRST, tokens=match.overlap, position=first)
     together = any(node.batched for node in match.path if node.start < usable)
     return Reason(Cause.BATCHED if together else Cause.NOT_PLACED, tokens=usable)
+
+
+def with_lower_tiers(
+    reason: Reason, store: CheckpointStore, ids: Tokens, expected: Lineage | None, space: str
+) -> Reason:
+    """The reason of a prompt that resumes nothing, where tiers below the fastest hold states that do not fit."""
+    if len(store.tiers) == 1 or reason.cause in (Cause.TOO_SHORT, Cause.CUT_OTHERWISE):
+        return reason
+    deepest = store.cut_otherwise(ids, expected, space)
+    return Reason(Cause.CUT_OTHERWISE, tokens=deepest) if deepest else reason
 
 
 def not_supported(why: str) -> Reason:

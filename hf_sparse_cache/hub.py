@@ -127,11 +127,11 @@ class Shareable:
         return cls.from_dict(content)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file in full or not at all, in the place of one that was written here before.
+def check_own(path: Path) -> None:
+    """Refuse a file that may not be replaced.
 
     Raises:
-        ValueError: what lies there was not.
+        ValueError: something lies there that `save_pretrained` did not write.
     """
     if os.path.lexists(path):
         try:
@@ -140,6 +140,15 @@ def _replace(path: Path, text: str) -> None:
             known = False
         if not known:
             raise ValueError(f"{path} was not written by save_pretrained; choose another folder, or move it away.")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file in full or not at all, in the place of one that was written here before.
+
+    Raises:
+        ValueError: what lies there was not.
+    """
+    check_own(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with temporary.open("x", encoding="utf-8") as file:
         try:

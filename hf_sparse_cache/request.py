@@ -27,7 +27,7 @@ from typing import Self
 
 import numpy as np
 
-from .explain import cause
+from .explain import cause, with_lower_tiers
 from .planning.cuts import MIN_SUFFIX_TOKENS, Tokens
 from .planning.lineage import Lineage, Span
 from .planning.policies import Policy
@@ -411,6 +411,8 @@ def open_request(
         with store.lock:
             usable = min(visit.match.overlap, len(ids) - max(MIN_SUFFIX_TOKENS, tail))
             reason = cause(visit.match, visit.checkpoint, usable, visit.prompt.cuts)
+        if visit.checkpoint is None:
+            reason = with_lower_tiers(reason, store, tokens, visit.expected, space)
         request = Request(store, policy, segmenting, visit, reason, junctions, promise, holding)
         request.match_seconds = (matched := time.perf_counter()) - started
         request.plan()

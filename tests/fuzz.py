@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 
-FUZZERS = ("fuzz_requests", "fuzz_files")
+FUZZERS = ("fuzz_requests", "fuzz_conversations", "fuzz_files")
 
 
 def main() -> None:

@@ -52,20 +52,29 @@ class Planted(Exception):
 class World:
     """One model with its store, its tenants and what has happened so far.
 
+    Attributes:
+        families: labels of those that it may be of; None for all.
+        modes: those that it may be in.
+        policies: those that it may have.
+
     Args:
         seed: everything follows from it.
         tally: counts what was tried.
         sabotage: whether restored states are wiped, so that the comparison has something to find.
     """
 
+    families: tuple[str, ...] | None = None
+    modes: tuple[str, ...] = (BITWISE, REPLAYABLE)
+    policies: tuple[str, ...] = POLICIES
+
     def __init__(self, seed: int, tally: Counter[str], sabotage: bool = False) -> None:
         self.seed, self.tally, self.sabotage = seed, tally, sabotage
         self.draw = random.Random(seed)
-        self.family = self.draw.choice(supported_families())
+        self.family = self.draw.choice(self.families or supported_families())
         self.dtype = self.draw.choice((torch.float32, torch.float32, torch.float32, torch.bfloat16))
-        self.mode = BITWISE if sabotage else self.draw.choice((BITWISE, REPLAYABLE))
+        self.mode = self.modes[0] if sabotage else self.draw.choice(self.modes)
         self.grid = self.draw.choice((16, 16, 32, 48))
-        self.policy = "balanced" if sabotage else self.draw.choice(POLICIES)
+        self.policy = "balanced" if sabotage else self.draw.choice(self.policies)
         self.model = build(self.family, self.dtype, seed=seed % 7)
         self.prompts: list[Tensor] = []
         self.steps: list[str] = [f"{self.family} {self.dtype} {self.mode} grid {self.grid} {self.policy}"]
@@ -163,6 +172,21 @@ class World:
                 twin.store.mark(prefix, twin.server.space.now()[0])
             return self.generate(ids, mask, twin, steps)
 
+    def compare_cold(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        warm: tuple[Tensor, Any],
+        steps: int,
+        cache: SparsePrefixCache,
+        info: RequestInfo | None = None,
+    ) -> None:
+        """Warm with cold, bit for bit; `info` is that of the request, where the last one may be another."""
+        cold, state = self.cold(ids, mask, steps, cache, info)
+        self.expect(torch.equal(warm[0], cold), "logits differ from those of a cold run", warm[0] - cold)
+        self.expect(_same_states(warm[1], state), "states differ from those of a cold run")
+        self.tally["compared with cold"] += len(ids)
+
     def compare(
         self,
         ids: Tensor,
@@ -174,10 +198,7 @@ class World:
     ) -> None:
         """Warm with cold and stock; `infos` are those of the rows, where the last request may be another one."""
         if cache is not None and (self.mode == BITWISE or len(ids) == 1):
-            cold, state = self.cold(ids, mask, steps, cache, infos[0] if infos else None)
-            self.expect(torch.equal(warm[0], cold), "logits differ from those of a cold run", warm[0] - cold)
-            self.expect(_same_states(warm[1], state), "states differ from those of a cold run")
-            self.tally["compared with cold"] += len(ids)
+            self.compare_cold(ids, mask, warm, steps, cache, infos[0] if infos else None)
         elif cache is not None and infos:
             for index, info in enumerate(infos):
                 self.compare_row(ids[index : index + 1, mask[index].bool()], warm[0][0, index], info, cache)
@@ -210,7 +231,10 @@ class World:
         """What has to hold between requests."""
         store = self.store
         store.verify()
-        self.expect(store.max_memory is None or store.used_bytes <= store.max_memory, "more is stored than may be")
+        fits = store.max_memory is None or store.used_bytes <= store.max_memory
+        # A budget that was made smaller than what marks keep: resize() warns, and nothing else stays.
+        kept = {id(item) for _, item in store.marks.kept}
+        self.expect(fits or all(id(item) in kept for item in store.stored()), "more is stored than may be")
         pinned = [item for item in store.stored() if item.pins]
         self.expect(len(pinned) <= len(store.marks.kept), f"{len(pinned)} checkpoints are pinned")
 
@@ -392,6 +416,9 @@ class World:
     def note(self, what: str) -> None:
         self.steps.append(what)
 
+    def end(self) -> None:
+        """What is looked at when everything has happened."""
+
     def step(self) -> None:
         """One thing that happens, and the books afterwards."""
         rare: list[Callable[[], None]] = [
@@ -411,6 +438,16 @@ def _signature(function: Any) -> Any:
     import inspect
 
     return inspect.signature(function)
+
+
+def same_payloads(one: Any, two: Any) -> bool:
+    """Whether two captured states, or keys and values, are the same in every layer, bit for bit."""
+    for mine, other in zip(one.layers, two.layers, strict=True):
+        if mine.keys() != other.keys():
+            return False
+        if not all(torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k] for k, v in mine.items()):
+            return False
+    return True
 
 
 def _same_states(one: Any, two: Any) -> bool:
@@ -450,7 +487,13 @@ def _wiped(sabotage: bool) -> Iterator[None]:
 
 
 def run(
-    seed: int, *, worlds: int | None = None, seconds: float | None = None, steps: int = 14, sabotage: bool = False
+    seed: int,
+    *,
+    worlds: int | None = None,
+    seconds: float | None = None,
+    steps: int = 14,
+    sabotage: bool = False,
+    kind: type[World] = World,
 ) -> Counter[str]:
     """Make worlds, one after the other, and let things happen in each.
 
@@ -459,6 +502,7 @@ def run(
         worlds, seconds: when to stop, whichever comes first.
         steps: things that happen in one world.
         sabotage: see `World`.
+        kind: of the worlds.
 
     Returns:
         How much of what was tried.
@@ -469,11 +513,12 @@ def run(
     tally: Counter[str] = Counter()
     started = time.monotonic()
     while (worlds is None or tally["worlds"] < worlds) and (seconds is None or time.monotonic() - started < seconds):
-        world = World(seed + tally["worlds"], tally, sabotage)
+        world = kind(seed + tally["worlds"], tally, sabotage)
         try:
             with _wiped(sabotage):
                 for _ in range(steps):
                     world.step()
+                world.end()
         except Difference:
             raise
         except Exception as error:

@@ -1,8 +1,9 @@
-"""The exactness matrix: model family x way of calling `generate()` x dtype.
+"""The exactness matrix: model family x way of calling `generate()` x dtype x mode of exactness.
 
-A cell runs one call three times on one tiny model: stock (without a handle), cold (with a handle that has nothing) and
-warm (with a handle that has served a prompt with a common prefix). Warm must equal cold bit for bit, and stock within
-a tolerance; and something must have been resumed, or the request must say why not.
+A cell runs one call three times on one tiny model: stock (without a handle), warm (with a handle that has served
+prompts with a common prefix) and cold (from nothing: in bitwise mode with a handle that has nothing, in replayable
+mode over the segments of the warm run). Warm must equal cold bit for bit, and stock within a tolerance; and something
+must have been resumed, or the request must say why not.
 
 A new way of calling is one row in `matrix_calls.CALLS`; a new family is one row in `tiny_families.ROWS`.
 """
@@ -13,12 +14,14 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from segments_of import Kept, Retraced
 from tiny_families import PAD, VOCABULARY
 from tiny_models import available_families, build, random_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache.config import EXACTNESS
 from hf_sparse_cache.models.families import REFUSED, family_of
 
 
@@ -26,7 +29,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 # Warm against stock. Internal float32 islands bound float64; in 16 bits one ulp can send a token to another expert.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-5, "bfloat16": None}
 NEW_TOKENS = 5
+REPLAYABLE, BITWISE = EXACTNESS
 POLICY = "balanced"  # short prompts have a checkpoint at every cut, so that reuse never depends on what was learned
+# The same where cuts are further apart than these prompts are long: where prompts part, and at their end.
+POLICIES = {BITWISE: POLICY, REPLAYABLE: "junction"}
 # Families on which every call runs in every test session; the rest run the core calls only.
 REPRESENTATIVE = ("Mamba", "Mamba2", "Jamba", "Zamba2", "Qwen3.5", "LFM3", "Gemma3")
 # Families that the oldest supported transformers does not have.
@@ -109,8 +115,11 @@ class Cell:
     family: str
     call: str
     dtype: str
+    mode: str
     status: (
-        str  # "exact", "uncached" (stock results, with a reason), "not allowed" (by transformers), "broken upstream"
+        # "exact", "batched" (rows in one forward, which no run repeats bit for bit), "uncached" (stock results, with
+        # a reason), "not allowed" (by transformers), "broken upstream"
+        str
     )
     resumed_tokens: int = 0
     max_diff: float = 0.0
@@ -134,8 +143,10 @@ def build_shared(label: str, dtype: str = "float32") -> PreTrainedModel:
 class Bench:
     """One model with prompts whose length fits its kernel chunk, and the options that every call shares."""
 
-    def __init__(self, label: str, dtype: str = "float32", model: PreTrainedModel | None = None) -> None:
-        self.label, self.dtype = label, dtype
+    def __init__(
+        self, label: str, dtype: str = "float32", model: PreTrainedModel | None = None, mode: str = BITWISE
+    ) -> None:
+        self.label, self.dtype, self.mode = label, dtype, mode
         self.model = build_shared(label, dtype) if model is None else model
         self.family = family_of(self.model)
         self.step = max(16, self.family.chunk(self.model.config.get_text_config()))
@@ -154,12 +165,14 @@ class Bench:
         """A new handle on the model, or on a wrapper of it."""
         return SparsePrefixCache(
             self.model if model is None else model,
-            **{"grid": self.step, "policy": POLICY, "exactness": "bitwise"} | options,
+            **{"grid": self.step, "policy": POLICIES[self.mode], "exactness": self.mode} | options,
         )
 
     def warm(self, handle: SparsePrefixCache) -> None:
-        """Serve the stored prompt."""
+        """Serve the stored prompt; in replayable mode also one that shows where others leave it."""
         self.generate(self.stored, handle, max_new_tokens=1)
+        if self.mode == REPLAYABLE:
+            self.generate(self.prompt(9), handle, max_new_tokens=1)
 
     def generate(self, ids: Tensor | None, handle: SparsePrefixCache | None, **options: Any) -> Outcome:
         """One `generate()` call, greedy unless the options say otherwise."""
@@ -190,7 +203,7 @@ def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def run_cell(label: str, call: Call, dtype: str) -> Cell:
+def run_cell(label: str, call: Call, dtype: str, mode: str = BITWISE) -> Cell:
     """Run one cell.
 
     Raises:
@@ -198,20 +211,23 @@ def run_cell(label: str, call: Call, dtype: str) -> Cell:
     """
     broken = BROKEN_UPSTREAM.get(label, {}).get(dtype)
     if broken:
-        return Cell(label, call.name, dtype, "broken upstream", note=broken)
-    bench = Bench(label, dtype)
+        return Cell(label, call.name, dtype, mode, "broken upstream", note=broken)
+    bench = Bench(label, dtype, mode=mode)
     not_allowed = call.refused(bench.model)
     if not_allowed:
-        return Cell(label, call.name, dtype, "not allowed", note=not_allowed)
+        return Cell(label, call.name, dtype, mode, "not allowed", note=not_allowed)
     stock = (call.reference or call.run)(bench, None)
-    with bench.handle(policy="none") as handle:
-        cold = call.run(bench, handle)
     with bench.handle() as handle:
         bench.warm(handle)
+        handle.server = kept = Kept(handle.server)
         warm = call.run(bench, handle)
-        resumed, info = handle.stats().resumed_tokens, handle.last_request
+        resumed, info = kept.resumed_tokens, handle.last_request
+    with bench.handle(policy="none") as handle:
+        if mode == REPLAYABLE:
+            handle.server = Retraced(handle.server, kept)
+        cold = call.run(bench, handle)
     assert info is not None
-    assert warm.equals(cold), f"warm is not cold: {warm.distance(cold):.1e}"
+    assert kept.batched or warm.equals(cold), f"warm is not cold: {warm.distance(cold):.1e}"
     difference, tolerance = warm.distance(stock), TOLERANCE[dtype]
     if tolerance is not None:
         assert difference <= tolerance, f"{difference:.1e} from stock"
@@ -219,9 +235,12 @@ def run_cell(label: str, call: Call, dtype: str) -> Cell:
         assert warm.extra == stock.extra
     if call.reason:
         assert call.reason in info.reason, info.reason
-        return Cell(label, call.name, dtype, "uncached", 0, difference, info.reason)
+        return Cell(label, call.name, dtype, mode, "uncached", 0, difference, info.reason)
+    if kept.batched:  # of a short prompt more is gained by one forward for all rows than by a checkpoint
+        assert mode == REPLAYABLE
+        return Cell(label, call.name, dtype, mode, "batched", resumed, difference)
     assert resumed > 0, f"nothing was resumed: {info.reason}"
-    return Cell(label, call.name, dtype, "exact", resumed, difference)
+    return Cell(label, call.name, dtype, mode, "exact", resumed, difference)
 
 
 def vocabulary() -> dict[str, int]:

@@ -44,6 +44,9 @@ def _one(
     exactness = [summary["exactness"][contender] for summary in own if contender in summary["exactness"]]
     equal = served["tokens_equal"].dropna()
     result: dict[str, Any] = {
+        "mode": next((summary.get("mode", "bitwise") for summary in own), "bitwise")
+        if exactness and prefill
+        else None,
         "requests": len(served),
         "requests_again": len(again),
         "first_token_p50": _percentile(served, 50),
@@ -115,7 +118,7 @@ def verdict(measured: list[dict[str, Any]], policy: str) -> list[str]:
     for row in measured:
         if row["contender"] != policy:
             continue
-        sentence = f"{row['model']} on {row['dataset']}: "
+        sentence = f"{row['model']} on {row['dataset']}, {_mode(row)} mode: "
         sooner = row["sooner_again"]
         if sooner:
             sentence += (
@@ -139,6 +142,7 @@ def table(measured: list[dict[str, Any]]) -> Table:
         "model",
         "dataset",
         "served by",
+        "mode",
         "first token",
         "again",
         "again p95",
@@ -158,6 +162,7 @@ def table(measured: list[dict[str, Any]]) -> Table:
                 row["model"],
                 row["dataset"],
                 row["contender"],
+                _mode(row),
                 "" if row["contender"] == LIMIT else seconds(row["first_token_p50"]),
                 seconds(row["first_token_again_p50"]),
                 seconds(row["first_token_again_p95"]),
@@ -172,7 +177,15 @@ def table(measured: list[dict[str, Any]]) -> Table:
 
 def costs(measured: list[dict[str, Any]]) -> Table:
     """Where the seconds of each cached contender went: columns and cells for people."""
-    columns = ("model", "dataset", "served by", "prefill", "model", *(name.removesuffix("_seconds") for name in COSTS))
+    columns = (
+        "model",
+        "dataset",
+        "served by",
+        "mode",
+        "prefill",
+        "model",
+        *(name.removesuffix("_seconds") for name in COSTS),
+    )
     columns += ("capture + restore", "over limit", "cold over chunked", "decode")
     cells: list[tuple[str, ...]] = []
     for row in measured:
@@ -182,6 +195,7 @@ def costs(measured: list[dict[str, Any]]) -> Table:
         cells.append(
             (
                 *(row[name] for name in ("model", "dataset", "contender")),
+                _mode(row),
                 seconds(row["prefill_seconds"]),
                 seconds(row["model_seconds"]),
                 *(seconds(row[name]) for name in COSTS),
@@ -194,6 +208,11 @@ def costs(measured: list[dict[str, Any]]) -> Table:
             )
         )
     return columns, cells
+
+
+def _mode(row: dict[str, Any]) -> str:
+    """The mode of a contender with a cache, "" of any other; rows of before it was noted are of bitwise mode."""
+    return row.get("mode", "bitwise") or ""
 
 
 def seconds(value: float | None) -> str:

@@ -79,7 +79,8 @@ def build(
     for (model, dataset), unit in rows.groupby(["model", "dataset"], sort=False):
         own = [row for row in measured if (row["model"], row["dataset"]) == (model, dataset)]
         figures = plots.draw(unit, own, policies)
-        parts.append(f"<h2>{escape(str(model))} on {escape(str(dataset))}</h2><div class='plots'>")
+        mode = settings.get("exactness", "bitwise")
+        parts.append(f"<h2>{escape(str(model))} on {escape(str(dataset))}, {mode} mode</h2><div class='plots'>")
         parts += [
             f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in _unique(figures, len(parts))
         ]
@@ -92,9 +93,10 @@ def _numbers(measured: list[dict[str, Any]], policy: str) -> str:
     own = [row for row in measured if row["contender"] == policy]
     sooner = [row["sooner_again"]["median"] for row in own if row["sooner_again"]]
     over = [row["over_limit"]["median"] for row in own if row["over_limit"]]
+    mode = own[0].get("mode", "bitwise") if own else ""
     share = [row["capture_restore_share"] for row in own if row["capture_restore_share"] is not None]
     shown = [
-        (f"{min(sooner):.1f}× to {max(sooner):.1f}×" if sooner else "", "first token sooner, medians"),
+        (f"{min(sooner):.1f}× to {max(sooner):.1f}×" if sooner else "", f"first token sooner, medians, {mode} mode"),
         (f"{max(over):.2f}×" if over else "", "of the limit, highest median"),
         (f"{max(share):.2%}" if share else "", "of prefill spent on capture and restore, highest"),
         (format_bytes(max((row["peak_bytes"] for row in own), default=0)), "most bytes stored"),

@@ -32,6 +32,7 @@ class Settings:
         rivals: some of `RIVALS`.
         requests, per_group: how much of a dataset; None for all.
         max_prompt_tokens: longer prompts are shortened; None leaves them.
+        exactness: the mode of the cache.
         checked: requests whose logits are compared.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     rivals: tuple[str, ...] = ("stock", "chunked", "deepcopy", "dense", "limit")
     max_memory: str = "2GiB"
     grid: int | None = None
+    exactness: str = "replayable"
     max_new_tokens: int = 8
     requests: int | None = 15
     per_group: int | None = 5
@@ -90,8 +92,9 @@ class Folder:
             before = jsontext.read(known)
             if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
                 raise ValueError(f"--out {path}: its config.json is not that of a run; give another folder.")
+            known_settings = {"exactness": "bitwise", **before["settings"]}  # which older runs do not say
             differ = sorted(
-                key for key, value in content["settings"].items() if before["settings"].get(key, value) != value
+                key for key, value in content["settings"].items() if known_settings.get(key, value) != value
             )
             if differ:
                 raise ValueError(

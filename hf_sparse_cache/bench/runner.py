@@ -50,6 +50,7 @@ def run_trial(settings: Settings, name: str, workload: Workload, repeat: int) ->
             "parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "random_weights": name in builtin.SIZES,
+            "mode": settings.exactness,
             "grid": _grid(contenders),
             "prompts": len(requests),
             "seconds": time.perf_counter() - started,
@@ -70,8 +71,9 @@ def _contenders(
     settings: Settings, model: Any, tokenizer: Any, requests: list[Asked]
 ) -> tuple[list[Contender], dict[str, str]]:
     """Those that were asked for and are right on this model, and why the others are left out."""
-    options: dict[str, Any] = {"max_memory": settings.max_memory, "grid": settings.grid}
-    policies = [Cached(model, tokenizer, policy, policy, **options) for policy in settings.policies]
+    options: dict[str, Any] = {"grid": settings.grid, "exactness": settings.exactness}
+    most = settings.max_memory
+    policies = [Cached(model, tokenizer, policy, policy, max_memory=most, **options) for policy in settings.policies]
     grid = policies[0].handle.grid
     made: list[Contender] = []
     left_out: dict[str, str] = {}
@@ -90,7 +92,7 @@ def _contenders(
             else:
                 made.append(make())
     if "dense" in settings.rivals:
-        made.append(Cached(model, tokenizer, "dense", EveryCut(), max_memory=None, grid=grid))
+        made.append(Cached(model, tokenizer, "dense", EveryCut(), max_memory=None, **{**options, "grid": grid}))
     if "limit" in settings.rivals:
         made.append(Limit(policies[0]))
     return [*made, *policies], left_out

@@ -18,6 +18,7 @@ from ..tools.builtin_sizes import SIZES
 from .benching import bench
 from .evaluating import evaluate
 from .hosting import serve
+from .options import Exactness, Grid
 from .outputs import PNG_MARK, check_output
 from .screen import Screen, fail
 
@@ -55,9 +56,6 @@ def _model_names(incomplete: str) -> list[str]:
 
 
 ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
-Grid = Annotated[
-    int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
-]
 Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500MB or 2GiB.")]
 Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's choice.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
@@ -176,6 +174,7 @@ def verify(
     prompts: Annotated[int, typer.Option(help="How many prompts to check.", min=1, max=7)] = 3,
     document: Annotated[Path | None, typer.Option(help="A text file to take the prompts from.")] = None,
     policy: Policy = None,
+    exactness: Exactness = "replayable",
     grid: Grid = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -195,10 +194,41 @@ def verify(
     _quiet()
     text = sources.read_document(document) if document else sources.own_document()[0]
     loaded, tokenizer = builtin.load(model, [text], dtype, device)
-    options = {"grid": grid, **({"policy": policy} if policy else {})}
+    options = {"grid": grid, "exactness": exactness, **({"policy": policy} if policy else {})}
     report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
     screen.emit({"model": model, **result, "machine": describe_machine()})
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def tune(
+    model: ModelName,
+    exactness: Exactness = "replayable",
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each prompt; default: 2,048, or 8,192 on an accelerator.", min=8)
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="How often each way is timed beside its rival.", min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="Folder of the settings; default: tuned/MODEL.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure what suits this model on this machine: piece sizes, what a cut costs, and cold prompts beside stock.
+
+    The settings are saved for `SparsePrefixCache(model, tokenizer, config=...)`.
+
+    Example: `hf-sparse-cache tune zamba2-30m`
+    """
+    from ..tools import builtin
+    from . import tuning
+
+    screen = Screen(json)
+    _quiet()
+    folder = tuning.output_folder(model, out)
+    loaded, tokenizer = builtin.load(model, [""], dtype, device)
+    screen.emit(
+        tuning.run(model, loaded, tokenizer, screen, exactness=exactness, tokens=tokens, pairs=pairs, out=folder)
+    )
 
 
 @app.command()
@@ -219,6 +249,7 @@ def plan(
             help="Token id after which prompts may be cut, the end of a message; repeat.", min=0, max=MOST_ID
         ),
     ] = None,
+    exactness: Exactness = "bitwise",
     grid: Grid = None,
     warmup: Warmup = 0.0,
     requests: Annotated[int | None, typer.Option(help="Only the first so many requests of the trace.", min=1)] = None,
@@ -236,7 +267,7 @@ def plan(
     _quiet()
     if png is not None:
         check_output(png, "--png", PNG_MARK)
-    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid)
+    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid, exactness)
     if trace is None:
         screen.emit({"model": model, **advising.without_trace(sizes, tokens, max_memory, png, screen)})
         return
@@ -264,6 +295,7 @@ def simulate(
     kv_bytes_per_token: KVBytes = 0,
     max_memory: Annotated[str | None, typer.Option(help="Budget, such as 2GiB; default: no limit.")] = None,
     max_checkpoints: MaxCheckpoints = None,
+    exactness: Exactness = "bitwise",
     grid: Grid = None,
     warmup: Warmup = 0.0,
     json: Json = False,
@@ -277,7 +309,7 @@ def simulate(
 
     screen = Screen(json)
     _quiet()
-    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid)
+    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid, exactness)
     names = policy or ["learned", "dp", "block"]
     limits: dict[str, Any] = {"max_memory": max_memory, "max_checkpoints": max_checkpoints, "warmup": warmup}
     screen.emit({"trace": str(trace), **planning.replay(load_trace(trace), sizes, names, screen, **limits)})
@@ -305,15 +337,18 @@ def inspect(
     screen.emit(inspecting.run(folder if "://" in folder else Path(folder), decoder, tree, screen))
 
 
-def _sizes(model: str | None, state_bytes: int | None, kv_bytes_per_token: int, grid: int | None) -> Any:
+def _sizes(
+    model: str | None, state_bytes: int | None, kv_bytes_per_token: int, grid: int | None, exactness: str
+) -> Any:
     """Those of the model, where one is named."""
     from .planning import Sizes
 
     if model is None:
-        return Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, assumed=state_bytes is None)
+        assumed = state_bytes is None
+        return Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, assumed=assumed, exactness=exactness)
     from ..tools import builtin
 
-    return Sizes.of(builtin.load(model, [""])[0], grid)
+    return Sizes.of(builtin.load(model, [""])[0], grid, exactness)
 
 
 def _quiet() -> None:

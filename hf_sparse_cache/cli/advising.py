@@ -30,7 +30,7 @@ def without_trace(sizes: Sizes, tokens: int, max_memory: str, png: Path | None, 
     budget = cast(int, parse_bytes(max_memory))
     rows = placements(sizes, np.ones(tokens + 1), budget)
     screen.say(f"{sizes_line(sizes)}\n")
-    show_placements(rows, budget, f"prompts of {tokens:,} tokens that part anywhere", screen)
+    show_placements(rows, budget, f"prompts of {tokens:,} tokens that part anywhere", sizes.exactness, screen)
     return {**sizes.measured, "max_memory": budget, "plans": rows}
 
 
@@ -60,7 +60,7 @@ def on_trace(
     inquiry = Inquiry(path.name, trace, sizes, names, budget, max_checkpoints, tuple(cut_ids), warmup)
     found = advise(inquiry, screen)
     show_advice(found, sizes, screen)
-    show_placements(found["plans"], budget, f"the requests of {path.name}", screen)
+    show_placements(found["plans"], budget, f"the requests of {path.name}", sizes.exactness, screen)
     if png is not None:
         draw(found, png)
         screen.say(f"Pictures: {png}")
@@ -174,14 +174,19 @@ def _row(result: SimulationResult, floor: float) -> dict[str, Any]:
 
 
 def _every_cut(inquiry: Inquiry, rows: list[RequestInfo]) -> dict[str, Any]:
-    """The most that any policy can resume on these cuts, and about what it would hold: nothing is ever evicted."""
+    """The most that any policy can resume, and about what it would hold: nothing is ever evicted.
+
+    In bitwise mode that is up to the last cut; in replayable mode there may be one at every token that is shared.
+    """
     sizes, skipped = inquiry.sizes, len(rows) - len(_counted(inquiry, rows))
     resumed = checkpoints = held = 0
     for index, (ids, row) in enumerate(zip(inquiry.trace, rows, strict=True)):
         cuts = cut_positions(ids, sizes.grid, inquiry.cut_ids)
         usable = min(row.overlap_tokens, len(ids) - MIN_SUFFIX_TOKENS)
         known, shared = (int(np.searchsorted(cuts, depth, side="right")) for depth in (usable, row.overlap_tokens))
-        resumed += int(cuts[known - 1]) if known and index >= skipped else 0
+        if index >= skipped:
+            cut = int(cuts[known - 1]) if known else 0
+            resumed += cut if sizes.exactness == "bitwise" else max(usable, 0)
         if shared < len(cuts):
             checkpoints += len(cuts) - shared
             held += int(cuts[-1]) - (int(cuts[shared - 1]) if shared else 0)

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checks import MOST_ID
 from ..stats import parse_bytes
+from .options import Exactness, Grid
 from .outputs import REPORT_MARK, check_folder, check_output
 from .screen import Screen
 
@@ -31,9 +31,6 @@ Datasets = Annotated[
 ]
 Rivals = Annotated[
     list[str] | None, typer.Option(help=f"Of {', '.join(RIVALS)}; 'none' for none. Default: all that are right.")
-]
-Grid = Annotated[
-    int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
 ]
 Seed = Annotated[int, typer.Option(help="Of the arrivals, and of a built-in model's weights.", min=0, max=2**32 - 1)]
 TaskFile = Annotated[
@@ -54,6 +51,7 @@ def bench(
     policy: Annotated[list[str] | None, typer.Option(help="Policy of the cache; repeat for more.")] = None,
     rival: Rivals = None,
     max_memory: Annotated[str, typer.Option(help="Bytes that each policy may store.")] = "2GiB",
+    exactness: Exactness = "replayable",
     grid: Grid = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt.", min=1)] = None,
     requests: Annotated[int | None, typer.Option(help="How many requests of each dataset; 0 for all.", min=0)] = None,
@@ -86,6 +84,7 @@ def bench(
         policies=tuple(policy or ("learned",)),
         rivals=_rivals(rival),
         max_memory=max_memory,
+        exactness=exactness,
         grid=grid,
         repeats=repeats,
         device=device,

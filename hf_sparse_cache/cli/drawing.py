@@ -37,7 +37,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         kv = f" and {format_bytes(found['kv_bytes_per_token'])} a token" if found["kv_bytes_per_token"] else ""
         figure.suptitle(
             f"{printable(trace['name'])}: {trace['requests']:,} requests, {shared:.0%} of their tokens shared with "
-            f"earlier prompts; a checkpoint takes {format_bytes(found['state_bytes'])}{kv}",
+            f"earlier prompts; a checkpoint takes {format_bytes(found['state_bytes'])}{kv}; {found['exactness']} mode",
             fontsize=10,
             parse_math=False,
         )
@@ -46,6 +46,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
         _frontier(right, found)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png", metadata={"Software": PNG_MARK.decode()})
+
+
+def _floor(found: dict[str, Any]) -> str:
+    """What the least is that could be computed again."""
+    return "a checkpoint at every cut" if found["exactness"] == "bitwise" else "all that is shared resumed"
 
 
 def _policies(axes: Any, found: dict[str, Any]) -> None:
@@ -57,7 +62,7 @@ def _policies(axes: Any, found: dict[str, Any]) -> None:
         label = f" {row['recomputed_tokens']:,.0f}  ({row['capture_rate']:.0%} of the overlap resumed)"
         axes.annotate(label, (row["recomputed_tokens"], index), va="center", fontsize=8)
     floor = found["every_cut"]["recomputed_tokens"]
-    axes.axvline(floor, **_FLOOR, label=f"a checkpoint at every cut, no limit: {floor:,.0f}")
+    axes.axvline(floor, **_FLOOR, label=f"{_floor(found)}: {floor:,.0f}")
     axes.invert_yaxis()
     axes.margins(x=0.0)
     axes.set_xlim(0, 2.1 * max(*tokens, floor, 1.0))  # room for what is written behind the longest bar
@@ -112,7 +117,7 @@ def _frontier(axes: Any, found: dict[str, Any]) -> None:
             linestyle=stroke,
             label=name,
         )
-    axes.axhline(found["every_cut"]["recomputed_tokens"], **_FLOOR, label="every cut")
+    axes.axhline(found["every_cut"]["recomputed_tokens"], **_FLOOR, label=_floor(found))
     axes.axvline(found["max_memory"], color="#999999", linewidth=0.8, zorder=0)
     axes.annotate(
         "budget",

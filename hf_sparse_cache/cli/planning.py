@@ -18,11 +18,14 @@ from .screen import Screen
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is stored for one model: bytes of a checkpoint's states, bytes of KV a token, tokens between cuts.
+    """What is stored for one model: bytes of a checkpoint's states, bytes of KV a token, and how prompts are cut.
 
     Attributes:
+        grid: tokens between regular cuts, or in replayable mode between places where checkpoints may be planned.
         prefill_cost: what policies weigh; None for the number of tokens.
         assumed: whether nobody named them.
+        exactness: the mode that figures are for.
+        cut_tokens, pieces: of the model, see `simulate`.
     """
 
     state_bytes: int
@@ -30,34 +33,46 @@ class Sizes:
     grid: int
     prefill_cost: Callable[[Floats], Floats] | None = None
     assumed: bool = False
+    exactness: str = "bitwise"
+    cut_tokens: float = 0.0
+    pieces: int | None = None
 
     @classmethod
-    def of(cls, model: Any, grid: int | None) -> "Sizes":
+    def of(cls, model: Any, grid: int | None, exactness: str = "bitwise") -> "Sizes":
         """Measured on the model."""
-        with SparsePrefixCache(model, grid=grid, max_memory=None, policy="none") as cache:
-            return cls(cache.size.state_bytes, cache.size.kv_bytes_per_token, cache.grid, cache.prefill_cost)
+        with SparsePrefixCache(model, grid=grid, max_memory=None, policy="none", exactness=exactness) as cache:
+            found = cache.simulation()
+        names = ("state_bytes", "kv_bytes_per_token", "grid", "prefill_cost", "cut_tokens", "pieces")
+        return cls(**{name: found[name] for name in names}, exactness=exactness)
 
     @property
-    def measured(self) -> dict[str, int]:
-        """The numbers."""
+    def measured(self) -> dict[str, Any]:
+        """The numbers, and the mode that they are for."""
         return {
             "state_bytes": self.state_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "grid": self.grid,
+            "exactness": self.exactness,
         }
 
     @property
     def options(self) -> dict[str, Any]:
         """The keywords of `simulate`."""
-        return {**self.measured, "prefill_cost": self.prefill_cost}
+        others = {"prefill_cost": self.prefill_cost, "cut_tokens": self.cut_tokens, "pieces": self.pieces}
+        return {**self.measured, **others}
 
 
 def sizes_line(sizes: Sizes) -> str:
     """What is stored, in one line."""
     assumed = " (assumed; give --model or --state-bytes)" if sizes.assumed else ""
+    bitwise = sizes.exactness == "bitwise"
+    cuts, other = (
+        ("cuts", "; a handle's default is --exactness replayable") if bitwise else ("places for checkpoints", "")
+    )
     return (
         f"A checkpoint: {format_bytes(sizes.state_bytes)} of states, {format_bytes(sizes.kv_bytes_per_token)} "
-        f"of keys and values for each token below it{assumed}; cuts every {sizes.grid} tokens."
+        f"of keys and values for each token below it{assumed}; {sizes.exactness} mode, {cuts} every {sizes.grid} "
+        f"tokens{other}."
     )
 
 
@@ -96,9 +111,9 @@ def placements(sizes: Sizes, weights: Floats, budget: int) -> list[dict[str, Any
     return rows
 
 
-def show_placements(rows: list[dict[str, Any]], budget: int, prompts: str, screen: Screen) -> None:
+def show_placements(rows: list[dict[str, Any]], budget: int, prompts: str, exactness: str, screen: Screen) -> None:
     """Write what `placements` found; `prompts` names the prompts that the weights describe."""
-    screen.say(f"Tokens shared with earlier prompts but computed again, mean over {prompts}:\n")
+    screen.say(f"Tokens shared with earlier prompts but computed again, in {exactness} mode, mean over {prompts}:\n")
     screen.table(
         (
             "checkpoints",
@@ -131,9 +146,51 @@ def show_advice(found: dict[str, Any], sizes: Sizes, screen: Screen) -> None:
         f"{trace['prompt_tokens'] / max(1, trace['requests']):,.0f} tokens on average, {shared:.1%} of them shared "
         f"with earlier prompts.\n{sizes_line(sizes)}\nBudget {format_bytes(found['max_memory'])}.\n"
     )
-    rows = [*found["policies"].items(), ("every cut, no limit", found["every_cut"])]
+    _show_policies(found, sizes, screen)
+    histogram = found["histogram"]
+    most = max(*histogram["requests"], 1)
     screen.table(
-        ("policy", "of the prompt", "of the overlap", "recomputed", "regret", "checkpoints", "evictions", "peak"),
+        ("tokens", "requests that share so many", f"checkpoints of {best}"),
+        [
+            (f"{start:,} to {start + histogram['width_tokens'] - 1:,} {_bar(count / most)}", f"{count:,}", f"{made:,}")
+            for start, count, made in zip(
+                histogram["starts"], histogram["requests"], histogram["checkpoints"], strict=True
+            )
+        ],
+    )
+    screen.table(
+        (f"policy under a budget, {sizes.exactness}", "budget", "peak", "recomputed", "of the overlap"),
+        [
+            (
+                row["policy"],
+                format_bytes(row["max_memory"]),
+                format_bytes(row["peak_bytes"]),
+                f"{row['recomputed_tokens']:,.0f}",
+                f"{row['capture_rate']:.1%}",
+            )
+            for row in found["frontier"]
+        ],
+    )
+
+
+def _show_policies(found: dict[str, Any], sizes: Sizes, screen: Screen) -> None:
+    """Every policy beside the most that could be resumed, and what the columns mean."""
+    mode, bitwise = sizes.exactness, sizes.exactness == "bitwise"
+    rows = [
+        *found["policies"].items(),
+        ("every cut, no limit" if bitwise else "all that is shared", found["every_cut"]),
+    ]
+    screen.table(
+        (
+            f"policy, {mode}",
+            "of the prompt",
+            "of the overlap",
+            "recomputed",
+            "regret",
+            "checkpoints",
+            "evictions",
+            "peak",
+        ),
         [
             (
                 name,
@@ -148,34 +205,15 @@ def show_advice(found: dict[str, Any], sizes: Sizes, screen: Screen) -> None:
             for name, row in rows
         ],
     )
+    floor = (
+        "with a checkpoint at every cut, which is the most that these cuts allow"
+        if bitwise
+        else "where every token that is shared has a checkpoint, which nothing that is kept can do"
+    )
     screen.say(
         "Resumed of the prompt and of the overlap; recomputed: shared tokens that a request computes all the same; "
-        "regret: how many more than with a checkpoint at every cut, which is the most that these cuts allow (the "
-        f"bytes of that row are an estimate).\nMost is resumed by {best}.\n"
-    )
-    histogram = found["histogram"]
-    most = max(*histogram["requests"], 1)
-    screen.table(
-        ("tokens", "requests that share so many", f"checkpoints of {best}"),
-        [
-            (f"{start:,} to {start + histogram['width_tokens'] - 1:,} {_bar(count / most)}", f"{count:,}", f"{made:,}")
-            for start, count, made in zip(
-                histogram["starts"], histogram["requests"], histogram["checkpoints"], strict=True
-            )
-        ],
-    )
-    screen.table(
-        ("policy under a budget", "budget", "peak", "recomputed", "of the overlap"),
-        [
-            (
-                row["policy"],
-                format_bytes(row["max_memory"]),
-                format_bytes(row["peak_bytes"]),
-                f"{row['recomputed_tokens']:,.0f}",
-                f"{row['capture_rate']:.1%}",
-            )
-            for row in found["frontier"]
-        ],
+        f"regret: how many more than {floor} (the bytes of that row are an estimate).\n"
+        f"Most is resumed by {found['best']}.\n"
     )
 
 
@@ -230,7 +268,7 @@ def replay(
         f"{sizes_line(sizes)}\nBudget: {format_bytes(budget) if budget is not None else 'no limit'}.\n"
     )
     screen.table(
-        ("policy", "of the prompt resumed", "of the overlap resumed", "checkpoints made", "peak"),
+        (f"policy, {sizes.exactness}", "of the prompt resumed", "of the overlap resumed", "checkpoints made", "peak"),
         [
             (
                 name,

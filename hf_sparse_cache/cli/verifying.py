@@ -51,10 +51,11 @@ def run(
                 report = check_exactness(model, [prompt], cache=cache)
                 rows += report.rows
                 steps.done(1)
-        report = ExactnessReport(tuple(rows), report.tolerance)
+        report = ExactnessReport(tuple(rows), report.tolerance, report.mode)
     _show(report, model, screen)
     return report, {
         "passed": report.passed,
+        "exactness": report.mode,
         "bitwise": report.bitwise,
         "max_abs_logit_diff": report.max_abs_logit_diff,
         "tokens_equal": report.tokens_equal,
@@ -85,6 +86,6 @@ def _show(report: ExactnessReport, model: Any, screen: Screen) -> None:
     screen.say(str(report).rsplit("\n", 1)[-1], style="green" if report.passed else "bold red")
     where = describe_machine()
     screen.say(
-        f"{model.dtype} on {model.device}; {where['cpu']}, {where['threads']} threads; torch {where['torch']}, "
-        f"transformers {where['transformers']}"
+        f"{report.mode} mode; {model.dtype} on {model.device}; {where['cpu']}, {where['threads']} threads; "
+        f"torch {where['torch']}, transformers {where['transformers']}"
     )

@@ -196,5 +196,6 @@ def _segmenting(model: Any, family: Family, rule: CutRule, config: SparseCacheCo
     pieces = [config.pieces, rule.grid if family.scans and device == "cpu" else None]
     piece = min((size for size in pieces if size is not None), default=None)
     weights = sum(parameter.numel() for parameter in model.parameters()) or 1
-    cut, forward = family.cut_tokens(text_config, device), family.forward_tokens(text_config, device, weights)
+    cut = family.cut_tokens(text_config, device) if config.cut_tokens is None else float(config.cut_tokens)
+    forward = family.forward_tokens(text_config, device, weights)
     return Replayable(rule, family.step(text_config), piece, cut, forward, device != "cpu")

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .. import forks
 from ..explain import frequent, not_supported, remedy
 from ..planning.policies import NoCheckpoints, Policy
-from ..stats import PATIENCE, Recorder, RequestInfo
+from ..stats import PATIENCE, Cause, Recorder, RequestInfo
 from ..store.store import CheckpointStore
 from . import answers, mamba1, prefill
 from .answers import Turn
@@ -57,6 +57,7 @@ class Server:
         self.space = Space(binding, store)
         self.means = Means(binding, store, policy, self.space)
         self.on_prefill: Callable[[LiveCache], None] | None = None
+        self._told_of_orphans = False
         forks.starts_clean(self)
 
     def after_fork(self) -> None:
@@ -206,8 +207,14 @@ class Server:
         self._over()
 
     def _note(self, info: RequestInfo, **seconds: float) -> None:
-        """Count one finished request."""
+        """Count one finished request; say so, once, when what is stored of it was made with other settings."""
         self.recorder.add(info, **seconds)
+        if info.reason.cause is Cause.CUT_OTHERWISE and not self._told_of_orphans:
+            self._told_of_orphans = True
+            logger.warning(
+                "What is stored of these prompts was made with another grid, cut_after, marks or exactness than this "
+                f"handle's settings, so it is not resumed from. {remedy(info.reason)}"
+            )
         ends = self.binding.segmenting.rule.cut_after
         if ends is not None and not ends.found and self.recorder.totals().requests == PATIENCE:
             logger.warning(

@@ -128,6 +128,11 @@ class CutRule:
     cut_ids: tuple[int, ...] = ()
     cut_after: TextEnds | None = None
 
+    @property
+    def special_distance(self) -> int:
+        """Tokens that the grid and special tokens need to the cut before them."""
+        return min(self.grid, max(MIN_SUFFIX_TOKENS, self.grid // 4))
+
     def cuts(self, ids: Tokens, marked: Iterable[int] = ()) -> Positions:
         """The cuts of a prompt, ascending, each `2 <= c <= N - 2`.
 
@@ -143,8 +148,7 @@ class CutRule:
         marks = sorted({length for length in marked if MIN_SUFFIX_TOKENS <= length <= limit})
         if not marks and not len(strings):
             return cut_positions(ids, self.grid, self.cut_ids)
-        distance = min(self.grid, max(MIN_SUFFIX_TOKENS, self.grid // 4))
-        wanted = dict.fromkeys(cut_positions(ids, self.grid, self.cut_ids, 1).tolist(), distance)
+        wanted = dict.fromkeys(cut_positions(ids, self.grid, self.cut_ids, 1).tolist(), self.special_distance)
         wanted |= {n: MIN_SUFFIX_TOKENS for n in map(int, strings) if n <= limit}
         accepted: list[int] = []
         for position in sorted({*wanted, *marks}):

@@ -20,7 +20,7 @@ from .. import forks
 from ..checks import is_whole, shown, text
 from ..errors import out_of_memory
 from ..planning.batch import Member
-from ..planning.cuts import Tokens
+from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
 from ..planning.lineage import Lineage
 from ..planning.policy import Prompt
 from ..planning.segments import Segmenting
@@ -171,6 +171,16 @@ class CheckpointStore(Shown):
     def bound(self, ids: Tokens, position: int, space: str = "") -> Bound | None:
         """The tightest budget for a checkpoint at `position` of `ids`; None without any."""
         return tightest(self.ledger, ids, position, space)
+
+    def cut_otherwise(self, ids: Tokens, expected: Lineage | None, space: str = "") -> int:
+        """The deepest position up to which the tiers hold states of a prompt that were all made by other cuts; 0 where
+        they hold none, or one that fits; reads no file.
+        """
+        found = [tier.match(ids, space) for tier in self.tiers]
+        if any(next(match.fitting(len(ids), expected), None) is not None for match in found):
+            return 0
+        stored = [item.position for match in found for item in match.checkpoints(len(ids) - MIN_SUFFIX_TOKENS)]
+        return max(stored, default=0)
 
     def reach(self, ids: Tokens, expected: Lineage | None, space: str = "") -> tuple[int, int]:
         """How far the tiers below would resume a prompt, and how much of it they know; reads no file."""

@@ -306,7 +306,8 @@ class Match:
         """The checkpoints from which a prompt of this length may go on, deep to shallow.
 
         At least two tokens are left to compute, and all of its tail; or none at all where a checkpoint keeps what the
-        last token gave and that is all the tail.
+        last token gave and that is all the tail. What a prompt of one token left is the state of a decode
+        step: only that very prompt goes on from it.
 
         Args:
             length: tokens of the prompt.
@@ -317,7 +318,8 @@ class Match:
         most = length - max(MIN_SUFFIX_TOKENS, tail)
         for checkpoint in reversed(self.checkpoints(length)):
             reached = checkpoint.position
-            leaves = reached <= most or (reached == length and checkpoint.final and tail == 1)
+            inside = MIN_SUFFIX_TOKENS <= reached <= most
+            leaves = inside or (reached == length and checkpoint.final and tail == 1)
             fits = expected is None or expected.begins_with(checkpoint.lineage)
             if leaves and fits and checkpoint not in without:
                 yield checkpoint

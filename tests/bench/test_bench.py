@@ -84,7 +84,14 @@ def test_metrics_and_exactness(done: Path) -> None:
     assert learned["decode_tokens_per_second"] > 0
     (summary,) = content["units"]
     assert summary["random_weights"] and summary["left_out"] == {} and summary["grid"] == 128
+    assert learned["mode"] == summary["mode"] == "replayable"
+    assert all(row["mode"] is None for row in content["measured"] if row["contender"] in ("stock", "limit"))
+    for columns, cells in (metrics.table(content["measured"]), metrics.costs(content["measured"])):
+        shown = [row[columns.index("mode")] for row in cells if row[2] in ("learned", "dense")]
+        assert shown == ["replayable"] * 2
+    assert ", replayable mode: " in metrics.verdict(content["measured"], "learned")[0]
     config = json.loads((done / "config.json").read_text())
+    assert config["settings"]["exactness"] == "replayable"
     assert config["machine"]["torch"] and config["settings"]["seed"] == 42 and "bench" in config["command"]
     assert len(list((done / "plots").glob("*.svg"))) == 4
 
@@ -98,7 +105,7 @@ def test_the_report_needs_nothing_from_outside(done: Path) -> None:
     assert len(ids) == len(set(ids)), "two pictures share an id"
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
     assert page.index("verdict'") < page.index("<table")
-    for what in ("random weights", "bench --model", "transformers", "seed"):
+    for what in ("random weights", "bench --model", "transformers", "seed", "medians, replayable mode"):
         assert what in page
 
 

@@ -83,8 +83,18 @@ def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
         {"model": "m", "case": "memory", "what": "memory taken / 9 MiB", "values": [1.0, 1.02], "bound": "<= 1.10"}
     ]
     (tmp_path / "costs.json").write_text(json.dumps({"machine": machine, "command": "cost it", "results": costs}))
+    counts = {"question": 16, "second": 140, "the same prompt again": 0}
+    counts |= {"third and later, median": 16, "third and later, most": 19}
+    asked = {"model": "m", "exactness": "replayable", "computed": counts, "first token / limit": ratio}
+    content = {"machine": machine, "command": "ask it", "results": [asked]}
+    (tmp_path / "new_tokens.json").write_text(json.dumps(content))
     text = table.tables(tmp_path)
+    assert "in bitwise mode" in text  # of which the results say nothing
     for words in (
+        "| m     | replayable | 16 ",
+        "16 (at most 19)",
+        "16.04 (15.00 to 17.00)",
+        "ask it",
         "8.00 s",
         "500 ms",
         "**16.0×** (15.0 to 17.0)",

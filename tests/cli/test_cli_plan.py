@@ -129,8 +129,36 @@ def test_cut_ids_cut_and_bring_boundary_in(run: Run, tmp_path: Path) -> None:
 def test_tables_on_the_screen(run: Run, trace: Path) -> None:
     code, out, err = run("plan", str(trace), *OPTIONS, "--max-memory", "6000", "--policy", "learned")
     assert (code, err) == (0, "")
-    for words in ("12 requests", "| learned ", "| every cut, no limit ", "█", "budget", "positions", "cuts every 100"):
+    for words in (
+        "12 requests",
+        "| policy, bitwise ",
+        "| learned ",
+        "| every cut, no limit ",
+        "█",
+        "budget",
+        "positions",
+        "cuts every 100",
+    ):
         assert words in out
+
+
+def test_replayable_mode_is_simulated_and_named(run: Run, tmp_path: Path) -> None:
+    trace, both = tmp_path / "trace.jsonl", {}
+    lines = [[*range(730), 5000 + question, *range(40)] for question in range(6)]
+    trace.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    for mode in ("bitwise", "replayable"):
+        code, out, _ = run("plan", str(trace), *OPTIONS, "--policy", "learned", "--exactness", mode, "--json")
+        assert code == 0
+        both[mode] = json.loads(out)
+        assert both[mode]["exactness"] == mode
+        assert mode in run("plan", str(trace), *OPTIONS, "--policy", "learned", "--exactness", mode)[1]
+        assert f"policy, {mode}" in run("simulate", str(trace), "--policy", "learned", "--exactness", mode)[1]
+    resumed = {mode: found["policies"]["learned"]["resumed_tokens"] for mode, found in both.items()}
+    assert resumed["replayable"] > resumed["bitwise"]  # junctions are exact there
+    assert both["replayable"]["every_cut"]["resumed_tokens"] >= resumed["replayable"]
+    assert (
+        run("plan", str(trace), "--exactness", "numerical")[2].count("'replayable' took the place of 'numerical'") == 1
+    )
 
 
 def test_without_a_trace_it_spreads(run: Run) -> None:

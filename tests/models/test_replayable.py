@@ -11,6 +11,7 @@ import torch
 from lineages import differing
 from tiny_models import available_families, build, random_ids
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, check_exactness
 from hf_sparse_cache.explain import remedy
@@ -96,6 +97,19 @@ def test_the_identical_prompt_computes_nothing(family: str, mode: str) -> None:
             assert last(cache).resumed_tokens == 256
 
 
+@pytest.mark.parametrize("family", ["Zamba2", "Llama"])
+def test_nobody_goes_on_from_what_one_token_left(family: str) -> None:
+    """A forward over one token is a decode step."""
+    model, one = build(family), DOCUMENT[:, :1]
+    with SparsePrefixCache(model, policy="last") as cache:
+        first = ask(model, one, cache)
+        assert torch.equal(ask(model, one, cache), first) and last(cache).computed_tokens == 0
+        for length in (2, 3, 40):
+            ask(model, DOCUMENT[:, :length], cache)
+            assert last(cache).segments[0] != 1 and 1 not in last(cache).segments
+            assert last(cache).resumed_tokens != 1
+
+
 def longer(lineage: Lineage, by: int) -> Lineage:
     """Another lineage of the same positions: its first segment in two."""
     ends = [entry for entry in lineage.ends if isinstance(entry, int)]
@@ -164,6 +178,56 @@ def test_what_is_stored_goes_from_mode_to_mode_as_far_as_it_fits(family: str) ->
         assert last(other).resumed_tokens == 0 and last(other).reason.cause is Cause.CUT_OTHERWISE
         assert "exactness='replayable', which resumes from any" in remedy(last(other).reason)
     store.verify()
+
+
+@pytest.mark.parametrize("where", ["in memory", "on disk"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"grid": 48}, {"grid": 64, "cut_after": ("x?",)}, {"grid": 64, "marked": 40}],
+    ids=["grid", "cut_after", "mark"],
+)
+def test_settings_that_orphan_what_is_stored_say_so_once(
+    where: str, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, disk = build("Jamba"), {"disk_memory": "1GiB", "disk_dir": tmp_path} if where == "on disk" else {}
+    logging.enable_propagation()
+    document = DOCUMENT.clone()
+    document[document == 9] = 10
+    document[0, 39] = 9
+    marked = settings.get("marked")
+    options = {name: value for name, value in settings.items() if name != "marked"}
+
+    def asked(cache: SparsePrefixCache, seed: int) -> Tensor:
+        return ask(model, torch.cat([document, random_ids(16, seed=seed).clamp(min=10)], dim=1), cache)
+
+    def said() -> int:
+        return caplog.text.count("was made with another grid, cut_after, marks or exactness")
+
+    store = CheckpointStore("1GiB", **disk)
+    with SparsePrefixCache(model, Letters(), store=store, exactness="bitwise", grid=64) as cache:
+        asked(cache, 50)
+        asked(cache, 51)
+    if disk:
+        store.close()
+        store = CheckpointStore("1GiB", **disk)
+    with SparsePrefixCache(model, Letters(), store=store, exactness="bitwise", grid=64) as cache:
+        asked(cache, 52)
+        assert last(cache).resumed_tokens == 256 and not said()  # the twin: nothing was orphaned
+    with SparsePrefixCache(model, Letters(), store=store, exactness="bitwise", policy="none", **options) as cache:
+        if marked:
+            cache.mark(document[:, :marked])
+        told = cache.explain(torch.cat([document, DOCUMENT[:, :20]], dim=1))
+        assert told.reason.cause is Cause.CUT_OTHERWISE
+        assert marked or "grid, cut_after and marks" in told.remedy
+        for seed in (60, 61, 62):
+            asked(cache, seed)
+            if seed == 60 or not marked:  # a mark keeps a checkpoint of its own
+                assert last(cache).resumed_tokens == 0 and last(cache).reason.cause is Cause.CUT_OTHERWISE
+        assert said() == 1
+    with SparsePrefixCache(model, Letters(), store=store) as cache:  # which resumes from any
+        asked(cache, 63)
+        assert last(cache).resumed_tokens >= 256 and said() == 1
+    store.close()
 
 
 @pytest.mark.parametrize("mode", ["replayable", "bitwise"])
