@@ -100,11 +100,11 @@ def prefill_row(
             clock = time.perf_counter()
             try:
                 state = states.capture_state(live)
-                state = states.with_logits(state, output.logits) if end == len(row) else state
                 kv = cache(partial(states.capture_kv, live)) if live.full_attention_layers else None
                 if end in request.junctions:
                     request.hand_over(end, state, kv)
-                if kept:
+                if kept:  # for others it is not the end of the prompt
+                    state = states.with_logits(state, output.logits) if end == len(row) else state
                     request.add(end, state, kv)
             except Exception as error:
                 if not out_of_memory(error):

@@ -11,7 +11,7 @@ from matrix import left_padded
 from tiny_models import build, random_ids
 from torch import Tensor
 
-from hf_sparse_cache import SparsePrefixCache, check_exactness
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache, check_exactness
 from hf_sparse_cache.models import prefill, states
 from hf_sparse_cache.stats import Cause, RequestInfo
 
@@ -159,6 +159,22 @@ def test_why_rows_that_ran_together_are_not_kept_is_said() -> None:
         served(model, rows[:1], cache)
         assert cache.explain(grown[:, :1]).reason.cause is not Cause.BATCHED
         assert cache.explain(torch.cat([rows[0], rows[1]], dim=1)).reason.cause is Cause.NOT_PLACED
+
+
+def test_logits_are_kept_of_the_end_of_a_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row takes over where another one ends is no end of its own: with logits no file of it could be read."""
+    put, own = [], CheckpointStore.put
+
+    def seen(store: CheckpointStore, unit: Any, *args: Any, **kwargs: Any) -> Any:
+        put.append((unit.position, unit.final, states.LOGITS in unit.state.layers[-1]))
+        return own(store, unit, *args, **kwargs)
+
+    monkeypatch.setattr(CheckpointStore, "put", seen)
+    with SparsePrefixCache(build("Jamba"), policy="dyadic") as cache:
+        cache.mark(SHARED)
+        served(cache.model, [SHARED, *behind(SHARED, 90, 95)], cache)
+    assert (200, True, True) in put and any(not final for _, final, _ in put)
+    assert all(final == logits for _, final, logits in put)
 
 
 def test_marks_among_rows_are_captured() -> None:
