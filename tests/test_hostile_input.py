@@ -194,7 +194,7 @@ def test_a_fault_of_ours_says_how_to_see_more(run: Run, trace: Path, monkeypatch
     def broken(*arguments: object, **options: object) -> None:
         raise KeyError("nothing")
 
-    monkeypatch.setattr("hf_sparse_cache.cli.planning.simulate", broken)
+    monkeypatch.setattr("hf_sparse_cache.cli.estimates.simulate", broken)
     code, _, err = run("simulate", str(trace))
     assert code == 2 and "KeyError: 'nothing'" in err and "HF_SPARSE_CACHE_DEBUG=1" in err
 

@@ -83,7 +83,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, settings: Settings, command: str) -> None:
-        self.path = path
+        self.path, self.settings = path, settings
         content = json.loads(
             json.dumps({"settings": asdict(settings), "command": command, "machine": describe_machine()})
         )

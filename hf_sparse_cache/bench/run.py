@@ -7,25 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from . import metrics, page, plots
-from .results import Folder, Settings
+from .results import Folder
 from .runner import run_trial
 from .workloads import Workload
 
 
 def run(
-    settings: Settings,
-    out: Path,
-    command: str,
+    folder: Folder,
     load: Callable[[str], Workload],
     *,
     report: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Measures what `out` does not hold yet, then writes metrics, plots and, if asked, the report.
+    """Measures what a folder does not hold yet, then writes metrics, plots and, if asked, the report.
 
     Args:
-        out: the results folder; see `results`.
-        command: noted with the results.
+        folder: of the results, which knows the settings.
         load: a workload by the name in `settings.datasets`.
         report: an HTML file to write.
         say: told of every trial as it begins.
@@ -33,7 +30,7 @@ def run(
     Returns:
         The rows of `metrics.measure`.
     """
-    folder = Folder(out, settings, command)
+    settings = folder.settings
     for repeat in range(settings.repeats):  # the first round shows everything once
         for dataset in settings.datasets:
             workload = None
@@ -49,7 +46,7 @@ def run(
     rows, summaries = folder.finish()
     measured = metrics.measure(rows, summaries)
     folder.write("metrics.json", {"measured": measured, "units": summaries})
-    _draw(out, rows, measured, list(settings.policies))
+    _draw(folder.path, rows, measured, list(settings.policies))
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(page.build(folder.config, rows, summaries, measured), encoding="utf-8")

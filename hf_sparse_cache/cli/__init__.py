@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..checks import MOST_ID, printable
+from ..stats import parse_bytes
 from ..tools import recall
 from ..tools.builtin_sizes import SIZES
 from .benching import bench
@@ -109,7 +110,6 @@ def demo(
 
     Example: `hf-sparse-cache demo --quick`
     """
-    from ..tools import builtin
     from ..tools.machine import describe_machine
     from . import questions as work
     from . import sources
@@ -133,11 +133,11 @@ def demo(
     for name in names:
         if name in recall.SIZES or reading is None:
             tasks = manuals(name, documents or (1 if quick else 3), tokens)
-            loaded, tokenizer = builtin.load(name, [], dtype, device)
+            loaded = sources.NamedModel.load(name, [], dtype, device)
         else:
-            loaded, tokenizer = builtin.load(name, reading.texts, dtype, device)
-            tasks = reading.tasks(tokenizer)
-        results.append(work.run(name, loaded, tokenizer, tasks, screen, uncached=uncached, **options))
+            loaded = sources.NamedModel.load(name, reading.texts, dtype, device)
+            tasks = reading.tasks(loaded.tokenizer)
+        results.append(work.run(loaded, tasks, screen, uncached=uncached, **options))
     passed = all(result.passed for result in results)
     screen.emit({"passed": passed, "machine": describe_machine(), "models": [result.to_dict() for result in results]})
     raise typer.Exit(0 if passed else 1)
@@ -186,16 +186,15 @@ def verify(
 
     Example: `hf-sparse-cache verify jamba-3m`
     """
-    from ..tools import builtin
     from ..tools.machine import describe_machine
     from . import sources, verifying
 
     screen = Screen(json)
     _quiet()
     text = sources.read_document(document) if document else sources.own_document()[0]
-    loaded, tokenizer = builtin.load(model, [text], dtype, device)
+    loaded = sources.NamedModel.load(model, [text], dtype, device)
     options = {"grid": grid, "exactness": exactness, **({"policy": policy} if policy else {})}
-    report, result = verifying.run(model, loaded, tokenizer, text, screen, tokens=tokens, prompts=prompts, **options)
+    report, result = verifying.run(loaded, text, screen, tokens=tokens, prompts=prompts, **options)
     screen.emit({"model": model, **result, "machine": describe_machine()})
     raise typer.Exit(0 if report.passed else 1)
 
@@ -262,6 +261,8 @@ def plan(
     Example: `hf-sparse-cache plan trace.jsonl --model zamba2-30m --max-memory 2GiB --png plan.png`
     """
     from . import advising
+    from .drawing import check_installed
+    from .estimates import Inquiry
 
     screen = Screen(json)
     _quiet()
@@ -271,19 +272,20 @@ def plan(
     if trace is None:
         screen.emit({"model": model, **advising.without_trace(sizes, tokens, max_memory, png, screen)})
         return
-    found = advising.on_trace(
-        trace,
-        sizes,
-        max_memory=max_memory,
-        policies=policy,
+    if png is not None:
+        check_installed()
+    cut_ids = tuple(cut_id or ())
+    inquiry = Inquiry(
+        name=trace.name,
+        trace=advising.load(trace, requests),
+        sizes=sizes,
+        policies=list(dict.fromkeys(policy or advising.default_policies(cut_ids))),
+        max_memory=parse_bytes(max_memory),
         max_checkpoints=max_checkpoints,
-        cut_ids=cut_id or (),
+        cut_ids=cut_ids,
         warmup=warmup,
-        requests=requests,
-        png=png,
-        screen=screen,
     )
-    screen.emit({"model": model, **found})
+    screen.emit({"model": model, **advising.on_trace(inquiry, png, screen)})
 
 
 @app.command()
@@ -305,14 +307,20 @@ def simulate(
     Example: `hf-sparse-cache simulate trace.jsonl --max-memory 2GiB --policy learned --policy block`
     """
     from ..tools.traces import load_trace
-    from . import planning
+    from .estimates import Inquiry, compare
 
     screen = Screen(json)
     _quiet()
-    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid, exactness)
-    names = policy or ["learned", "dp", "block"]
-    limits: dict[str, Any] = {"max_memory": max_memory, "max_checkpoints": max_checkpoints, "warmup": warmup}
-    screen.emit({"trace": str(trace), **planning.replay(load_trace(trace), sizes, names, screen, **limits)})
+    inquiry = Inquiry(
+        name=trace.name,
+        sizes=_sizes(model, state_bytes, kv_bytes_per_token, grid, exactness),
+        trace=load_trace(trace),
+        policies=policy or ["learned", "dp", "block"],
+        max_memory=parse_bytes(max_memory),
+        max_checkpoints=max_checkpoints,
+        warmup=warmup,
+    )
+    screen.emit({"trace": str(trace), "max_memory": max_memory, **compare(inquiry, screen)})
 
 
 @app.command()
@@ -341,7 +349,7 @@ def _sizes(
     model: str | None, state_bytes: int | None, kv_bytes_per_token: int, grid: int | None, exactness: str
 ) -> Any:
     """Those of the model, where one is named."""
-    from .planning import Sizes
+    from .estimates import Sizes
 
     if model is None:
         assumed = state_bytes is None

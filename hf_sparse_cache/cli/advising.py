@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,8 @@ from ..simulator import SimulationResult, simulate
 from ..stats import RequestInfo, parse_bytes
 from ..tools.builtin_sizes import SIZES
 from ..tools.traces import Trace, load_trace
-from .drawing import check_installed, draw
-from .planning import Sizes, placements, show_advice, show_placements, sizes_line
+from .drawing import draw
+from .estimates import Inquiry, Sizes, placements, show_advice, show_placements, sizes_line
 from .screen import Screen, Steps
 
 
@@ -34,60 +34,28 @@ def without_trace(sizes: Sizes, tokens: int, max_memory: str, png: Path | None, 
     return {**sizes.measured, "max_memory": budget, "plans": rows}
 
 
-def on_trace(
-    path: Path,
-    sizes: Sizes,
-    *,
-    max_memory: str,
-    policies: Sequence[str] | None,
-    max_checkpoints: int | None,
-    cut_ids: Sequence[int],
-    warmup: float,
-    requests: int | None,
-    png: Path | None,
-    screen: Screen,
-) -> dict[str, Any]:
-    """Load a trace once, advise on it, and write and draw what was found."""
-    if png is not None:
-        check_installed()
-    if not path.exists() and path.name in SIZES:
-        raise ValueError(f"TRACE is {str(path)!r}, which is a model; a model goes by --model {path}.")
-    trace = load_trace(path)
-    if requests is not None:
-        trace = load_trace(trace[:requests])
-    names = list(dict.fromkeys(policies or default_policies(cut_ids)))
-    budget = cast(int, parse_bytes(max_memory))
-    inquiry = Inquiry(path.name, trace, sizes, names, budget, max_checkpoints, tuple(cut_ids), warmup)
+def on_trace(inquiry: Inquiry, png: Path | None, screen: Screen) -> dict[str, Any]:
+    """Advise on a trace, and write and draw what was found."""
     found = advise(inquiry, screen)
-    show_advice(found, sizes, screen)
-    show_placements(found["plans"], budget, f"the requests of {path.name}", sizes.exactness, screen)
+    show_advice(found, inquiry.sizes, screen)
+    prompts = f"the requests of {inquiry.name}"
+    show_placements(found["plans"], found["max_memory"], prompts, inquiry.sizes.exactness, screen)
     if png is not None:
         draw(found, png)
         screen.say(f"Pictures: {png}")
     return found
 
 
-@dataclass(frozen=True)
-class Inquiry:
-    """What the advisor is asked.
+def load(path: Path, requests: int | None) -> Trace:
+    """A trace, or its first `requests` prompts.
 
-    Attributes:
-        name: how to call the trace.
-        trace: loaded once, served once for each policy and budget.
-        policies: names; the first one is drawn on the frontier with the best of the others.
-        max_memory: the budget in bytes.
-        cut_ids: tokens after which a prompt may be cut.
-        warmup: leading fraction that is served but not counted.
+    Raises:
+        ValueError: it is the name of a model.
     """
-
-    name: str
-    trace: Trace
-    sizes: Sizes
-    policies: Sequence[str]
-    max_memory: int
-    max_checkpoints: int | None = None
-    cut_ids: tuple[int, ...] = ()
-    warmup: float = 0.0
+    if not path.exists() and path.name in SIZES:
+        raise ValueError(f"TRACE is {str(path)!r}, which is a model; a model goes by --model {path}.")
+    trace = load_trace(path)
+    return trace if requests is None else load_trace(trace[:requests])
 
 
 def default_policies(cut_ids: Sequence[int]) -> list[str]:
@@ -109,8 +77,8 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
         overlaps = _serve(inquiry, steps, "none", None)[1]
         every_cut = _every_cut(inquiry, overlaps)
         weights = np.bincount([row.overlap_tokens for row in _counted(inquiry, overlaps)]).astype(np.float64)
-        plans = placements(inquiry.sizes, weights, inquiry.max_memory)
-        served = {name: _serve(inquiry, steps, name, inquiry.max_memory) for name in inquiry.policies}
+        plans = placements(inquiry.sizes, weights, inquiry.budget)
+        served = {name: _serve(inquiry, steps, name, inquiry.budget) for name in inquiry.policies}
         results = {name: result for name, (result, _) in served.items()}
         order = sorted(inquiry.policies, key=lambda name: -results[name].resumed_tokens)  # ties: as they were given
         best, first = order[0], inquiry.policies[0]
@@ -125,7 +93,7 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
             "overlap_tokens": results[best].overlap_tokens,
         },
         **inquiry.sizes.measured,
-        "max_memory": inquiry.max_memory,
+        "max_memory": inquiry.budget,
         "policies": {name: _row(result, floor) for name, result in results.items()},
         "every_cut": every_cut,
         "best": best,
@@ -149,12 +117,9 @@ def _serve(
         inquiry.trace,
         policy=policy,
         max_memory=max_memory,
-        max_checkpoints=inquiry.max_checkpoints,
-        cut_ids=inquiry.cut_ids,
-        warmup=inquiry.warmup,
         on_request=count,
         progress=False,
-        **inquiry.sizes.options,
+        **inquiry.options,
     )
     return result, rows
 
@@ -204,13 +169,13 @@ def _every_cut(inquiry: Inquiry, rows: list[RequestInfo]) -> dict[str, Any]:
 
 def _frontier(inquiry: Inquiry, known: dict[str, SimulationResult], steps: Steps) -> list[dict[str, Any]]:
     """Each policy under less memory than was used, under the budget, and under more where the budget was short."""
-    used = min(inquiry.max_memory, max(result.peak_bytes for result in known.values()))
+    used = min(inquiry.budget, max(result.peak_bytes for result in known.values()))
     sizes = inquiry.sizes
     one = sizes.state_bytes + sizes.grid * sizes.kv_bytes_per_token  # with less, nothing could be kept
     budgets = {used // share for share in BELOW if used // share >= one}
     if any(result.evictions for result in known.values()):
-        budgets.add(ABOVE * inquiry.max_memory)
-    rows = [_point(name, inquiry.max_memory, result) for name, result in known.items()]
+        budgets.add(ABOVE * inquiry.budget)
+    rows = [_point(name, inquiry.budget, result) for name, result in known.items()]
     rows += [_point(name, budget, _serve(inquiry, steps, name, budget)[0]) for name in known for budget in budgets]
     order = list(known)
     return sorted(rows, key=lambda row: (order.index(row["policy"]), row["max_memory"]))

@@ -129,6 +129,7 @@ def _sizes(quick: bool, given: Sequence[int | None]) -> dict[str, Any]:
 def _measure(settings: Any, screen: Screen, out: Path | None, report: Path | None) -> bool:
     """Run, and show what came out; whether every resumed request that was checked was exact."""
     from ..bench import metrics
+    from ..bench.results import Folder
     from ..bench.run import run
 
     parse_bytes(settings.max_memory)
@@ -138,7 +139,8 @@ def _measure(settings: Any, screen: Screen, out: Path | None, report: Path | Non
         check_output(report, "--report", REPORT_MARK)
     command = shlex.join(["hf-sparse-cache", *sys.argv[1:]])
     screen.say(f"Results go to {folder}; the same command goes on there if it is interrupted.\n")
-    measured = run(settings, folder, command, lambda name: _load(name, settings), report=report, say=screen.say)
+    results = Folder(folder, settings, command)
+    measured = run(results, lambda name: _load(name, settings), report=report, say=screen.say)
     screen.say()
     screen.table(*metrics.table(measured))
     screen.table(*metrics.costs(measured))

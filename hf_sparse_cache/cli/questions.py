@@ -4,6 +4,7 @@ Where the right answers are known they are shown, and the same questions are ask
 states on purpose: its answers are wrong, and the check of exactness must reject it.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,30 +15,37 @@ from ..tools import recall
 from ..tools.recall.asking import lose_states
 from .answers import Answered, Result, Wiped, show
 from .screen import Screen, Steps
-from .sources import Task, check_length, model_line
+from .sources import NamedModel, Task, check_length
 from .timing import Asker, Reply
 
 
+@dataclass(frozen=True)
+class _Question:
+    """One task as this model reads it.
+
+    Attributes:
+        ids: the prompt `(1, length)`.
+        uncached: whether it is also timed without the cache.
+    """
+
+    task: Task
+    ids: torch.Tensor
+    uncached: bool
+
+
 def run(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    tasks: list[Task],
-    screen: Screen,
-    *,
-    uncached: int = 3,
-    checked: int = 2,
-    **options: Any,
+    loaded: NamedModel, tasks: list[Task], screen: Screen, *, uncached: int = 3, checked: int = 2, **options: Any
 ) -> Result:
     """Ask every question of one model and write what happened.
 
     Args:
-        name: what the model was called on the command line.
+        loaded: the model.
         tasks: the questions in the order in which they are asked.
         uncached: how many of them are also timed without the cache, on a document that was read before where possible.
         checked: how many of them are checked for exactness.
         options: for `SparsePrefixCache`.
     """
+    name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
     prompts = [tokenizer(task.prompt, return_tensors="pt")["input_ids"].to(model.device) for task in tasks]
     repeated = [index for index in range(1, len(tasks)) if tasks[index].document == tasks[index - 1].document]
     timed = _spread(repeated or list(range(len(tasks))), uncached)
@@ -45,14 +53,14 @@ def run(
     work = sum(
         prompt.shape[1] for prompt in (prompts[0], *(prompts[i] for i in timed), *(prompts[i] for i in proved * 2))
     )
-    screen.say(model_line(name, model), style="bold")
+    screen.say(loaded.line, style="bold")
     asker = Asker(model, tokenizer)
     answered = []
     with SparsePrefixCache(model, tokenizer, **options) as cache, screen.progress(work, name) as steps:
         check_length(max(prompt.shape[1] for prompt in prompts), cache.grid)
         asker.warm_up(prompts[0])
         for index, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
-            answered.append(_ask(asker, cache, task, prompt, index in timed, steps))
+            answered.append(_ask(asker, cache, _Question(task, prompt, index in timed), steps))
         steps.now(f"{name}: exactness")
         report = check_exactness(model, [prompts[index] for index in proved], cache=cache)
         steps.done(work)
@@ -63,16 +71,15 @@ def run(
     return result
 
 
-def _ask(
-    asker: Asker, cache: SparsePrefixCache, task: Task, prompt: torch.Tensor, uncached: bool, steps: Steps
-) -> Answered:
+def _ask(asker: Asker, cache: SparsePrefixCache, question: _Question, steps: Steps) -> Answered:
+    task, prompt = question.task, question.ids
     steps.now(task.question)
     cached = asker.reply(prompt, len(task.answer), past_key_values=cache)
     info, stats = cache.last_request, cache.stats()
     assert info is not None
     steps.done(info.computed_tokens)
     stock: Reply | None = None
-    if uncached:
+    if question.uncached:
         steps.now(f"without the cache: {task.question}")
         stock = asker.reply(prompt, len(task.answer))
         steps.done(prompt.shape[1])

@@ -134,6 +134,28 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
     return tasks
 
 
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that is loaded, and what it was called on the command line."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, name: str, texts: Sequence[str], dtype: str, device: str) -> "NamedModel":
+        """A built-in model, whose tokenizer learns from `texts`, or one of a folder or the Hub."""
+        return cls(name, *builtin.load(name, texts, dtype, device))
+
+    @property
+    def line(self) -> str:
+        """What it is, in one line."""
+        if self.name in builtin.SIZES:
+            return builtin.describe_model(self.name)
+        layers = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
+        return f"{self.name}: {self.model.num_parameters() / 1e6:.1f} M parameters in {layers} layers"
+
+
 def check_length(tokens: int, grid: int) -> None:
     """Refuse prompts of which nothing could be resumed.
 
@@ -158,11 +180,3 @@ def shorten(document: str, tokenizer: Any, tokens: int) -> str:
         return document
     text: str = tokenizer.decode(ids[:tokens])
     return text[: text.rfind("\n\n")] if "\n\n" in text else text
-
-
-def model_line(name: str, model: Any) -> str:
-    """One line that says what a model is."""
-    if name in builtin.SIZES:
-        return builtin.describe_model(name)
-    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
-    return f"{name}: {model.num_parameters() / 1e6:.1f} M parameters in {layers} layers"

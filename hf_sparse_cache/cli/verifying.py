@@ -8,24 +8,16 @@ from ..cache import SparsePrefixCache
 from ..exactness import ExactnessReport, ExactnessRow, check_exactness
 from ..tools.machine import describe_machine
 from .screen import Screen
-from .sources import QUESTIONS, check_length, model_line
+from .sources import QUESTIONS, NamedModel, check_length
 
 
 def run(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    text: str,
-    screen: Screen,
-    *,
-    tokens: int | None,
-    prompts: int,
-    **options: Any,
+    loaded: NamedModel, text: str, screen: Screen, *, tokens: int | None, prompts: int, **options: Any
 ) -> tuple[ExactnessReport, dict[str, Any]]:
     """Check one model and write the badge.
 
     Args:
-        name: what the model was called on the command line.
+        loaded: the model.
         text: what the prompts begin with.
         tokens: about how many tokens a prompt has; None for three grid steps.
         prompts: how many prompts, each with its own ending.
@@ -37,7 +29,8 @@ def run(
     Raises:
         ValueError: The text is too short to resume anything.
     """
-    screen.say(model_line(name, model), style="bold")
+    screen.say(loaded.line, style="bold")
+    name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
     with SparsePrefixCache(model, tokenizer, **options) as cache:
         wanted = 3 * cache.grid + 32 if tokens is None else tokens
         common = tokenizer(text, add_special_tokens=False)["input_ids"][:wanted]

@@ -10,7 +10,7 @@ import pytest
 from commands import Run
 
 from hf_sparse_cache import simulate
-from hf_sparse_cache.cli import advising, planning
+from hf_sparse_cache.cli import advising, estimates
 from hf_sparse_cache.planning.policies import POLICIES, Policy
 from hf_sparse_cache.tools.traces import load_trace
 
@@ -112,7 +112,7 @@ def test_sizes_come_from_the_model_and_the_request_count_from_the_caller(run: Ru
 def test_a_model_is_planned_for_with_its_own_prefill_cost() -> None:
     from hf_sparse_cache.tools.builtin import build_model
 
-    sizes = planning.Sizes.of(build_model("jamba-3m"), 100)
+    sizes = estimates.Sizes.of(build_model("jamba-3m"), 100)
     cost = sizes.options["prefill_cost"](np.asarray([0.0, 1000.0, 2000.0]))
     assert cost[2] > 2 * cost[1] > 0
 

@@ -1,6 +1,6 @@
 """Before memory is spent: what a checkpoint costs, where checkpoints would go, and what a trace would reuse."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..cache import SparsePrefixCache
 from ..planning.planner import plan_checkpoints
 from ..planning.views import Floats
 from ..simulator import simulate
-from ..stats import counted, format_bytes, parse_bytes
+from ..stats import counted, format_bytes
 from ..tools.traces import Trace
 from .screen import Screen
 
@@ -60,6 +60,50 @@ class Sizes:
         """The keywords of `simulate`."""
         others = {"prefill_cost": self.prefill_cost, "cut_tokens": self.cut_tokens, "pieces": self.pieces}
         return {**self.measured, **others}
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """What is asked of a trace.
+
+    Attributes:
+        name: how to call the trace.
+        trace: loaded once, served once for each policy and budget.
+        policies: names; of the advisor's, the first is drawn on the frontier with the best of the others.
+        max_memory: the budget in bytes; None for no limit.
+        cut_ids: tokens after which a prompt may be cut.
+        warmup: leading fraction that is served but not counted.
+    """
+
+    name: str
+    trace: Trace
+    sizes: Sizes
+    policies: Sequence[str]
+    max_memory: int | None
+    max_checkpoints: int | None = None
+    cut_ids: tuple[int, ...] = ()
+    warmup: float = 0.0
+
+    @property
+    def budget(self) -> int:
+        """The budget, for those who compare it with others.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.max_memory is None:
+            raise ValueError("max_memory is None, which is no budget to compare others with; give one, such as '2GiB'")
+        return self.max_memory
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of `simulate`, less the policy and the budget."""
+        return {
+            "max_checkpoints": self.max_checkpoints,
+            "cut_ids": self.cut_ids,
+            "warmup": self.warmup,
+            **self.sizes.options,
+        }
 
 
 def sizes_line(sizes: Sizes) -> str:
@@ -238,30 +282,13 @@ def _short(positions: list[int]) -> str:
     return " · ".join(shown if len(shown) <= 5 else [*shown[:2], "…", *shown[-2:]])
 
 
-def replay(
-    trace: Trace,
-    sizes: Sizes,
-    policies: list[str],
-    screen: Screen,
-    *,
-    max_memory: str | None,
-    max_checkpoints: int | None,
-    warmup: float,
-) -> dict[str, Any]:
+def compare(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
     """Serve a trace without a model, once with each policy, and write what each would have reused."""
+    budget, sizes = inquiry.max_memory, inquiry.sizes
     results = {
-        name: simulate(
-            trace,
-            policy=name,
-            max_memory=max_memory,
-            max_checkpoints=max_checkpoints,
-            warmup=warmup,
-            **sizes.options,
-        )
-        for name in policies
+        name: simulate(inquiry.trace, policy=name, max_memory=budget, **inquiry.options) for name in inquiry.policies
     }
     first = next(iter(results.values()))
-    budget = parse_bytes(max_memory)
     screen.say(
         f"{counted(first.requests, 'request')} of {first.prompt_tokens / max(1, first.requests):,.0f} tokens on "
         f"average, of which {first.overlap_tokens / max(1, first.prompt_tokens):.1%} were seen before.\n"
@@ -284,4 +311,4 @@ def replay(
         name: {**asdict(result), "resume_rate": result.resume_rate, "capture_rate": result.capture_rate}
         for name, result in results.items()
     }
-    return {**sizes.measured, "max_memory": max_memory, "policies": rates}
+    return {**sizes.measured, "policies": rates}
