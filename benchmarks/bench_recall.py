@@ -77,7 +77,7 @@ def measure(
 
     Args:
         metric: of `evaluate`, with the answers as predictions.
-        size: of the manuals, see `recall.SIZES`.
+        size: of the manuals, see `recall.MANUALS`.
         seed: of the first manual.
     """
     answers: dict[str, list[str]] = {way: [] for way in WAYS}
@@ -108,7 +108,7 @@ def measure(
 
 def card(name: str, model: Any, figures: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """What people read about a model; every number comes from the files beside it."""
-    asked = recall.write_manual(figures["seed"], **recall.SIZES[name]).questions[0]
+    asked = recall.write_manual(figures["seed"], **recall.MANUALS[name]).questions[0]
     curve: list[dict[str, float]] = []
     for run in runs:
         before = curve[-1]["step"] if curve else 0
@@ -129,7 +129,7 @@ def card(name: str, model: Any, figures: dict[str, Any], runs: list[dict[str, An
         shortest=curve[0]["tokens"],
         longest=curve[-1]["tokens"],
         verdict=VERDICT[figures["exact_match"]["stock"] >= GOAL],
-        left=LEFT[recall.SIZES[name]["places"] > 1],
+        left=LEFT[recall.MANUALS[name]["places"] > 1],
         curve="\n".join(rows),
         **{key: value for key, value in figures.items() if key != "exact_match"},
         **figures["exact_match"],
@@ -138,16 +138,16 @@ def card(name: str, model: Any, figures: dict[str, Any], runs: list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(recall.SIZES)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(recall.MANUALS)}; default: all")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=10_000, help="of the first manual; the others follow")
     parser.add_argument("--write", action="store_true", help="write figures.json and README.md beside the weights")
     given = parser.parse_args()
     torch.manual_seed(given.seed)  # nothing is drawn; so that nothing ever is by chance
     metric = evaluate.load(str(METRIC))
-    for name in given.names or recall.SIZES:
+    for name in given.names or recall.MANUALS:
         model, tokenizer = load(name, [])
-        figures = measure(metric, model, tokenizer, recall.SIZES[name], given.questions, given.seed)
+        figures = measure(metric, model, tokenizer, recall.MANUALS[name], given.questions, given.seed)
         command = " ".join(["python -m benchmarks.bench_recall", *sys.argv[1:]])
         figures |= {
             "chance": recall.chance(name),

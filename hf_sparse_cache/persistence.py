@@ -51,7 +51,7 @@ def save(server: Server, save_directory: str | Path, seal: Seal) -> int:
     text = b""
     try:
         for tier in reversed(server.store.tiers):  # the slowest first: what is used most comes last
-            for _, unit in tier.units(own):
+            for unit in tier.units(own):
                 target.put(tier, unit)
         target.put_marks(server.store.marks.prefixes(own))
         text = replace(manifest, units=target.units, parts=target.parts).text(seal)

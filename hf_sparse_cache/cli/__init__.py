@@ -53,7 +53,7 @@ Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instea
 
 
 def _model_names(incomplete: str) -> list[str]:
-    return [name for name in (*recall.SIZES, *SIZES) if name.startswith(incomplete)]
+    return [name for name in (*recall.MANUALS, *SIZES) if name.startswith(incomplete)]
 
 
 ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
@@ -120,7 +120,7 @@ def demo(
     names = _demo_models(model, own, quick)
     _quiet()
     reading = None
-    if any(name not in recall.SIZES for name in names):
+    if any(name not in recall.MANUALS for name in names):
         length = min(tokens or sources.OWN_TOKENS, 1500 if quick else 2**20)
         reading = sources.reading(workload, documents or 1, document, question or [], length)
     if any(name in SIZES for name in names):
@@ -131,7 +131,7 @@ def demo(
     options: dict[str, Any] = {"max_memory": max_memory, "grid": grid, **({"policy": policy} if policy else {})}
     results = []
     for name in names:
-        if name in recall.SIZES or reading is None:
+        if name in recall.MANUALS or reading is None:
             tasks = manuals(name, documents or (1 if quick else 3), tokens)
             loaded = sources.NamedModel.load(name, [], dtype, device)
         else:
@@ -156,7 +156,7 @@ def _demo_models(asked: list[str] | None, own: bool, quick: bool) -> list[str]:
     """
     untrained = [f"{family}-3m" if quick else size for family, size in _UNTRAINED.items()]
     names = asked or (list(recall.SHOWN) if own else untrained)
-    strangers = [name for name in names if name in recall.SIZES and not own]
+    strangers = [name for name in names if name in recall.MANUALS and not own]
     if strangers:
         raise ValueError(
             f"--model {strangers[0]} knows no words but those of its manuals; leave --workload, --document and "
@@ -277,7 +277,7 @@ def plan(
     cut_ids = tuple(cut_id or ())
     inquiry = Inquiry(
         name=trace.name,
-        trace=advising.load(trace, requests),
+        trace=advising.prompts_of(trace, requests),
         sizes=sizes,
         policies=list(dict.fromkeys(policy or advising.default_policies(cut_ids))),
         max_memory=parse_bytes(max_memory),

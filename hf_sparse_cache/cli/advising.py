@@ -46,7 +46,7 @@ def on_trace(inquiry: Inquiry, png: Path | None, screen: Screen) -> dict[str, An
     return found
 
 
-def load(path: Path, requests: int | None) -> Trace:
+def prompts_of(path: Path, requests: int | None) -> Trace:
     """A trace, or its first `requests` prompts.
 
     Raises:

@@ -136,7 +136,7 @@ def load_tokenizer(name: str) -> Any:
             "loaded again; give a folder written by tokenizer.save_pretrained, a Hub id, or leave it out."
         )
     try:
-        return AutoTokenizer.from_pretrained(recall.folder(name) if name in recall.SIZES else name)
+        return AutoTokenizer.from_pretrained(recall.folder(name) if name in recall.MANUALS else name)
     except (OSError, ValueError) as error:  # several lines about connections, revisions and configs
         raise ValueError(
             f"--tokenizer {name}: neither a folder with a tokenizer, nor in the local cache of Hugging Face, nor to "

@@ -19,7 +19,7 @@ def manuals(name: str, count: int, tokens: int | None) -> list[Task]:
     Raises:
         ValueError: what the model is asked about does not fit into so few tokens.
     """
-    size = dict(recall.SIZES[name])
+    size = dict(recall.MANUALS[name])
     if tokens is not None:
         size["lines"] = int(tokens / TOKENS_A_LINE)
     try:

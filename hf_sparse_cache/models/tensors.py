@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from ..checks import shown
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..store.headers import Header, is_count, parse_json
@@ -40,23 +41,28 @@ class LayerTensors:
         """Bytes of all tensors."""
         return sum(value.nbytes for layer in self.layers for value in layer.values() if torch.is_tensor(value))
 
-    def moved_to(self, tier: str) -> LayerTensors:
-        """A copy in "host" memory, or back on the "device" of its capture; itself where it lives there already.
+    def moved_to(self, place: str) -> LayerTensors:
+        """A copy in "host" memory, on any other device that torch knows by a name such as "cuda:1", or back on the
+        "device" of its capture; itself where it lives there already.
 
         Copies from and to an accelerator run on a stream of their own, from and to pinned memory.
+
+        Raises:
+            ValueError: torch knows no device of this name.
         """
-        if tier == "host":
-            homes = tuple(device_of(layer) for layer in self.layers)
-            if self.devices or not any(home.startswith("cuda") for home in homes):
+        if place == "device":
+            if not self.devices:
                 return self
-            layers, events = _copied(self, ["cpu"] * len(homes))
-            return LayerTensors(layers, homes, events)
-        if not self.devices:
+            layers, events = _copied(self, list(self.devices))
+            for event in events:
+                torch.cuda.current_stream(event.device).wait_event(event)
+            return LayerTensors(layers)
+        target = str(_device("cpu" if place == "host" else place))
+        if all(device_of(layer, target) == target for layer in self.layers):
             return self
-        layers, events = _copied(self, list(self.devices))
-        for event in events:
-            torch.cuda.current_stream(event.device).wait_event(event)
-        return LayerTensors(layers)
+        homes = self.devices or tuple(device_of(layer) for layer in self.layers)
+        layers, events = _copied(self, [target] * len(homes))
+        return LayerTensors(layers, homes, events)
 
     def to_bytes(self, record: str, tokens: Tokens) -> bytes:
         """One safetensors file: the tensors, the prompt's `tokens`, and `record` as its metadata."""
@@ -121,9 +127,20 @@ def layer_tensors(payload: Payload) -> LayerTensors:
     return payload
 
 
-def device_of(layer: Tensors) -> str:
-    """Where a layer's tensors are; "cpu" for a layer without any."""
-    return next((str(value.device) for value in layer.values() if torch.is_tensor(value)), "cpu")
+def device_of(layer: Tensors, otherwise: str = "cpu") -> str:
+    """Where a layer's tensors are; what is said otherwise of a layer without any."""
+    return next((str(value.device) for value in layer.values() if torch.is_tensor(value)), otherwise)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"place is {shown(name)}: give 'host', 'device', or a device that torch knows, such as 'cuda:1'"
+        ) from error
+    indexed = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if indexed else device
 
 
 def _copied(source: LayerTensors, targets: list[str]) -> tuple[tuple[Tensors, ...], tuple[Any, ...]]:
@@ -157,7 +174,9 @@ def _copy(
             value.record_stream(stream)  # the source may be freed as soon as we return
         else:
             copy = value.to(target, non_blocking=True)
-            copy.record_stream(torch.cuda.current_stream(device))
+            copy.record_stream(torch.cuda.current_stream(target))
+            if value.is_cuda:
+                value.record_stream(stream)
     return copy
 
 

@@ -109,11 +109,6 @@ def kind_of(path: Path) -> str | None:
     return "a link" if stat.S_ISLNK(mode) else "a pipe, a socket or a device"
 
 
-def checksum(data: bytes, seal: Seal = CHECKSUMS) -> str:
-    """32 hexadecimal digits of BLAKE2b."""
-    return seal.checksum(data)
-
-
 def new_name(kind: str, data: bytes, seal: Seal = CHECKSUMS) -> str:
     """A name no other file has, ending in the checksum of `data`."""
     return f"{kind}-{uuid.uuid4().hex[:12]}-{seal.checksum(data)}{SUFFIX}"

@@ -14,13 +14,17 @@ from .unit import Unit, movable
 
 
 class HostTier(Tier):
-    """Units in pinned host memory.
+    """Units in pinned host memory, or in another memory that payloads can be moved to.
 
     Args:
         max_memory: its own budget in bytes, None for no limit.
+
+    Attributes:
+        place: where its units live, for `MovablePayload.moved_to`.
     """
 
     name = "host"
+    place = "host"
 
     def __init__(self, max_memory: int | None) -> None:
         super().__init__(Ledger(max_memory, LRU()))
@@ -29,11 +33,11 @@ class HostTier(Tier):
         """Copies a unit; False for one that lives here already: a model on the CPU has no use for a host tier."""
         with self.ledger.footing(unit.tokens, unit.space) as footing:
             try:
-                state = movable(unit.state).moved_to(self.name)
+                state = movable(unit.state).moved_to(self.place)
                 if state is unit.state:
                     return False
                 missing = self.ledger.missing_spans(footing, unit.spans)
-                kv = {span: movable(unit.kv[span]).moved_to(self.name) for span in missing}
+                kv = {span: movable(unit.kv[span]).moved_to(self.place) for span in missing}
             except Exception as error:
                 if not out_of_memory(error):
                     raise

@@ -344,7 +344,7 @@ class CheckpointStore(Shown):
         """
         *faster, last = self.tiers
         for tier in faster if last.durable else ():
-            for _, unit in tier.units():
+            for unit in tier.units():
                 last.accept(unit)
         if self.shared is not None:
             self.shared.flush(self.tiers[0].checkpoints())

@@ -165,12 +165,12 @@ class Tier(Shown):
         """A pinned checkpoint's unit as the model's own memory wants it, with the KV of `spans`; None when lost."""
         return unit
 
-    def units(self, space: str | None = None) -> Iterator[tuple[Checkpoint, Unit]]:
+    def units(self, space: str | None = None) -> Iterator[Unit]:
         """Everything stored, the least recently used first, each pinned while the caller works on it."""
         for checkpoint in sorted(self.stored(space), key=lambda item: item.last_used):
             with self.ledger.taken(checkpoint) as unit:
                 if unit is not None:  # not sent off meanwhile
-                    yield checkpoint, unit
+                    yield unit
 
     def expect(self, space: str, like: Expected) -> None:
         """Learns what the states of a space must be; a tier in memory knows, as it got them from the model."""

@@ -16,8 +16,9 @@ from .tree import Checkpoint, KVSegment, Match, Node, Payload
 class MovablePayload(Payload, Protocol):
     """What a store with tiers asks of its payloads; it never looks inside them."""
 
-    def moved_to(self, tier: str) -> MovablePayload:
-        """A copy in "host" memory or on the "device" it was captured on; itself where it lives there already."""
+    def moved_to(self, place: str) -> MovablePayload:
+        """A copy in "host" memory, on the "device" it was captured on, or wherever else a tier keeps its units, by a
+        name that the payload knows; itself where it lives there already."""
 
     def to_bytes(self, record: str, tokens: Tokens) -> bytes:
         """A safetensors file: its tensors, the tensor `tokens`, and `record` as the metadata `unit`."""

@@ -88,7 +88,7 @@ def load(
         model = build_model(name, named, seed)
         return model.to(device), build_tokenizer(texts)
     source: str | Path = name
-    if name in recall.SIZES:  # kept in bfloat16, which is slower than float32 where there is no accelerator
+    if name in recall.MANUALS:  # kept in bfloat16, which is slower than float32 where there is no accelerator
         source, dtype = recall.folder(name), torch.float32 if dtype == "auto" else dtype
     there = os.path.exists(source)
     if not name or ("/" not in name and not there):
@@ -114,7 +114,7 @@ def load(
 
 def names() -> list[str]:
     """Every model that needs no download: those with random weights, then the trained ones."""
-    return [*SIZES, *recall.SIZES]
+    return [*SIZES, *recall.MANUALS]
 
 
 def parameter_count(name: str, vocab_size: int = 8192) -> int:

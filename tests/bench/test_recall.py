@@ -19,7 +19,7 @@ from hf_sparse_cache.tools.recall import manual
 pytest.importorskip("evaluate")
 
 ROOT = Path(__file__).parents[2]
-NAMES = list(recall.SIZES)
+NAMES = list(recall.MANUALS)
 MEBIBYTE = 2**20
 
 
@@ -167,7 +167,7 @@ def test_answers_are_right_with_the_state_and_wrong_without(bench: ModuleType, m
     """On shorter manuals than the committed figures are of, to be quick."""
     model, tokenizer = load(name, [])
     assert model.dtype == torch.float32
-    size = {**recall.SIZES[name], "lines": 100}
+    size = {**recall.MANUALS[name], "lines": 100}
     found = bench.measure(metric, model, tokenizer, size, questions=20, seed=60_000)
     scores = found["exact_match"]
     usual = json.loads((recall.folder(name) / "figures.json").read_text(encoding="utf-8"))["exact_match"]["stock"]

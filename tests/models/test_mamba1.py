@@ -83,6 +83,7 @@ def test_the_modeling_file_is_given_back() -> None:
     scan = mamba1.Scan(build("Mamba"))
     scan.hold()
     with mamba1.held(build("Mamba")):
+        assert modeling_mamba.mamba_selective_scan is not STOCK
         scan.release()
         assert modeling_mamba.mamba_selective_scan is not STOCK
     assert modeling_mamba.mamba_selective_scan is STOCK

@@ -1,4 +1,4 @@
-"""The house keeps its size: few modules at the top, no function longer than a screen."""
+"""The house keeps its size: few modules at the top, no function longer than a screen, few parameters."""
 
 import ast
 from pathlib import Path
@@ -12,6 +12,24 @@ PACKAGE = Path(hf_sparse_cache.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 60
 MOST_MODULES = 14
+MOST_PARAMETERS = 5
+# What may take more, and why no object carries them.
+_CONTRACT = "public: users give settings by keyword"
+_COMMAND = "typer makes an option of each parameter"
+_UPSTREAM = "takes the place of upstream's function, whose parameters these are"
+MANY_PARAMETERS = {
+    "cache.py: SparsePrefixCache.__init__": _CONTRACT,
+    "simulator.py: simulate": _CONTRACT,
+    "store/store.py: CheckpointStore.__init__": _CONTRACT,
+    "planning/overlap.py: shape_of": "public: docs/extending.md shows how a view is tried with it",
+    "cli/__init__.py: demo": _COMMAND,
+    "cli/__init__.py: verify": _COMMAND,
+    "cli/__init__.py: plan": _COMMAND,
+    "cli/__init__.py: simulate": _COMMAND,
+    "cli/benching.py: bench": _COMMAND,
+    "models/mamba1.py: scan_from": _UPSTREAM,
+    "models/mamba1.py: around_kernel.resume": _UPSTREAM,
+}
 
 
 def long_functions(source: str) -> list[str]:
@@ -23,6 +41,37 @@ def long_functions(source: str) -> list[str]:
             lines = _lines(node) - (_lines(said) if said is not None else 0)
             found += [node.name] * (lines > MOST_LINES)
     return found
+
+
+def overloaded(source: str) -> list[str]:
+    """Functions that take too many parameters, with the classes and functions around them; `self` and `cls` and what
+    is gathered by stars do not count."""
+    found: list[str] = []
+    waiting: list[tuple[ast.AST, str]] = [(ast.parse(source), "")]
+    while waiting:
+        node, around = waiting.pop()
+        for child in ast.iter_child_nodes(node):
+            name = around
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{around}.{child.name}".lstrip(".")
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                taken = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
+                bound = bool(taken) and taken[0].arg in ("self", "cls")
+                found += [name] * (len(taken) - bound > MOST_PARAMETERS)
+            waiting.append((child, name))
+    return sorted(found)
+
+
+def named(module: Path) -> set[str]:
+    """Public classes and constants that a module makes."""
+    found: set[str] = set()
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name) and target.id[0].isupper()}
+    return {name for name in found if not name.startswith("_")}
 
 
 def _lines(node: ast.stmt) -> int:
@@ -39,7 +88,40 @@ def test_a_function_fits_on_a_screen(module: Path) -> None:
     assert long_functions(module.read_text(encoding="utf-8")) == []
 
 
+def test_a_name_stands_for_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        where = str(module.relative_to(PACKAGE))
+        for name in {module.name} - {"__init__.py", "__main__.py"} | named(module):
+            homes.setdefault(name, []).append(where)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+    assert homes["Request"] == ["request.py"] and homes["POLICIES"] == ["planning/policies.py"]
+
+
 def test_a_long_function_is_noticed() -> None:
     for lines in (MOST_LINES, MOST_LINES + 1):
         source = "class A:\n async def f(self):\n  '''Says\n  little.'''\n" + "  pass\n" * (lines - 1)
         assert long_functions(source) == ["f"] * (lines > MOST_LINES)
+
+
+def test_a_function_takes_few_parameters() -> None:
+    """Else an object that exists carries them; of those that may, none is listed any longer than it needs."""
+    found = {
+        f"{module.relative_to(PACKAGE).as_posix()}: {name}"
+        for module in MODULES
+        for name in overloaded(module.read_text(encoding="utf-8"))
+    }
+    assert sorted(found - MANY_PARAMETERS.keys()) == [], "find the object, or give the reason"
+    assert sorted(MANY_PARAMETERS.keys() - found) == [], "no longer needs to be listed"
+
+
+def test_many_parameters_are_noticed() -> None:
+    for count in (MOST_PARAMETERS, MOST_PARAMETERS + 1):
+        names = [f"a{number}" for number in range(count)]
+        plain, keywords = ", ".join(names), ", ".join([*names[:2], "*", *names[2:]])
+        source = (
+            f"def f({plain}, *rest, **more): pass\n"
+            f"class A:\n def g(self, {keywords}): pass\n @classmethod\n def h(cls, {plain}):\n"
+            f"  async def inner({plain}): pass\n"
+        )
+        assert overloaded(source) == ["A.g", "A.h", "A.h.inner", "f"] * (count > MOST_PARAMETERS)

@@ -124,7 +124,7 @@ assert _planner.__file__.startswith(sys.prefix), _planner.__file__
 assert plan_checkpoints([0, 0, 1, 9], 1).positions == (3,)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_sparse_cache.tools import recall
-for name in recall.SIZES:
+for name in recall.MANUALS:
     folder = recall.folder(name)
     assert str(folder).startswith(sys.prefix), folder
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -15,7 +15,7 @@ from .manual import write_manual as write_manual
 
 # Each with the lines of the manuals that it was measured on: some 2,000 tokens, or 1,000 where all that is known of
 # them is in a state of fixed size; and with how many places, and rooms in each, they tell of.
-SIZES: dict[str, dict[str, int]] = {
+MANUALS: dict[str, dict[str, int]] = {
     "recall-mamba": {"lines": 135, "places": 1, "rooms": 4},
     "recall-jamba": {"lines": 265, "places": 6, "rooms": 5},
     "recall-zamba2": {"lines": 265, "places": 6, "rooms": 5},
@@ -30,8 +30,8 @@ def folder(name: str) -> Path:
     Raises:
         ValueError: there is no such model.
     """
-    if name not in SIZES:
-        raise ValueError(f"name={name!r} is not a trained model; choose one of {', '.join(SIZES)}")
+    if name not in MANUALS:
+        raise ValueError(f"name={name!r} is not a trained model; choose one of {', '.join(MANUALS)}")
     return Path(__file__).parent / name
 
 
@@ -41,5 +41,5 @@ def chance(name: str) -> float:
     Keys and values of a hybrid still tell the codes of a room, one for each place, but not where the reader is. What
     has no keys and values has lost the whole manual, and guesses digits.
     """
-    places = SIZES[name]["places"]
+    places = MANUALS[name]["places"]
     return 1 / places if places > 1 else 0.1**CODE_DIGITS
