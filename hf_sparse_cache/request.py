@@ -20,7 +20,7 @@ generates from there on is kept by `store.answer`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -91,6 +91,7 @@ class Request:
         lineage: the segments behind the result, from 0.
         captured: positions stored so far by this request.
         handovers: what was computed at its junctions, by position.
+        promise: what other threads know of it meanwhile (see `store.promises`); None where they know nothing.
         rows_together: prompts that run in one forward with it, itself among them.
         read: once it has closed, what its answer goes on from; None where nothing of the prompt may be remembered.
         reason: why it resumed where it did.
@@ -105,11 +106,8 @@ class Request:
         segmenting: Segmenting,
         visit: Visit,
         reason: Reason,
-        junctions: Sequence[int] = (),
-        promise: Promise | None = None,
-        holding: Holding | None = None,
     ) -> None:
-        self._holding = holding
+        self._holding: Holding | None = None
         self._store, self._policy, self._segmenting, self._visit = store, policy, segmenting, visit
         self._prompt = visit.prompt
         self._marked: set[int] = set()
@@ -119,14 +117,14 @@ class Request:
         self.prompt_tokens, self.overlap_tokens = len(visit.prompt.ids), visit.prompt.overlap
         self.resumed_tokens = visit.prompt.resumed
         self.checkpoint: Checkpoint | Handover | None = visit.checkpoint
-        self.junctions = [position for position in junctions if position > self.resumed_tokens]
+        self.junctions = [position for position in segmenting.junctions if position > self.resumed_tokens]
         self.lineage = Lineage() if visit.checkpoint is None else visit.checkpoint.lineage
         self.planned: list[int] = []
         self.segments: list[int] = []
         self.captured: list[int] = []
         self.handovers: dict[int, Handover] = {}
         self.rows_together = 1
-        self._promise = promise
+        self.promise: Promise | None = None
         self.read: Read | None = None
         self._kept: list[Span] | None = None  # spans of the deepest checkpoint that it stored
 
@@ -135,8 +133,6 @@ class Request:
         with self._policy.lock:
             wanted = placed(self._policy, self._prompt)
         length, resumed = self.prompt_tokens, self.resumed_tokens
-        if self._holding is not None and isinstance(self.checkpoint, Checkpoint) and self._holding.needs(resumed):
-            self._holding.hold(self.checkpoint, new=False)
         if resumed == length:
             return
         fresh = _among([*self._prompt.open_cuts.tolist(), length], wanted, self._prompt.limit)
@@ -144,6 +140,12 @@ class Request:
         self._marked = {position for position in self._visit.marked if position in reached}
         self.planned = sorted({*fresh, *self._marked})
         self._cut_behind(resumed)
+
+    def hold_for(self, holding: Holding) -> None:
+        """Lets a call of several prompts keep what it needs of this one for those of them that are to come."""
+        self._holding = holding
+        if isinstance(self.checkpoint, Checkpoint) and holding.needs(self.resumed_tokens):
+            holding.hold(self.checkpoint, new=False)
 
     def start_over(self) -> None:
         """Resumes from nothing after all and captures nothing: there is no memory for either."""
@@ -183,12 +185,12 @@ class Request:
         """
         position = self.resumed_tokens
         while position < self.prompt_tokens:
-            if self._promise is not None:
-                self._heed(self._promise, position)
+            if self.promise is not None:
+                self._heed(self.promise, position)
             position = next(end for end in self.segments if end > position)
             yield position
-        if self._promise is not None:
-            self._heed(self._promise, position)
+        if self.promise is not None:
+            self._heed(self.promise, position)
 
     def _heed(self, promise: Promise, position: int) -> None:
         """Says how far it is, and plans to store what others ask for behind that."""
@@ -375,10 +377,6 @@ def open_request(
     segmenting: Segmenting,
     *,
     space: str = "",
-    tail: int = 1,
-    junctions: Sequence[int] = (),
-    promise: Promise | None = None,
-    holding: Holding | None = None,
 ) -> Request:
     """Opens a request: matches the prompt, pins the deepest usable checkpoint, plans what to capture.
 
@@ -388,10 +386,6 @@ def open_request(
         ids: the prompt's tokens, int32 of shape `(N,)`; not changed, and not to be changed while the request is open.
         segmenting: where it may be cut, and what it may resume from.
         space: fingerprint and namespace; nothing of one space is ever matched from another.
-        tail: of how many of the last tokens the logits are wanted, so that they are computed, whatever is stored.
-        junctions: positions at which other prompts want to take over (see `planning.batch`).
-        promise: what other threads know of it meanwhile (see `store.promises`).
-        holding: what a call of several prompts keeps for those of them that are to come.
 
     Raises:
         ValueError: if `ids` is not a one-dimensional array of integers in the range of int32.
@@ -404,16 +398,16 @@ def open_request(
         wrong = int(ids[tokens != ids][0])
         raise ValueError(f"ids must lie in the range of int32, got {wrong}; pass the ids of a tokenizer")
     started = time.perf_counter()
-    visit = store.open(tokens, segmenting, space, tail)
+    visit = store.open(tokens, segmenting, space)
     try:
-        for position in junctions:
+        for position in segmenting.junctions:
             visit.prompt.cuts = segmenting.joined(visit.prompt.cuts, position, len(ids))
         with store.lock:
-            usable = min(visit.match.overlap, len(ids) - max(MIN_SUFFIX_TOKENS, tail))
+            usable = min(visit.match.overlap, len(ids) - max(MIN_SUFFIX_TOKENS, segmenting.tail))
             reason = cause(visit.match, visit.checkpoint, usable, visit.prompt.cuts)
         if visit.checkpoint is None:
             reason = with_lower_tiers(reason, store, tokens, visit.expected, space)
-        request = Request(store, policy, segmenting, visit, reason, junctions, promise, holding)
+        request = Request(store, policy, segmenting, visit, reason)
         request.match_seconds = (matched := time.perf_counter()) - started
         request.plan()
         request.plan_seconds = time.perf_counter() - matched

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -203,13 +203,12 @@ class Sitting:
             means.store,
             way.policy,
             asked.tokens,
-            way.segmenting,
+            replace(way.segmenting, tail=way.tail, junctions=tuple(asked.junctions)),
             space=self._space,
-            tail=way.tail,
-            junctions=asked.junctions,
-            promise=promise,
-            holding=way.holding,
         ) as self.request:
+            self.request.promise = promise
+            if way.holding is not None:
+                self.request.hold_for(way.holding)
             given = asked.given(str(self._found))
             if given is not None:
                 self.request.take_over(given)

@@ -8,7 +8,7 @@ that, in its last bits, and names the segments behind it so that they can be run
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -29,11 +29,16 @@ class Segmenting:
         rule: the cuts that follow from a prompt and the handle's settings alone.
         cut_tokens: what a cut costs besides the checkpoint, in tokens of prefill.
         forward_tokens: what a forward costs besides its tokens, in tokens of prefill.
+        tail: of how many of the last tokens of this prompt the logits are wanted, so that they are computed, whatever
+            is stored.
+        junctions: positions of this prompt at which other prompts want to take over (see `planning.batch`).
     """
 
     mode: ClassVar[str]
 
     rule: CutRule
+    tail: int = field(default=1, kw_only=True)
+    junctions: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def cut_tokens(self) -> float:

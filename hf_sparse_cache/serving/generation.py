@@ -46,10 +46,11 @@ class Generation(GenerateManager):
         ticket, loop, queue = current(), asyncio.get_running_loop(), asyncio.Queue[Any]()
         rust = getattr(processor, "tokenizer", processor).backend_tokenizer
         streamer = _Streamer(ticket, rust, loop, queue, response_parser)
+        keywords = {**inputs, "generation_config": gen_config, "streamer": streamer, "tokenizer": processor}
 
         def job() -> None:
             try:
-                self._run(ticket, model, processor, inputs, gen_config, streamer)
+                self._run(ticket, model, keywords)
             except Exception:
                 # What became of it is told by the ticket: a sentence of any kind would not survive upstream's quotes.
                 loop.call_soon_threadsafe(queue.put_nowait, _StreamError("failed"))
@@ -63,7 +64,8 @@ class Generation(GenerateManager):
         """See `BaseGenerateManager`: text, tokens of the prompt, ids of the answer."""
         _check(model, inputs, gen_config)
         ticket = current()
-        sequences = await self.call(self._run, ticket, model, processor, inputs, gen_config, _Counter(ticket))
+        keywords = {**inputs, "generation_config": gen_config, "streamer": _Counter(ticket), "tokenizer": processor}
+        sequences = await self.call(self._run, ticket, model, keywords)
         length = inputs["input_ids"].shape[-1]
         generated = sequences[0, length:]
         return processor.decode(generated, skip_special_tokens=True), length, generated
@@ -77,28 +79,24 @@ class Generation(GenerateManager):
         done.add_done_callback(lambda future: future.cancelled() or future.exception())
         return await asyncio.shield(done)
 
-    def _run(
-        self, ticket: Ticket, model: Any, processor: Any, inputs: Any, gen_config: Any, streamer: Any
-    ) -> torch.Tensor:
-        """Runs on the inference thread; the ids of prompt and answer."""
+    def _run(self, ticket: Ticket, model: Any, keywords: dict[str, Any]) -> torch.Tensor:
+        """Runs on the inference thread, with the keywords of `generate()`; the ids of prompt and answer."""
         try:
-            return self._generated(ticket, model, processor, inputs, gen_config, streamer)
+            return self._generated(ticket, model, keywords)
         except Exception as error:
             ticket.error = error
             if not isinstance(error, Cancelled):
                 logger.error(f"Request {ticket.id} failed: {type(error).__name__}: {error}", exc_info=error)
             raise
 
-    def _generated(
-        self, ticket: Ticket, model: Any, processor: Any, inputs: Any, gen_config: Any, streamer: Any
-    ) -> torch.Tensor:
+    def _generated(self, ticket: Ticket, model: Any, keywords: dict[str, Any]) -> torch.Tensor:
         ticket.check()  # who left while waiting costs nothing
         ticket.started = time.monotonic()
         handle = self._handle_of(ticket.namespace)
-        keywords = {**inputs, "generation_config": gen_config, "streamer": streamer, "tokenizer": processor}
         scored = ticket.top_logprobs is not None
         if scored:  # the config is this request's own
-            gen_config.return_dict_in_generate = gen_config.output_logits = True
+            config = keywords["generation_config"]
+            config.return_dict_in_generate = config.output_logits = True
         # A seed of one request is no other request's business.
         with interruptible(ticket.check), torch.random.fork_rng(enabled=ticket.seed is not None):
             if ticket.seed is not None:
@@ -108,7 +106,7 @@ class Generation(GenerateManager):
         if not scored:
             sequences: torch.Tensor = output
             return sequences
-        generated = output.sequences[0, inputs["input_ids"].shape[-1] :]
+        generated = output.sequences[0, keywords["input_ids"].shape[-1] :]
         ticket.logprobs = _logprobs(output.logits, generated, ticket.top_logprobs or 0)
         return output.sequences  # type: ignore[no-any-return]
 

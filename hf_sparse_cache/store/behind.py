@@ -339,7 +339,7 @@ class SharedStore:
 
     def reach(self, ids: Tokens, expected: Lineage | None, space: str, above: int) -> tuple[int, str]:
         """How far beyond `above` a prompt would resume from here, and a sentence that says so, or why not."""
-        found = self.tier.find(ids, expected, space, above, quietly=True)
+        found, _ = self.tier.look(ids, expected, space, above) or ([], False)
         if found:
             return found[0].position, f"The shared store has its first {found[0].position:,} tokens."
         if self.tier.trust.reason:

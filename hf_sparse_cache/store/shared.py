@@ -114,17 +114,22 @@ class SharedTier:
 
     # -- what a request asks ------------------------------------------------------------------------------------------
 
-    def find(
-        self,
-        ids: Tokens,
-        expected: Lineage | None,
-        space: str,
-        above: int,
-        *,
-        tail: int = 1,
-        quietly: bool = False,
-    ) -> list[Filed]:
-        """The units that a prompt may resume from, the deepest first; none where the storage cannot say in time.
+    def find(self, ids: Tokens, expected: Lineage | None, space: str, above: int, tail: int = 1) -> list[Filed]:
+        """As `look`, for a request: it is counted, and what the storage was not sure of is looked into."""
+        looked = self.look(ids, expected, space, above, tail)
+        if looked is None:
+            return []
+        found, doubtful = looked
+        if doubtful:
+            self.chores(partial(self.shelf.survey, Text(self.seal, space, ids)))
+        if not found:
+            self.count("nothing deeper there")
+        return found
+
+    def look(
+        self, ids: Tokens, expected: Lineage | None, space: str, above: int, tail: int = 1
+    ) -> tuple[list[Filed], bool] | None:
+        """The units that a prompt may resume from, the deepest first, and whether there may be more.
 
         Args:
             ids: the prompt.
@@ -132,7 +137,9 @@ class SharedTier:
             space: where to look.
             above: a unit must lie deeper than this position.
             tail: how many of the last tokens are to be computed whatever is stored; 1 for none but what must be.
-            quietly: whether it is only looked at, and not counted.
+
+        Returns:
+            None where the storage cannot say in time.
         """
         text = Text(self.seal, space, ids)
 
@@ -146,15 +153,7 @@ class SharedTier:
             return expected is None or unit.lineage == _begin(text, expected, end)
 
         until = time.monotonic() + LOOK_SECONDS
-        looked = self._asked(lambda: self.shelf.find(text, fits, above, self.is_bad), until, "look-up")
-        if looked is None:
-            return []
-        found, doubtful = looked
-        if doubtful and not quietly:
-            self.chores(partial(self.shelf.survey, text))
-        if not found and not quietly:
-            self.count("nothing deeper there")
-        return found
+        return self._asked(lambda: self.shelf.find(text, fits, above, self.is_bad), until, "look-up")
 
     def resume(self, ids: Tokens, expected: Lineage | None, space: str, above: int, tail: int = 1) -> Resumable | None:
         """The deepest unit that a prompt may resume from, its state proved; None where there is none."""
@@ -163,7 +162,7 @@ class SharedTier:
         reader = UnitReader(self.reader, self.seal, self._expected.get(space))
         gone: set[str] = set()
         for _ in range(MOST_TRIES):
-            found = self.find(ids, expected, space, above, tail=tail)
+            found = self.find(ids, expected, space, above, tail)
             filed = next((unit for unit in found if unit.name not in gone), None)
             if filed is None:
                 return None

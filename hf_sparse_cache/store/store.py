@@ -205,14 +205,13 @@ class CheckpointStore(Shown):
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
-    def open(self, ids: Tokens, segmenting: Segmenting, space: str = "", tail: int = 1) -> Visit:
+    def open(self, ids: Tokens, segmenting: Segmenting, space: str = "") -> Visit:
         """Begins a request: brings up what the tiers below have, matches the prompt, pins what it may resume from.
 
         Args:
             ids: the prompt's tokens, int32 of shape `(N,)`.
             segmenting: where it may be cut, and what it may resume from.
             space: nothing of one space is ever matched from another.
-            tail: how many of the last tokens are to be computed whatever is stored; 1 for none but what must be.
 
         Returns:
             What was found, and what `put` needs of it; to be given back to `leave`.
@@ -220,10 +219,10 @@ class CheckpointStore(Shown):
         if len(self.tiers) > 1 or self.shared is not None:
             cuts = segmenting.cuts(ids, self.marks.lengths(ids, space))
             expected = segmenting.expected(cuts, len(ids))
-            self.lift(ids, expected, space, tail)
+            self.lift(ids, expected, space, segmenting.tail)
             if self.shared is not None:
-                self._resume_shared(self.shared, ids, expected, space, tail)
-        return Visit.begin(self.ledger, ids, segmenting, space, tail)
+                self._resume_shared(self.shared, ids, expected, space, segmenting.tail)
+        return Visit.begin(self.ledger, ids, segmenting, space)
 
     def reopen(self, prompt: Prompt, space: str, before: Before) -> Visit | None:
         """Begins the visit of a text that begins with the prompt of an earlier visit.
@@ -389,7 +388,7 @@ class CheckpointStore(Shown):
             ids: the prompt.
             expected: how the prompt itself would be cut; None where any lineage will do.
             space: where to look.
-            tail: as for `open`.
+            tail: how many of the last tokens are to be computed whatever is stored.
         """
         lost: set[Checkpoint] = set()
         while (best := self._deeper_below(ids, expected, space, lost, tail)) is not None:

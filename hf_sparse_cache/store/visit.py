@@ -59,7 +59,7 @@ class Visit:
     batched: bool = False
 
     @classmethod
-    def begin(cls, ledger: Ledger, ids: Tokens, segmenting: Segmenting, space: str, tail: int = 1) -> Visit:
+    def begin(cls, ledger: Ledger, ids: Tokens, segmenting: Segmenting, space: str) -> Visit:
         """Matches a prompt, pins the deepest checkpoint it may resume from, and says what a policy may look at."""
         with ledger.lock:
             ledger.clock += 1
@@ -68,7 +68,7 @@ class Visit:
             marked = ledger.marks.lengths(ids, space)
             cuts = segmenting.cuts(ids, marked)
             expected = segmenting.expected(cuts, len(ids))
-            checkpoint = next(match.fitting(len(ids), expected, tail=tail), None)
+            checkpoint = next(match.fitting(len(ids), expected, tail=segmenting.tail), None)
             if checkpoint is not None:
                 ledger.take(checkpoint)
                 checkpoint.hits += 1

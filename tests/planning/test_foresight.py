@@ -28,7 +28,8 @@ def computed(texts: list[tuple[int, ...]], base: Segmenting, memory: int | None 
         foresight = Foresight(NoCheckpoints(), turn.keep, place, holding.staying)
         holding.begin(foresight, place)
         segmenting = Foreseen(base.rule, base, tuple(sorted(turn.keep)), turn.first)
-        with open_request(store, foresight, turn.tokens, segmenting, holding=holding) as request:
+        with open_request(store, foresight, turn.tokens, segmenting) as request:
+            request.hold_for(holding)
             start = request.resumed_tokens
             for end in request.segments:
                 assert end - start >= min(2, len(turn.tokens))

@@ -46,8 +46,9 @@ def promised(
     look: Callable[[], Any] = lambda: store.foretell(ids, segmenting, space)  # noqa: E731
     with (
         store.promises.given(ids, space, look, terms) as promise,
-        open_request(store, policy or NoCheckpoints(), ids, segmenting, space=space, promise=promise) as request,
+        open_request(store, policy or NoCheckpoints(), ids, segmenting, space=space) as request,
     ):
+        request.promise = promise
         yield request
 
 

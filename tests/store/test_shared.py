@@ -177,7 +177,9 @@ def test_a_prompt_of_a_hundred_thousand_tokens_takes_ten_looks_at_most(joined: J
     for common, deepest in ((99_990, 99_968), (99_000, 65_792), (60_000, 512)):
         looker = joined()
         assert looker.shared is not None
-        found = looker.shared.tier.find(np.asarray(prompt(1, 100_000, common), np.int32), None, "", 0, quietly=True)
+        looked = looker.shared.tier.look(np.asarray(prompt(1, 100_000, common), np.int32), None, "", 0)
+        assert looked is not None
+        found, _ = looked
         assert found[0].position == deepest and looker.shared.tier.shelf.looks <= 10
 
 
