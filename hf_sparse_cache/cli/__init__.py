@@ -218,16 +218,14 @@ def tune(
 
     Example: `hf-sparse-cache tune zamba2-30m`
     """
-    from ..tools import builtin
     from . import tuning
+    from .sources import NamedModel
 
     screen = Screen(json)
     _quiet()
     folder = tuning.output_folder(model, out)
-    loaded, tokenizer = builtin.load(model, [""], dtype, device)
-    screen.emit(
-        tuning.run(model, loaded, tokenizer, screen, exactness=exactness, tokens=tokens, pairs=pairs, out=folder)
-    )
+    loaded = NamedModel.load(model, [""], dtype, device)
+    screen.emit(tuning.run(loaded, screen, exactness=exactness, tokens=tokens, pairs=pairs, out=folder))
 
 
 @app.command()

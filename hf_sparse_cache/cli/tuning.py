@@ -22,7 +22,7 @@ from ..planning.lineage import Lineage
 from ..tools.machine import describe_machine
 from .outputs import check_folder
 from .screen import Screen
-from .sources import model_line
+from .sources import NamedModel
 
 
 SMALLEST = 128  # tokens of a piece that are tried; each further size is twice the one before
@@ -67,12 +67,12 @@ def output_folder(model: str, out: Path | None) -> Path:
 
 
 def run(
-    name: str, model: Any, tokenizer: Any, screen: Screen, *, exactness: str, tokens: int | None, pairs: int, out: Path
+    loaded: NamedModel, screen: Screen, *, exactness: str, tokens: int | None, pairs: int, out: Path
 ) -> dict[str, Any]:
     """Measure, write what was found, and save the settings that follow from it.
 
     Args:
-        name: what the model was called on the command line.
+        loaded: the model.
         exactness: the mode that the settings are for.
         tokens: of the prompts; None for what suits the device.
         pairs: how often each way is run beside its rival.
@@ -81,9 +81,10 @@ def run(
     Raises:
         ValueError: The prompts are too short for two pieces, or too long for the model.
     """
+    name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
     device = input_device(model)
     length = tokens or (CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS)
-    screen.say(model_line(name, model), style="bold")
+    screen.say(loaded.line, style="bold")
     plain = SparseCacheConfig(exactness=exactness, policy="none")
     with SparsePrefixCache(model, tokenizer, config=plain) as handle:
         binding = handle.server.binding

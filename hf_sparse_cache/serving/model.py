@@ -86,7 +86,7 @@ class _BuiltIn(ModelManager):
     def _load_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         self._model, tokenizer = builtin.load(
             self._loading.name,
-            [self._loading.learn_from] if self._loading.name not in recall.SIZES else [],
+            [self._loading.learn_from] if self._loading.name not in recall.MANUALS else [],
             self._loading.dtype,
             "cpu" if self._loading.device == "auto" else self._loading.device,
         )
