@@ -1,13 +1,15 @@
 """What does a shared store cost: to open, to look up, and to start warm from?
 
     python -m benchmarks.bench_shared
-    python -m benchmarks.bench_shared --json benchmarks/results/shared.json
+    python -m benchmarks.bench_shared opening looking --json benchmarks/results/shared.json
+
+A minute or two each, printed as they are measured; those that are run take their places in the file.
 
 opening     a store on a folder with 10,000 units, against one on a folder with 10
-look-up     of a prompt of 100,000 tokens that parts from what is stored: places looked at, and CPU time against
+looking     up a prompt of 100,000 tokens that parts from what is stored: places looked at, and CPU time against
             matching it in memory, in a tree of 10,000 prompts that part from it along its way, and in one of 10,000
             that part from it at its first token
-warm start  wall time of the first request of a process that finds a document in the folder, against the larger of
+warm        wall time of the first request about a document that a process finds in the folder, against the larger of
             reading (the bytes of its files, and proving them) and computing (the same request out of memory)
 
 Each pair runs both ways in alternating order. Printed are the median of the ratios and the interval that holds it with
@@ -18,7 +20,6 @@ import argparse
 import gc
 import json
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -32,7 +33,6 @@ import torch
 from benchmarks.bench_new_tokens import bounds
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.planning.lineage import Lineage
-from hf_sparse_cache.stats import table
 from hf_sparse_cache.store import files
 from hf_sparse_cache.store.addresses import Text
 from hf_sparse_cache.store.seal import Seal
@@ -46,6 +46,7 @@ from hf_sparse_cache.tools.machine import describe_machine
 
 LONG = 100_000
 VOCABULARY = 8192
+CASES = ("opening", "looking", "warm")
 
 
 class Payload:
@@ -100,7 +101,7 @@ def tree(long, along):
     """A store in memory that remembers 10,000 prompts."""
     store, draw = CheckpointStore("1GiB", max_remembered_tokens=None), np.random.RandomState(1)
     store.remember(long)
-    for index in range(10_000):
+    for index in reversed(range(10_000)):  # the same tree in any order; so none has to walk past all the others
         common = (index + 1) * len(long) // 10_001 if along else 0
         tail = draw.randint(VOCABULARY, 2 * VOCABULARY, 64).astype(np.int32)
         store.remember(np.concatenate([long[:common], tail]))
@@ -126,7 +127,7 @@ def looking(folder, long, pairs):
         return shelf.looks
 
     looks = [looked(prompt, position) for prompt, position in zip(prompts, deepest, strict=True)]
-    measured = {"most places looked at": max(looks)}
+    found = {"most places looked at": max(looks)}
     for name, along in (("part along the way", True), ("part at once", False)):
         store = tree(long, along)
 
@@ -134,8 +135,8 @@ def looking(folder, long, pairs):
             for prompt in prompts:
                 store.match(prompt)
 
-        measured[name] = ratios(lambda: [looked(prompt) for prompt in prompts], match, pairs)
-    return measured
+        found[name] = ratios(lambda: [looked(prompt) for prompt in prompts], match, pairs)
+    return found
 
 
 def warm_start(model_name, tokens, pairs, folder):
@@ -159,7 +160,7 @@ def warm_start(model_name, tokens, pairs, folder):
         first.flush()
         found, start, sizes = [], time.perf_counter, []
         for index in range(1, pairs + 1):
-            ids = question(index)
+            ids, fresh = question(index), question(1_000 + index)  # the store may keep the end of one it was asked
             spent = {}
             for what in ("read", "computed", "warm")[:: 1 if index % 2 else -1]:
                 gc.collect()
@@ -175,17 +176,18 @@ def warm_start(model_name, tokens, pairs, folder):
                     began = start()
                     assert served(cache, ids) == tokens
                 else:
-                    store = CheckpointStore(None, shared=folder)
-                    cache.server.store, own = store, cache.server.store
-                    store.read_with(first.shared.reader)
-                    cache.server.space._store = store
-                    began = start()
-                    assert served(cache, ids) == tokens
-                    assert store.shared.counts["resumed from"] == 1
-                    cache.server.store = cache.server.space._store = own
+                    with SparsePrefixCache(model, store=CheckpointStore(None, shared=folder)) as other:
+                        other.mark(torch.from_numpy(document))
+                        served(
+                            other, torch.tensor([[5, 6, 7]])
+                        )  # what any first request costs, such as a look at the weights
+                        began = start()
+                        resumed = served(other, fresh)
+                        spent[what] = start() - began
+                        assert resumed == tokens and other.stats().shared["resumed from"] == 1, other.last_request
+                        other.store.close(flush=False)
+                    continue
                 spent[what] = start() - began
-                if what == "warm":
-                    store.shared.close()
             found.append(spent["warm"] / max(spent["read"], spent["computed"]))
     first.close(flush=False)
     return {"ratio": found, "bytes": max(sizes)}
@@ -197,37 +199,59 @@ def summary(values):
     return {"median": statistics.median(values), "low": low, "high": high, "pairs": len(values)}
 
 
+def shown(found):
+    return "{median:.3f} ({low:.3f} to {high:.3f})".format(**found)
+
+
+def measured(case, arguments, folder):
+    """The figures of one case, each as it is there."""
+    long = np.random.RandomState(3).randint(0, VOCABULARY, LONG).astype(np.int32)
+    if case == "warm":
+        for name in arguments.model or ("mamba-21m", "zamba2-30m"):
+            found = warm_start(name, arguments.tokens, arguments.pairs, Path(folder, name))
+            yield f"warm start, {name}", {**summary(found["ratio"]), "bytes": found["bytes"]}
+        return
+    many = Path(folder, "many")
+    if not many.exists():
+        print(f"{arguments.units:,} units are filed", flush=True)
+        filled(many, arguments.units, long)
+    if case == "opening":
+        few = filled(Path(folder, "few"), 10, long)
+        yield f"opening {arguments.units:,} units over opening 10", summary(opening(few, many, arguments.pairs))
+        return
+    looked = looking(many, long, arguments.pairs)
+    yield "most places looked at", looked.pop("most places looked at")
+    for name, found in looked.items():
+        yield f"look-up over memory, 10,000 prompts that {name}", summary(found)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--units", type=int, default=10_000)
     parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--model", action="append", help="a built-in model; default mamba-21m and zamba2-30m")
     parser.add_argument("--tokens", type=int, default=2048, help="of the document of the warm start")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    long = np.random.RandomState(3).randint(0, VOCABULARY, LONG).astype(np.int32)
-    rows, results = [], {}
+    if unknown := set(arguments.cases) - set(CASES):
+        parser.error(f"{', '.join(sorted(unknown))}: give some of {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as folder:
-        few, many = filled(Path(folder, "few"), 10, long), filled(Path(folder, "many"), arguments.units, long)
-        results["opening"] = summary(opening(few, many, arguments.pairs))
-        looked = looking(many, long, arguments.pairs)
-        results["looks"] = looked.pop("most places looked at")
-        results |= {
-            f"look-up over memory, 10,000 prompts that {name}": summary(found) for name, found in looked.items()
-        }
-        for name in arguments.model or ("mamba-21m", "zamba2-30m"):
-            at = Path(folder, name)
-            found = warm_start(name, arguments.tokens, arguments.pairs, at)
-            results[f"warm start, {name}"] = {**summary(found["ratio"]), "bytes": found["bytes"]}
-            shutil.rmtree(at)
-    for name, found in results.items():
-        shown = str(found) if isinstance(found, int) else "{median:.3f} ({low:.3f} to {high:.3f})".format(**found)
-        rows.append((name, shown))
-    print(table(("figure", "ratio"), rows))
-    if arguments.json is not None:
-        command = shlex.join(["python", "-m", "benchmarks.bench_shared", *sys.argv[1:]])
-        said = {"command": command, "machine": describe_machine(), "units": arguments.units, "results": results}
-        arguments.json.write_text(json.dumps(said, indent=1) + "\n")
+        for case in arguments.cases or CASES:
+            results = {}
+            for name, found in measured(case, arguments, folder):
+                results[name] = found
+                print(f"{name}: {found if isinstance(found, int) else shown(found)}", flush=True)
+            if arguments.json is not None:
+                keep(arguments.json, case, results)
+
+
+def keep(path, case, results):
+    """Puts the figures of one case into a file, beside those of others."""
+    said = json.loads(path.read_text()) if path.exists() else {}
+    command = shlex.join(["python", "-m", "benchmarks.bench_shared", *sys.argv[1:]])
+    said[case] = {"command": command, "machine": describe_machine(), "results": results}
+    path.write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from persisting import GRID, handle, logits, question
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.models import prefill
+from hf_sparse_cache.models.inputs import Row
 from hf_sparse_cache.planning.lineage import Lineage
 
 
@@ -40,10 +41,8 @@ def replayed(cache: SparsePrefixCache, ids: torch.Tensor, segments: Any) -> torc
     """Logits behind the prompt of a run from nothing over the same segments."""
     binding = cache.server.binding
     with torch.no_grad():
-        lineage = Lineage.from_ends(segments)
-        output = prefill.replay(
-            binding, binding.live_cache(), ids[0], lineage, {"use_cache": True, "logits_to_keep": 1}
-        )
+        row = Row(ids[0], {"use_cache": True, "logits_to_keep": 1})
+        output = prefill.replay(binding, binding.live_cache(), row, Lineage.from_ends(segments))
     return output.logits[:, -1]
 
 

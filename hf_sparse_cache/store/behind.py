@@ -206,6 +206,7 @@ class Writer:
             return
         if self._put(packed, text.name(lineage, final, packed.state), space):
             self._tier.shelf.post(text, lineage, [*way, place])
+            self._tier.forgive(packed.state)
             self._tier.knows(packed.state)
             self._tier.count("written")
 

@@ -189,11 +189,14 @@ class Keeper:
             yield from (entry for entry in entries if census.now - entry.modified > KEPT_DAYS[kind] * DAY)
         yield from (entry for entry in census.unfinished if census.now - entry.modified > GRACE_SECONDS)
         if self.budget is not None:
-            room = self.budget / 20
-            for entry in sorted(census.quarantine, key=lambda entry: -entry.modified):
-                room -= entry.nbytes
-                if room < 0 and census.now - entry.modified <= KEPT_DAYS["quarantine"] * DAY:
-                    yield entry
+            for kind, entries in (("leases", census.leases), ("quarantine", census.quarantine)):
+                room = self.budget / 20
+                for entry in sorted(entries, key=lambda entry: -entry.modified):
+                    room -= entry.nbytes
+                    age = census.now - entry.modified
+                    needed = kind == "leases" and age <= 2 * LEASE_SECONDS
+                    if room < 0 and not needed and age <= KEPT_DAYS[kind] * DAY:
+                        yield entry
 
     def _victims(self, census: _Census) -> list[Entry]:
         """Units of least worth, until the rest fits; what they alone need counts as theirs."""

@@ -8,6 +8,7 @@ aside with the reason, and served to nobody.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
@@ -97,7 +98,8 @@ class SharedTier:
         self.keeper = Keeper(self.storage, self.seal, self.budget)
         self.hands = Hands(_READERS, "sparse-cache-reads")
         self.chores: Callable[[Callable[[], None]], None] = lambda chore: None  # of the writer
-        self._bad: OrderedDict[str, tuple[tuple[str, int], str]] = OrderedDict()
+        self._bad: OrderedDict[str, None] = OrderedDict()  # states that are not to be looked at
+        self._reasons: OrderedDict[str, tuple[str, int, str]] = OrderedDict()  # with the place, why they were so
         self._known: OrderedDict[str, None] = OrderedDict()  # units that lie there, as far as this process knows
         self._lock = threading.Lock()
         self._warned: set[str] = set()
@@ -176,13 +178,14 @@ class SharedTier:
                     unit = self._proved(filed, text, space, expected, data)
                     return Resumable(unit, text, filed, data, reader)
                 except DamagedFileError as error:
-                    self.refuse(filed, filed.state, error)
+                    self.refuse(filed, filed.state, error, _digest(data))
         return None
 
     def read(self, found: Resumable, spans: Sequence[Span]) -> Unit | None:
         """The rest of a unit: several threads read its keys and values ahead while what came first is proved."""
         until = time.monotonic() + READ_SECONDS
         coming: dict[str, Future[bytes]] = {}
+        seen = {found.filed.state: _digest(found.data)}
         try:
             for span in spans:
                 name = found.files.kv[span].path.name
@@ -202,6 +205,7 @@ class SharedTier:
                 raise
             except Exception as error:
                 raise StorageFailedError(_said(error, "reading keys and values")) from error
+            seen[file.path.name] = _digest(data)
             return files.proved(file.path, data, self.seal)
 
         try:
@@ -211,7 +215,7 @@ class SharedTier:
             return None
         except DamagedFileError as error:
             culprit = found.filed.state if error.path is None else error.path.name
-            self.refuse(found.filed, culprit, error)
+            self.refuse(found.filed, culprit, error, seen.get(culprit, ""))
             others = [found.text.kv(file.path.name) for file in found.files.kv.values() if file.path.name != culprit]
             self.chores(partial(self._check, others))
             return None
@@ -243,16 +247,15 @@ class SharedTier:
     # -- what is known of single files --------------------------------------------------------------------------------
 
     def is_bad(self, name: str) -> bool:
-        """Whether a file was found to be of no use here."""
+        """Whether a file was found to be of no use, and may still lie there."""
         return name in self._bad
 
     def put_aside(self, ids: Tokens, space: str) -> str:
         """Why a unit of this prompt was found to be of no use; empty where none was."""
         text = Text(self.seal, space, ids)
         with self._lock:
-            for place, reason in reversed(self._bad.values()):
-                block = place[1]
-                if block <= text.blocks and text.folder(block) == place[0]:
+            for folder, block, reason in reversed(self._reasons.values()):
+                if block <= text.blocks and text.folder(block) == folder:
                     return reason
         return ""
 
@@ -270,12 +273,23 @@ class SharedTier:
         with self._lock:
             self._known.pop(name, None)
 
-    def refuse(self, filed: Filed, culprit: str, error: DamagedFileError) -> None:
-        """A unit is of no use: it is never looked at again, and put aside for all where it is damaged."""
+    def forgive(self, state: str) -> None:
+        """What lies under this name from now on is another file than the one that was refused."""
+        with self._lock:
+            self._bad.pop(state, None)
+
+    def refuse(self, filed: Filed, culprit: str, error: DamagedFileError, seen: str = "") -> None:
+        """A unit is of no use: it is not looked at until it is put aside for all, and never where that cannot be.
+
+        Args:
+            culprit: the file that is to blame.
+            seen: the digest of what was in it; empty where it was gone, or was not read to its end.
+        """
         reason = printable(str(error))
         with self._lock:
+            _remember(self._bad, filed.state, None)
             place = filed.name.rpartition("/")[0], filed.position // BLOCK
-            _remember(self._bad, filed.state, (place, reason))
+            _remember(self._reasons, filed.state, (*place, reason))
             self._known.pop(filed.state, None)
             self._known.pop(culprit, None)
         if isinstance(error, RefusedFileError) or isinstance(error.__cause__, RefusedFileError):
@@ -283,10 +297,25 @@ class SharedTier:
             return
         self.count(f"put aside: {_kind(reason)}")
         self.warn("damaged", f"A unit in {self.storage.where} is of no use and put aside: {culprit}: {reason}")
-        doomed = [filed.name]
-        if culprit != filed.state:
-            doomed.append(f"{filed.name.partition('/')[0]}/kv/{culprit}")
-        self.chores(lambda: self._put_aside(doomed, reason))
+        own = culprit == filed.state
+        name = filed.name if own else f"{filed.name.partition('/')[0]}/kv/{culprit}"
+        doomed = [filed.name] if own else [filed.name, name]
+
+        def chore() -> None:
+            if self._is_as_it_was(name, seen, own):
+                self._put_aside(doomed, reason)
+            self.forgive(filed.state)
+
+        self.chores(chore)
+
+    def _is_as_it_was(self, name: str, seen: str, own: bool) -> bool:
+        """Whether a file is what was refused; others may have put it aside and written it anew since."""
+        if not seen:
+            return own or self.storage.size(name) is None
+        try:
+            return _digest(self.storage.read(name)) == seen
+        except FileNotFoundError:
+            return True
 
     def _put_aside(self, names: list[str], reason: str) -> None:
         """Moves files out of their places: the state first, so that nobody finds the rest."""
@@ -400,6 +429,10 @@ def _remember(kept: OrderedDict[str, T], name: str, value: T) -> None:
     kept[name] = value
     while len(kept) > _MOST_BAD:
         kept.popitem(last=False)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _kind(reason: str) -> str:

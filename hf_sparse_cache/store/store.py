@@ -183,7 +183,12 @@ class CheckpointStore(Shown):
         return max(stored, default=0)
 
     def reach(self, ids: Tokens, expected: Lineage | None, space: str = "") -> tuple[int, int]:
-        """How far the tiers below would resume a prompt, and how much of it they know; reads no file."""
+        """How far the tiers below would resume a prompt, and how much of it they know; reads no file.
+
+        The shared store is not asked: a look there may take seconds, and it would be one for each row of a batch and
+        each thread that waits. What plans with this number decides who computes what first; a prompt that the shared
+        store knows deeper resumes from there when it is opened, and those behind it find that in memory: read once.
+        """
         found = [tier.match(ids, space) for tier in self.tiers[1:]]
         deepest = [next(match.fitting(len(ids), expected), None) for match in found]
         positions = [checkpoint.position for checkpoint in deepest if checkpoint is not None]

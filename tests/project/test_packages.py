@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hf_sparse_cache
 
@@ -132,6 +134,25 @@ for name in recall.MANUALS:
 """
     run = subprocess.run([python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def asked_for(extra: str) -> set[str]:
+    """Names of all packages that an extra brings."""
+    found = set()
+    for item in PROJECT["optional-dependencies"][extra]:
+        requirement = Requirement(item)
+        own = requirement.name == "hf_sparse_cache"
+        found |= {name for each in requirement.extras for name in asked_for(each)} if own else {requirement.name}
+    return found
+
+
+def test_all_goes_with_the_constraints() -> None:
+    """Each package of it has a version that was tried beside the others; one that none goes with is not in it."""
+    constraints = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(Requirement(line).name) for line in constraints if line}
+    apart = {*asked_for("eval")}  # which has an environment of its own, over these
+    assert {canonicalize_name(name) for name in asked_for("all") if name not in apart} <= pinned
+    assert "s3fs" in asked_for("shared")
 
 
 def test_the_version_is_the_same_everywhere() -> None:

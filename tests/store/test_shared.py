@@ -183,6 +183,35 @@ def test_a_prompt_of_a_hundred_thousand_tokens_takes_ten_looks_at_most(joined: J
         assert found[0].position == deepest and looker.shared.tier.shelf.looks <= 10
 
 
+def test_a_tail_that_is_to_be_computed_is_left(joined: Joined) -> None:
+    """Where the logits of the last tokens are asked for, a unit among them is of no use."""
+    ids = np.asarray(prompt(1, 1024), np.int32)
+    with begin(store := joined(), ids.tolist()) as request:
+        for position in (512, 960):
+            request.add(position, Blob(10, position), lambda a, b: Blob(b - a, "kv"))
+        request.add(1024, Blob(10, "end"), lambda a, b: Blob(b - a, "kv"))
+    written(store)
+    other = joined()
+    assert other.shared is not None
+    for tail, deepest in ((1, 1024), (2, 960), (64, 960), (65, 512), (512, 512), (513, 0)):
+        found = other.shared.resume(ids, None, "", 0, tail)
+        assert (0 if found is None else found.filed.position) == deepest, tail
+        again = joined()
+        again.leave(visit := again.open(ids, every(64), tail=tail))
+        assert visit.prompt.resumed == deepest, tail
+
+
+def test_planning_asks_nothing_of_the_shared_store(joined: Joined) -> None:
+    """Rows and threads are planned with what is here; each prompt looks there when it is opened."""
+    ids = prompt(1, 1300)
+    serve(first := joined(), ids, (1024,))
+    written(first)
+    calls: list[str] = []
+    store = joined(rule=lambda verb, name: calls.append(verb))
+    assert store.foretell(np.asarray(ids, np.int32), every(64)).stored == 0 and calls == []
+    assert serve(store, ids) == 1024 and calls
+
+
 # -- what is damaged --------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +263,40 @@ def test_what_is_damaged_is_put_aside_and_never_served(
     serve(third, prompt(1, 1300), (512, 1024))
     written(third)
     assert serve(joined(), prompt(1, 1300)) == 1024
+
+
+@pytest.mark.parametrize("kind", ["-state-", "kv-"])
+def test_what_was_written_anew_is_not_put_aside(joined: Joined, tmp_path: Path, kind: str) -> None:
+    """One that comes late with its finding, as another has mended it meanwhile, takes nothing away."""
+    ids = prompt(1, 1300)
+    serve(store := joined(), ids, (512, 1024))
+    written(store)
+    late = joined()
+    chores: list[Callable[[], None]] = []
+    late.shared.tier.chores = chores.append  # type: ignore[union-attr]
+    for path in files_in(tmp_path / "shared", kind):
+        flip(path)
+    assert serve(late, ids) == 0 and chores
+    serve(second := joined(), ids, (512, 1024))
+    assert any("put aside" in what for what in written(second))
+    assert serve(joined(), ids) == 1024
+    for chore in chores:
+        chore()
+    assert serve(joined(), ids) == 1024
+    assert serve(late, ids) == 1024, "what was refused once is used when it is whole again"
+
+
+def test_what_was_put_aside_and_written_anew_is_used(joined: Joined, tmp_path: Path) -> None:
+    ids = prompt(1, 1300)
+    serve(store := joined(), ids, (512, 1024))
+    written(store)
+    for path in files_in(tmp_path / "shared", "-state-"):
+        flip(path)
+    finder = joined()
+    assert serve(finder, ids) == 0 and written(finder)
+    serve(second := joined(), ids, (512, 1024))
+    written(second)
+    assert serve(finder, ids) == 1024
 
 
 @pytest.mark.parametrize("what", ["another prompt's state", "another prompt's keys and values"])
@@ -382,6 +445,29 @@ def test_what_others_use_is_not_deleted_under_them(
         drained(writer)
     assert serve(joined(), prompt(0, 700)) == 512
     assert serve(joined(), prompt(1, 700)) == 0
+
+
+def test_leases_of_those_that_are_gone_take_little_of_the_budget(
+    joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget, root = 100_000, tmp_path / "shared"
+    old = time.time() - 3600
+    for index in range(100):
+        store = joined()
+        assert store.shared is not None
+        for used in range(20):
+            store.shared.tier.keeper.uses(f"state-{index}-{used}", time.monotonic())
+        store.shared.tier.keeper.beat(time.monotonic(), soon=True)
+    leases = files_in(root / "leases")
+    assert len(leases) == 100 and sum(path.stat().st_size for path in leases) > budget / 3
+    for path in leases[10:]:
+        os.utime(path, (old, old))
+    serve(last := joined(shared_memory=budget), prompt(1, 700), (512,))
+    assert written(last)["written"] == 1
+    left = files_in(root / "leases")
+    assert set(leases[:10]) < set(left), "those that are in use stay"
+    assert sum(path.stat().st_size for path in left if path not in leases[:10]) <= budget / 20
+    assert serve(joined(), prompt(1, 700)) == 512
 
 
 def test_what_killed_writers_leave_goes_and_is_never_served(
