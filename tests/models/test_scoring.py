@@ -109,7 +109,8 @@ def test_in_float64_nothing_but_rounding_differs(family: str) -> None:
     for (value, _), pair in zip(found, pairs, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([pair[0] + pair[1][:-1]]), use_cache=False).logits[0, -len(pair[1]) :]
-        assert abs(value - float(logits.log_softmax(-1).gather(-1, torch.tensor(pair[1])[:, None]).sum())) < 1e-5
+        stock = float(logits.log_softmax(-1).gather(-1, torch.tensor(pair[1])[:, None]).sum())
+        assert value == pytest.approx(stock, rel=1e-7)  # Zamba2 normalises in float32, whatever the dtype
 
 
 @pytest.mark.parametrize("what", ["wiped", "another prompt's", "one token off"])

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_a_tail_that_is_to_be_computed_is_left(joined: Joined) -> None:
         found = other.shared.resume(ids, None, "", 0, tail)
         assert (0 if found is None else found.filed.position) == deepest, tail
         again = joined()
-        again.leave(visit := again.open(ids, every(64), tail=tail))
+        again.leave(visit := again.open(ids, replace(every(64), tail=tail)))
         assert visit.prompt.resumed == deepest, tail
 
 
