@@ -23,6 +23,7 @@ from .explain import Explanation, explain, not_supported, remedy, too_small
 from .models import fingerprint, generation
 from .models.ambient import claim
 from .models.binding import Binding
+from .models.families import learned_prompt
 from .models.handed import Prefilled, hand_out
 from .models.handle import Handle
 from .models.inputs import as_ids, check_ids, why_uncached
@@ -98,6 +99,7 @@ class SparsePrefixCache(Handle):
             raise ValueError("config holds all settings: give either config or single keywords, not both.")
         self.config = given if config is None else config
         binding = Binding.of(model, tokenizer, self.config)
+        self._given = weakref.ref(model)  # with the wrappers that the binding takes off
         self.model, self.tokenizer, self.family = binding.model, tokenizer, binding.family
         self.grid, self.size, self.prefill_cost = binding.grid, binding.size, binding.prefill_cost
         self.policy = (
@@ -207,7 +209,7 @@ class SparsePrefixCache(Handle):
             ValueError: The argument is out of range, the handle was detached, or the model cannot be served as it is,
                 in training mode for example; the message says why.
         """
-        self.check_call(self.model, "this")
+        self._check_direct("this")
         given = as_ids(ids, self.tokenizer)
         check_ids(given, self.model.get_input_embeddings().num_embeddings, "ids")
         most = given.shape[1]
@@ -426,7 +428,22 @@ class SparsePrefixCache(Handle):
         whole_number("batch_size", batch_size, 1, "it is the number of continuations in one forward")
         if max_length is not None:
             whole_number("max_length", max_length, 1, "it is the number of tokens that the model may read at once")
-        self.check_call(self.model, "the cache")
+        self._check_direct("the cache")
+
+    def _check_direct(self, name: str) -> None:
+        """Refuse a call that runs the model inside the wrapper that the user gave, where that makes a difference.
+
+        Raises:
+            ValueError: The handle was detached, or the wrapper puts a learned prompt before the tokens.
+        """
+        self.check_call(self.model, name)
+        given = self._given()
+        kind = "" if given is None else learned_prompt(given)
+        if kind:
+            raise ValueError(
+                f"model puts a learned prompt of PEFT ({kind}) before the tokens, which only its own generate() and "
+                "forward do: score it with model(...) or lm-evaluation-harness's own model, without the cache."
+            )
 
     def _window(self, max_length: int | None) -> int | None:
         window: int | None = getattr(self.server.binding.text_config, "max_position_embeddings", None)

@@ -139,6 +139,18 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def learned_prompt(model: Any) -> str:
+    """Which kind of learned prompt a wrapper of PEFT puts before the tokens, such as "PROMPT_TUNING"; "" for none.
+
+    The model inside knows nothing of it: who calls that model gets the answer to another prompt.
+    """
+    model = getattr(model, "_orig_mod", model)
+    configs, active = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
+    config = configs.get(active) if isinstance(configs, dict) and isinstance(active, str) else None
+    learned = hasattr(model, "get_base_model") and getattr(config, "is_prompt_learning", False)
+    return str(getattr(config.peft_type, "value", config.peft_type)) if learned and config is not None else ""
+
+
 def family_of(model: Any) -> Family:
     """The family of a model.
 

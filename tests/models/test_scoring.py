@@ -445,3 +445,19 @@ def test_a_model_in_training_mode_is_scored_uncached_and_says_so() -> None:
         found = cache.loglikelihood([(words(50, 1), words(5, 2))])
         assert furthest(found, [stock(model, words(50, 1), words(5, 2))]) < TOLERANCE
         assert cache.last_request is not None and "training mode" in cache.last_request.reason
+
+
+def test_a_learned_prompt_is_not_left_out() -> None:
+    """A wrapper of PEFT puts it before the tokens; the model inside, which is asked here, knows nothing of it."""
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    ids, pair = torch.tensor(words(30, 1)), (words(30, 1), words(4, 2))
+    tuned = get_peft_model(build("Jamba"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with SparsePrefixCache(tuned) as cache:
+        for call in (lambda: cache.loglikelihood([pair]), lambda: cache.prefill(ids)):
+            with pytest.raises(ValueError, match=r"learned prompt of PEFT \(PROMPT_TUNING\)"):
+                call()
+    torch.manual_seed(0)
+    adapted = get_peft_model(build("Llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with SparsePrefixCache(adapted) as cache:  # which lies in the layers themselves
+        assert furthest(cache.loglikelihood([pair]), [stock(adapted, *pair)]) < TOLERANCE
