@@ -60,7 +60,7 @@ format: .venv/dev  ## Format and sort imports in place
 # Exactness on the newest and on the oldest supported transformers.
 MATRIX_TESTS := $(addprefix tests/,models/test_matrix.py models/test_sabotage.py test_exactness.py models/test_mamba1.py models/test_replayable.py \
     models/test_multimodal.py models/test_requests.py models/test_weights.py models/test_calls.py models/test_upstream.py models/test_rows.py models/test_handed.py test_record.py \
-    serving/test_looking.py serving/test_answers.py)
+    serving/test_looking.py serving/test_endpoints.py)
 
 test-matrix: .venv/dev test-floor  ## The exactness tests on the oldest supported transformers and on the newest
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MATRIX_TESTS) $(PYTEST_ARGS)

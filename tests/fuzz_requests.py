@@ -9,6 +9,7 @@ checked. `run` says how much of what was tried.
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import tempfile
@@ -338,12 +339,12 @@ class World:
                 raise torch.OutOfMemoryError(PLANTED)
             torch.empty(1 << 55)
 
-        calls, at, own = [0], self.draw.randint(1, 3), type(self.model).forward
+        calls, at, own = itertools.count(1), self.draw.randint(1, 3), type(self.model).forward
 
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            calls[0] += 1
+            number = next(calls)  # of this call, whatever other threads call meanwhile
             output = own(model, *args, **kwargs)
-            if calls[0] == at or (kind == "forward twice" and calls[0] > at):
+            if number == at or (kind == "forward twice" and number > at):
                 if kind == "interrupted":
                     raise Planted
                 allocate()
