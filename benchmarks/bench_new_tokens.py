@@ -35,6 +35,7 @@ from transformers.utils import logging
 from hf_sparse_cache.bench.contenders import Cached, Contender, DeepCopy, Limit
 from hf_sparse_cache.bench.upstream import why_wrong
 from hf_sparse_cache.bench.workloads import Asked
+from hf_sparse_cache.exactness import greedy
 from hf_sparse_cache.stats import table
 from hf_sparse_cache.tools.builtin import SIZES, build_model
 from hf_sparse_cache.tools.machine import describe_machine
@@ -111,16 +112,7 @@ class Ready(Limit):
         if live.recurrent_only:  # nothing in it says how many tokens it has read, so only the new ones are given
             ids = ids[:, live.length :]
         return type(self.model).generate(
-            self.model,
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=max_new_tokens,
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **{self._server.binding.cache_name: live},
+            self.model, ids, **greedy(ids, max_new_tokens), **{self._server.binding.cache_name: live}
         )
 
 

@@ -240,6 +240,20 @@ class Replay(Server):
         return Served(prefill.replay(self.binding, live, row, self._lineage))
 
 
+def greedy(ids: torch.Tensor, max_new_tokens: int) -> dict[str, Any]:
+    """Keywords with which two runs of `generate()` on the same ids can be compared, token by token and by logits."""
+    return {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "num_beams": 1,
+        # Every step counts: a model that stops at once would prove nothing.
+        "min_new_tokens": max_new_tokens,
+        "max_new_tokens": max_new_tokens,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+
+
 def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_new_tokens: int) -> _Run:
     state: list[states.LayerTensors] = []
 
@@ -252,18 +266,7 @@ def _run(model: Any, ids: torch.Tensor, handle: SparsePrefixCache | None, max_ne
         handle.server.on_prefill = keep
     try:
         with ambient.off():
-            result = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                num_beams=1,
-                # Every step counts: a model that stops at once would prove nothing.
-                min_new_tokens=max_new_tokens,
-                max_new_tokens=max_new_tokens,
-                return_dict_in_generate=True,
-                output_logits=True,
-                **options,
-            )
+            result = model.generate(ids, **greedy(ids, max_new_tokens), **options)
     finally:
         if handle is not None:
             handle.server.on_prefill = None

@@ -7,6 +7,7 @@ wrote them, and keys that a version does not know are ignored, so that older ver
 import json
 import os
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,23 +21,23 @@ VERSION_KEY = "hf_sparse_cache_version"
 _TAGS = ["hf_sparse_cache"]
 
 
-class Shareable:
+class Shareable(ABC):
     """`save_pretrained`, `from_pretrained` and `push_to_hub` for a small object that JSON can hold."""
 
     file_name: ClassVar[str]
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The content as JSON holds it."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """The object from what `to_dict` gave; unknown keys are ignored."""
-        raise NotImplementedError
 
+    @abstractmethod
     def card(self) -> str:
         """Markdown for people who find the file."""
-        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the object as JSON into a folder, with a card unless one is there. No prompt is in it.

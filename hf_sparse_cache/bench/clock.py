@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from ..exactness import greedy
 from ..models import ambient
 
 
@@ -88,18 +89,7 @@ def serve(model: Any, ids: torch.Tensor, max_new_tokens: int, *, logits: bool = 
         torch.cuda.reset_peak_memory_stats(ids.device)
     started = time.perf_counter()
     with ambient.off():
-        result = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=max_new_tokens,
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            output_logits=logits,
-            **streamer,
-            **options,
-        )
+        result = model.generate(ids, **{**greedy(ids, max_new_tokens), "output_logits": logits, **streamer, **options})
     _finish(ids)
     ended = time.perf_counter()
     tokens = result.sequences[0, ids.shape[1] :].cpu()

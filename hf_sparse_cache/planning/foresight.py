@@ -141,6 +141,15 @@ class Foreseen(Segmenting):
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         return self.base.kv_ends(lineage, captured)
 
+    def foreseen(self, ids: Tokens, positions: Sequence[int], marked: Sequence[int] = ()) -> Positions:
+        return self.base.foreseen(ids, positions, marked)
+
+    def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
+        return self.base.answered(ids, start, lineage)
+
+    def meeting(self, shared: int, cuts: Positions, length: int, other_cuts: Positions, other_length: int) -> int:
+        return self.base.meeting(shared, cuts, length, other_cuts, other_length)
+
 
 class Foresight(Policy):
     """Places checkpoints where later texts of the call will leave this one, and at its end where `policy` would.

@@ -7,6 +7,7 @@ that, in its last bits, and names the segments behind it so that they can be run
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,7 +23,7 @@ MOST_SHORT_TOKENS = 1024  # of longer ones something can be kept, whatever the f
 
 
 @dataclass(frozen=True)
-class Segmenting:
+class Segmenting(ABC):
     """How the prompts of one handle become segments; `Bitwise` and `Replayable` say it each in their way.
 
     Attributes:
@@ -48,6 +49,7 @@ class Segmenting:
     def forward_tokens(self) -> float:
         return 0.0
 
+    @abstractmethod
     def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
         """Where checkpoints of a prompt may sit, whatever earlier prompts were.
 
@@ -55,12 +57,12 @@ class Segmenting:
             ids: its tokens.
             marked: lengths of the announced prefixes that it begins with.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def joined(self, cuts: Positions, overlap: int, length: int) -> Positions:
         """These cuts, and those that follow from the tokens that the prompt shares with earlier ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def foreseen(self, ids: Tokens, positions: Sequence[int], marked: Sequence[int] = ()) -> Positions:
         """Where checkpoints of a prompt may sit for a caller who knows where later ones will leave it.
 
@@ -69,12 +71,12 @@ class Segmenting:
             positions: where they will leave, ascending.
             marked: lengths of the announced prefixes that it begins with.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def expected(self, cuts: Positions, length: int) -> Lineage | None:
         """What a prompt may resume from: the first segments of this lineage; None where any lineage will do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         """Ends of the segments that a prefill runs from `start` to the end of the prompt, `length`.
 
@@ -88,8 +90,8 @@ class Segmenting:
         Returns:
             Ascending positions behind `start`, the last one `length`; no segment has fewer than two tokens.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
         """Where the states of what was generated behind a prompt may be captured, and how they are made.
 
@@ -101,8 +103,8 @@ class Segmenting:
         Returns:
             Ascending positions, none before `start`, and the lineage of the last of them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def meeting(self, shared: int, cuts: Positions, length: int, other_cuts: Positions, other_length: int) -> int:
         """The deepest position at which a prompt may take over from another one that is being computed.
 
@@ -114,7 +116,6 @@ class Segmenting:
         Returns:
             The position; 0 where there is none.
         """
-        raise NotImplementedError
 
     def together(self, tokens: int, loses: bool) -> bool:
         """Whether prompts may run in one forward with others, from which nothing can be kept.
@@ -125,6 +126,7 @@ class Segmenting:
         """
         return False
 
+    @abstractmethod
     def kv_ends(self, lineage: Lineage, captured: Sequence[int]) -> list[int]:
         """Where keys and values are cut into spans.
 
@@ -132,7 +134,6 @@ class Segmenting:
             lineage: of the prefill.
             captured: positions of its checkpoints.
         """
-        raise NotImplementedError
 
 
 class Bitwise(Segmenting):

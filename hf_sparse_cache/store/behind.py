@@ -207,7 +207,6 @@ class Writer:
         if self._put(packed, text.name(lineage, final, packed.state), space):
             self._tier.shelf.post(text, lineage, [*way, place])
             self._tier.forgive(packed.state)
-            self._tier.knows(packed.state)
             self._tier.count("written")
 
     def _packed(self, text: Text, unit: Unit) -> _Packed:

@@ -100,7 +100,6 @@ class SharedTier:
         self.chores: Callable[[Callable[[], None]], None] = lambda chore: None  # of the writer
         self._bad: OrderedDict[str, None] = OrderedDict()  # states that are not to be looked at
         self._reasons: OrderedDict[str, tuple[str, int, str]] = OrderedDict()  # with the place, why they were so
-        self._known: OrderedDict[str, None] = OrderedDict()  # units that lie there, as far as this process knows
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         self._answered = False
@@ -224,7 +223,6 @@ class SharedTier:
                 future.cancel()
         self.trust.kept()
         self.count("resumed from")
-        self.knows(found.filed.state)
         self.keeper.uses(found.filed.state, time.monotonic())
         return unit
 
@@ -259,20 +257,6 @@ class SharedTier:
                     return reason
         return ""
 
-    def is_known(self, name: str) -> bool:
-        """Whether a file is known to lie there."""
-        return name in self._known
-
-    def knows(self, name: str) -> None:
-        """Remembers, within a bound, that a file lies there."""
-        with self._lock:
-            _remember(self._known, name, None)
-
-    def forget(self, name: str) -> None:
-        """A file that was known is gone."""
-        with self._lock:
-            self._known.pop(name, None)
-
     def forgive(self, state: str) -> None:
         """What lies under this name from now on is another file than the one that was refused."""
         with self._lock:
@@ -290,8 +274,6 @@ class SharedTier:
             _remember(self._bad, filed.state, None)
             place = filed.name.rpartition("/")[0], filed.position // BLOCK
             _remember(self._reasons, filed.state, (*place, reason))
-            self._known.pop(filed.state, None)
-            self._known.pop(culprit, None)
         if isinstance(error, RefusedFileError) or isinstance(error.__cause__, RefusedFileError):
             self.count(f"not for this store: {_kind(reason)}")
             return
@@ -376,7 +358,6 @@ class SharedTier:
                 self._failed(_said(error, what))
             else:
                 self.count("gone before it was read")
-                self.forget(filed.state)
         except DamagedFileError as error:
             if filed is None:
                 self._failed(_said(error, what))
