@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from .checks import MOST_ID, is_whole, shown, token_ids, whole_number
@@ -18,9 +21,11 @@ from .planning.policy import check_policy, limited
 from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
 from .request import Request, open_request
-from .stats import RequestInfo, counted
+from .routing.fleet import Arrival, Clocks, Fleet, Router, Served, SharedSizes, make_router
+from .stats import RequestInfo, counted, parse_bytes
 from .store.answer import Read, open_answer
 from .store.eviction import Eviction
+from .store.forest import Forest
 from .store.store import CheckpointStore
 from .tools.traces import load_trace
 
@@ -42,10 +47,11 @@ class SimulationResult:
         overlap_tokens: tokens they share with any earlier prompt of the trace, still stored or not: the dense limit.
         resumed_tokens: tokens they skipped thanks to a checkpoint.
         checkpoints: checkpoints captured over the whole run.
-        peak_bytes: most bytes stored at any time of the whole run.
+        peak_bytes: most bytes stored at any time of the whole run; of several replicas, the sum of what each had.
         evictions: checkpoints evicted over the whole run.
         seconds: wall time of the whole run.
         plan_seconds: the part of it spent deciding (matching, overlap model, plan).
+        served: the fleet's times and bytes; None without replicas.
     """
 
     requests: int
@@ -57,6 +63,7 @@ class SimulationResult:
     evictions: int = 0
     seconds: float = 0.0
     plan_seconds: float = 0.0
+    served: Served | None = None
 
     @property
     def resume_rate(self) -> float:
@@ -79,6 +86,7 @@ class SimulationResult:
             f"resumed {self.resumed_tokens:,} ({self.resume_rate:.1%} of the prompt, "
             f"{self.capture_rate:.1%} of the overlap) · "
             f"{counted(self.checkpoints, 'checkpoint')}, peak {self.peak_bytes:,} bytes"
+            + (f" · first token after {self.served.mean_seconds:.3g} s" if self.served is not None else "")
         )
 
 
@@ -103,6 +111,9 @@ def simulate(
     store_outputs: bool = False,
     clock: Callable[[], float] | None = None,
     on_request: Callable[[RequestInfo], None] | None = None,
+    replicas: int = 1,
+    router: str | Router | None = None,
+    fleet: Fleet | None = None,
     progress: bool = True,
 ) -> SimulationResult:
     """Serves a trace with the live cache's own parts and counts what it reuses.
@@ -136,7 +147,11 @@ def simulate(
         clock: gives seconds, for policies that look at time; default the time that passes meanwhile.
         on_request: called with what happened to each request, warm-up included, in order: what `cache.last_request`
             is for the live cache. With `store_outputs`, positions captured in the output lie behind the prompt.
-
+        replicas: how many serve the trace, each with a store, a policy and an eviction of its own, and `max_memory`.
+        router: which one a request goes to: "prefix" (the default), "round_robin", "session", or a function that is
+            given an `Arrival` and returns the number of a replica.
+        fleet: how fast replicas, network and shared tier are; default `Fleet()`. Given, the times of one replica are
+            told as well. What several replicas share with earlier prompts counts as overlap, whoever read it.
         progress: whether a terminal shows a bar.
 
     Raises:
@@ -150,29 +165,30 @@ def simulate(
         )
     whole_number("grid", grid, 1, "it is the distance of the regular cuts in tokens", MOST_ID)
     specials = tuple(whole_number("cut_ids", cut, 0, "give token ids", MOST_ID) for cut in cut_ids)
-    place = limited(_policy(policy, specials, prefill_cost), max_checkpoints)
-    store = CheckpointStore(max_memory, eviction, max_remembered_tokens=None)
+    whole_number("replicas", replicas, 1, "it is how many serve the trace", MOST_ID)
+    places = [limited(one, max_checkpoints) for one in _policies(policy, specials, prefill_cost, replicas)]
     prompts = load_trace(trace)
     outputs = prompts.outputs if store_outputs else None
     segmenting = _segmenting(exactness, CutRule(grid, specials), cut_tokens, pieces)
-    for prefix in marks:
-        store.mark(token_ids(prefix, "marks"))
-    if clock is not None:
-        store.ledger.seconds = clock
+    prefixes = [token_ids(prefix, "marks") for prefix in marks]
+    several = replicas > 1 or router is not None or fleet is not None
+    evictions = [eviction, *(copy.deepcopy(eviction) for _ in range(replicas - 1))]
+    served_by = [
+        _Replica(CheckpointStore(max_memory, goes, max_remembered_tokens=None), place, segmenting, sizes)
+        for place, goes in zip(places, evictions, strict=True)
+    ]
+    for replica in served_by:
+        replica.begin(prefixes, clock)
     tally = _Tally(skipped=int(len(prompts) * warmup))
+    together = _Together(served_by, router, fleet or Fleet(), tally) if several else None
     name = policy if isinstance(policy, str) else type(policy).__name__
     hidden = not progress or not sys.stderr.isatty()
     for index, ids in enumerate(tqdm(prompts, desc=f"simulate {name}", unit="req", disable=hidden, leave=False)):
-        with open_request(store, place, ids, segmenting) as request:
-            for position in request.planned:
-                sizes.add(request, position, final=position == len(ids))
-        info = request.info()
-        if outputs is not None and len(outputs[index]):
-            info = sizes.answer(request.read, outputs[index], info)
-        tally.count(request, info)
+        output = None if outputs is None or not len(outputs[index]) else outputs[index]
+        info = served_by[0].serve(ids, output, tally) if together is None else together.serve(index, ids, output)
         if on_request is not None:
             on_request(info)
-    return tally.result(store)
+    return tally.result([replica.store for replica in served_by], together)
 
 
 @dataclass(frozen=True)
@@ -213,6 +229,79 @@ class _Sizes:
         return Sized((end - start) * self.kv_bytes_per_token)
 
 
+@dataclass(frozen=True)
+class _Replica:
+    """A store and those who decide what it holds, without a model."""
+
+    store: CheckpointStore
+    place: Policy
+    segmenting: Segmenting
+    sizes: _Sizes
+
+    def begin(self, marks: Sequence[Tokens], clock: Callable[[], float] | None) -> None:
+        """Announces prefixes, and gives its policies their time."""
+        for prefix in marks:
+            self.store.mark(prefix)
+        if clock is not None:
+            self.store.ledger.seconds = clock
+
+    def serve(self, ids: Tokens, output: Tokens | None, tally: _Tally, overlap: int | None = None) -> RequestInfo:
+        """One prompt, and what was generated behind it."""
+        with open_request(self.store, self.place, ids, self.segmenting) as request:
+            for position in request.planned:
+                self.sizes.add(request, position, final=position == len(ids))
+        info = request.info()
+        if output is not None:
+            info = self.sizes.answer(request.read, output, info)
+        tally.count(request, info, overlap)
+        return info
+
+
+class _Together:
+    """Several replicas that a router gives their requests."""
+
+    def __init__(self, replicas: Sequence[_Replica], router: str | Router | None, fleet: Fleet, tally: _Tally) -> None:
+        self._replicas, self._fleet, self._tally = replicas, fleet, tally
+        self._clocks = Clocks(fleet, len(replicas))
+        self._shared = SharedSizes(parse_bytes(fleet.shared_memory, "shared_memory")) if fleet.shared else None
+        self._router = make_router(router, [replica.store for replica in replicas], fleet, self._clocks)
+        self._known = Forest()  # all prompts, whoever read them
+
+    def serve(self, index: int, ids: Tokens, output: Tokens | None) -> RequestInfo:
+        """The next request: comes, is sent to a replica, and waits there for its turn."""
+        self._clocks.arrive()
+        sessions = self._fleet.sessions
+        if sessions is not None and index >= len(sessions):
+            raise ValueError(f"Fleet.sessions has {len(sessions)} entries; give one for each request of the trace")
+        session = None if sessions is None else sessions[index]
+        chosen = self._router(Arrival(index, ids, session, self._clocks.loads))
+        last = len(self._replicas) - 1
+        if not is_whole(chosen, 0, last):
+            raise ValueError(f"router gave {shown(chosen)} for request {index}; replicas are 0 to {last}")
+        replica, fleet, shared = self._replicas[chosen], self._fleet, self._shared
+        seconds, before = 0.0, 0 if shared is None else shared.fetched_bytes
+        if shared is not None and shared.bring(replica.store, ids, replica.segmenting):
+            seconds += fleet.lookup_seconds + (shared.fetched_bytes - before) / fleet.network_bytes_per_second
+        info = replica.serve(ids, output, self._tally, self._overlap(ids, output))
+        if shared is not None and info.captured:
+            shared.write(replica.store, ids if output is None else np.concatenate([ids, output]), info.captured)
+        seconds += info.computed_tokens / fleet.prefill_tokens_per_second
+        self._clocks.serve(chosen, seconds, counted=self._tally.counting)
+        return info
+
+    def served(self) -> Served:
+        """Times and bytes."""
+        return self._clocks.served(self._shared, getattr(self._router, "digest_bytes", 0))
+
+    def _overlap(self, ids: Tokens, output: Tokens | None) -> int:
+        """Tokens of a prompt that any earlier one had, or its answer."""
+        path, depth = self._known.walk(ids, "")
+        self._known.extend(path, depth, ids, "", 0)
+        if output is not None:
+            self._known.insert(np.concatenate([ids, output]), "", 0)
+        return depth
+
+
 class _Tally:
     """Counts a trace while it is served; the first `skipped` requests are served and not counted."""
 
@@ -222,43 +311,50 @@ class _Tally:
         self._prompt_tokens = self._overlap_tokens = self._resumed_tokens = 0
         self._planning, self._started = 0.0, time.perf_counter()
 
-    def count(self, request: Request, info: RequestInfo) -> None:
-        """Takes a request that was served."""
+    @property
+    def counting(self) -> bool:
+        """Whether the request that came last is counted."""
+        return self._requests > self._skipped
+
+    def count(self, request: Request, info: RequestInfo, overlap: int | None = None) -> None:
+        """Takes a request that was served; `overlap` in place of what its own replica knows."""
         self._requests += 1
         self._captured += len(info.captured)
         self._planning += request.match_seconds + request.plan_seconds
-        if self._requests > self._skipped:
+        if self.counting:
             self._prompt_tokens += request.prompt_tokens
-            self._overlap_tokens += request.overlap_tokens
+            self._overlap_tokens += request.overlap_tokens if overlap is None else overlap
             self._resumed_tokens += request.resumed_tokens
 
-    def result(self, store: CheckpointStore) -> SimulationResult:
-        """All of it, and what the store says."""
+    def result(self, stores: Sequence[CheckpointStore], together: _Together | None) -> SimulationResult:
+        """All of it, and what the stores say."""
         return SimulationResult(
             requests=self._requests - self._skipped,
             prompt_tokens=self._prompt_tokens,
             overlap_tokens=self._overlap_tokens,
             resumed_tokens=self._resumed_tokens,
             checkpoints=self._captured,
-            peak_bytes=store.peak_bytes,
-            evictions=store.evictions,
+            peak_bytes=sum(store.peak_bytes for store in stores),
+            evictions=sum(store.evictions for store in stores),
             seconds=time.perf_counter() - self._started,
             plan_seconds=self._planning,
+            served=None if together is None else together.served(),
         )
 
 
-def _policy(
-    policy: str | Policy, specials: tuple[int, ...], prefill_cost: Callable[[Floats], Floats] | None
-) -> Policy:
-    """The policy that was named or given."""
+def _policies(
+    policy: str | Policy, specials: tuple[int, ...], prefill_cost: Callable[[Floats], Floats] | None, count: int
+) -> list[Policy]:
+    """The policy that was named or given, for so many replicas: each has its own, as they learn."""
     if isinstance(policy, str):
-        return make_policy(policy, specials, prefill_cost)
+        return [make_policy(policy, specials, prefill_cost) for _ in range(count)]
     if prefill_cost is not None:
         raise ValueError(
             f"prefill_cost is for policies by name, but policy is a {type(policy).__name__} object; give it to that"
         )
     check_policy(policy)
-    return policy
+    # A lock cannot be copied, and is each one's own in any case.
+    return [policy, *(copy.deepcopy(policy, {id(policy.lock): threading.Lock()}) for _ in range(count - 1))]
 
 
 def _segmenting(exactness: str, rule: CutRule, cut_tokens: float, pieces: int | None) -> Segmenting:

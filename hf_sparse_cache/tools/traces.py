@@ -34,6 +34,9 @@ class Trace(Sequence[Tokens]):
         block: tokens a block; 1 when the arrays hold tokens.
         lengths: prompt lengths in tokens when `block` is larger than 1.
         outputs: what was generated after each prompt, where that is known.
+
+    Attributes:
+        groups: the group of each prompt in a workload folder, such as its conversation; None where there are none.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Trace(Sequence[Tokens]):
         outputs: Sequence[Tokens] | None = None,
     ) -> None:
         self._prompts, self._block, self._lengths, self._outputs = prompts, block, lengths, outputs
+        self.groups: Sequence[str] | None = None
 
     @property
     def outputs(self) -> Sequence[Tokens]:
@@ -182,7 +186,10 @@ def _load_folder(folder: Path, tokenize: Tokenize | None, seed: int) -> Trace:
             _write(cache, prompts, groups)
     else:
         groups, prompts = found
-    return Trace([prompts[index] for index in interleave(groups, seed)])
+    order = interleave(groups, seed)
+    trace = Trace([prompts[index] for index in order])
+    trace.groups = [groups[index] for index in order]
+    return trace
 
 
 def _tokenize_folder(folder: Path, tokenize: Tokenize) -> tuple[list[str], list[Tokens]]:
