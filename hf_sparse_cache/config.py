@@ -12,6 +12,9 @@ from .stats import parse_bytes, table
 
 CONFIG_NAME = "sparse_cache_config.json"
 EXACTNESS = ("replayable", "bitwise")
+# Names of the placement policies, the default first; `planning.policies` has their classes. Here, so that help and
+# completion need no numpy.
+POLICY_NAMES = ("learned", "dp", "block", "balanced", "sqrt", "dyadic", "boundary", "last", "junction", "none")
 
 
 @dataclass(frozen=True)

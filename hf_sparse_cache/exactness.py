@@ -20,7 +20,7 @@ from .models.live import LiveCache
 from .models.server import Server
 from .models.sitting import Served
 from .planning.lineage import Lineage
-from .stats import table
+from .stats import html_table, table
 
 
 # Warm against stock, for the dtypes where segments of a prefill are only rounding away from one shot. In 16 bits one
@@ -29,6 +29,15 @@ _ROUNDED = (torch.float32, torch.float64)
 
 
 TOLERANCE = 1e-4
+_COLUMNS = (
+    "prompt",
+    "resumed",
+    "logits = cold",
+    "states = cold",
+    "max |Δ logit| to stock",
+    "same tokens",
+    "reason",
+)
 
 
 @dataclass(frozen=True)
@@ -102,16 +111,16 @@ class ExactnessReport:
         return self.resumed_tokens > 0 and self.bitwise and close
 
     def __str__(self) -> str:
-        columns = (
-            "prompt",
-            "resumed",
-            "logits = cold",
-            "states = cold",
-            "max |Δ logit| to stock",
-            "same tokens",
-            "reason",
-        )
-        body = [
+        return f"{table(_COLUMNS, self._cells())}\n\n{self._verdict()}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        title = "Exact" if self.passed else "NOT EXACT" if self.resumed_tokens else "Not proved"
+        return html_table(_COLUMNS, self._cells(), title=title, note=self._verdict(), words=(len(_COLUMNS) - 1,))
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """A row of texts for each prompt."""
+        return [
             (
                 f"{row.prompt_tokens:,}",
                 f"{row.resumed_tokens:,}",
@@ -123,6 +132,9 @@ class ExactnessReport:
             )
             for row in self.rows
         ]
+
+    def _verdict(self) -> str:
+        """What the rows amount to, in a sentence."""
         if self.passed:
             replayed = "" if self.mode == "bitwise" else ", run over the same segments"
             verdict = f"exact: {self.resumed_tokens:,} tokens resumed, warm equals cold{replayed} bit for bit"
@@ -133,7 +145,7 @@ class ExactnessReport:
         batched = sum(row.batched for row in self.rows)
         if batched:
             verdict += f"; {batched} ran batched, which no run repeats bit for bit: compared within the tolerance"
-        return f"{table(columns, body)}\n\n{verdict}; max logit difference to stock {self.max_abs_logit_diff:.1e}"
+        return f"{verdict}; max logit difference to stock {self.max_abs_logit_diff:.1e}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .planning.cuts import MESSAGE_TOKENS, MIN_SUFFIX_TOKENS, Positions, Tokens
 from .planning.lineage import Lineage
 from .planning.segments import Segmenting
-from .stats import Cause, Reason, format_bytes
+from .stats import Cause, Reason, format_bytes, html_table
 from .store.bounds import Bound
 from .store.tree import Checkpoint, Departure, Match, nearest
 from .store.unit import namespace_of
@@ -44,7 +44,7 @@ TRAINING_MODE = "the model is in training mode"
 _REMEDIES = {
     Cause.RESUMED: "",
     Cause.NOTHING_STORED: "The first prompt of a kind is always computed; a later one that starts alike resumes. Only "
-    "prompts under namespace {namespace!r} count, with the same weights and settings.",
+    "prompts{namespace} count, with the same weights and settings.",
     Cause.DIVERGES: "That is before the first cut: put what changes behind what stays.{grid}",
     Cause.BEFORE_FIRST: "Call cache.mark() on the shared part: a checkpoint is then kept at its end.",
     Cause.CUT_OTHERWISE: "Give this handle the grid, cut_after and marks that they were made with, or use "
@@ -152,6 +152,20 @@ class Explanation:
         where = f" (at {self.context!r})" if self.context else ""
         parts = f"{self.difference}." if self.difference is not None else ""
         return " ".join(filter(None, (f"{start}{where}.", parts, self.remedy, self.shared)))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [
+            ("tokens of the prompt", f"{self.prompt_tokens:,}"),
+            ("shared with earlier prompts", f"{self.overlap_tokens:,}"),
+            ("would be resumed", f"{self.resumed_tokens:,}"),
+            ("shared, and computed again", f"{self.recomputed_tokens:,}"),
+            ("why not more", str(self.reason)),
+            *((("at", repr(self.context)),) if self.context else ()),
+            *((("first difference", str(self.difference)),) if self.difference is not None else ()),
+            *((("shared store", self.shared),) if self.shared else ()),
+        ]
+        return html_table((), rows, title="What this prompt would reuse", note=self.remedy)
 
 
 @dataclass(frozen=True)
@@ -322,7 +336,8 @@ def not_supported(why: str) -> Reason:
 def remedy(reason: Reason, namespace: str = "", grid: int | None = None) -> str:
     """What helps against a cause; empty where nothing is lost. `grid` is a smaller one that helps, 0 if none does."""
     smaller = "" if grid == 0 else " A smaller grid cuts earlier" + (f": grid={grid}." if grid else ".")
-    return _REMEDIES[reason.cause].format(namespace=namespace, grid=smaller)
+    tenant = f" under namespace {namespace!r}" if namespace else " of this handle, or of handles on the same store,"
+    return _REMEDIES[reason.cause].format(namespace=tenant, grid=smaller)
 
 
 def frequent(reasons: Sequence[Reason]) -> tuple[Reason, int]:

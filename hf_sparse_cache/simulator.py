@@ -22,7 +22,7 @@ from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
 from .request import Request, open_request
 from .routing.fleet import Arrival, Clocks, Fleet, Router, Served, SharedSizes, make_router
-from .stats import RequestInfo, counted, parse_bytes
+from .stats import RequestInfo, counted, format_bytes, html_table, parse_bytes
 from .store.answer import Read, open_answer
 from .store.eviction import Eviction
 from .store.forest import Forest
@@ -88,6 +88,23 @@ class SimulationResult:
             f"{counted(self.checkpoints, 'checkpoint')}, peak {self.peak_bytes:,} bytes"
             + (f" · first token after {self.served.mean_seconds:.3g} s" if self.served is not None else "")
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [
+            ("requests counted", f"{self.requests:,}"),
+            ("tokens of their prompts", f"{self.prompt_tokens:,}"),
+            ("shared with earlier prompts", f"{self.overlap_tokens:,}"),
+            ("resumed", f"{self.resumed_tokens:,}"),
+            ("of the prompts", f"{self.resume_rate:.1%}"),
+            ("of what is shared", f"{self.capture_rate:.1%}"),
+            ("shared tokens computed again, mean", f"{self.recomputed_tokens:,.0f}"),
+            ("checkpoints made", f"{self.checkpoints:,}"),
+            ("evictions", f"{self.evictions:,}"),
+            ("most bytes stored", format_bytes(self.peak_bytes)),
+            *((("first token after, mean", f"{self.served.mean_seconds:.3g} s"),) if self.served is not None else ()),
+        ]
+        return html_table((), rows, title="What this trace would reuse")
 
 
 def simulate(

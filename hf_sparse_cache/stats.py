@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from html import escape
 from typing import Any, Self
 
 from .checks import shown
@@ -97,6 +98,20 @@ class RequestInfo:
         """Tokens that were run though earlier prompts had them too; `explain` says what would have saved them."""
         return max(0, self.overlap_tokens - self.resumed_tokens)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        ends = [f"{end:,}" if isinstance(end, int) else f"{end[0]:,} to {end[1]:,}" for end in self.segments]
+        rows = [
+            ("tokens of the prompt", f"{self.prompt_tokens:,}"),
+            ("shared with earlier prompts", f"{self.overlap_tokens:,}"),
+            ("resumed", f"{self.resumed_tokens:,}"),
+            ("computed", f"{self.computed_tokens:,}"),
+            ("checkpoints captured at", abridged([f"{position:,}" for position in self.captured])),
+            ("segments end at", abridged(ends)),
+            ("why not more was resumed", str(self.reason)),
+        ]
+        return html_table((), rows, title="The request")
+
 
 @dataclass(frozen=True)
 class CacheStats:
@@ -148,6 +163,27 @@ class CacheStats:
             f"{counted(self.checkpoints, 'checkpoint')}, {format_bytes(self.checkpoint_bytes + self.kv_bytes)} · "
             f"{counted(self.evictions, 'eviction')}"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        skipped = self.resumed_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        rows = [
+            ("requests", f"{self.requests:,}"),
+            ("tokens of their prompts", f"{self.prompt_tokens:,}"),
+            ("shared with earlier prompts", f"{self.overlap_tokens:,}"),
+            ("resumed", f"{self.resumed_tokens:,} ({skipped:.1%})"),
+            ("computed", f"{self.computed_tokens:,}"),
+            ("checkpoints stored", f"{self.checkpoints:,}"),
+            ("bytes of states", format_bytes(self.checkpoint_bytes)),
+            ("bytes of keys and values", format_bytes(self.kv_bytes)),
+            ("evictions", f"{self.evictions:,}"),
+            ("seconds of prefill", f"{self.prefill_seconds:.3f}"),
+            ("of them, matching and planning", f"{self.match_seconds + self.plan_seconds:.3f}"),
+            ("of them, capture and restore", f"{self.capture_seconds + self.restore_seconds:.3f}"),
+            ("binding proved", "yes" if self.proved else "no"),
+            *((f"shared store: {what}", f"{count:,}") for what, count in self.shared.items()),
+        ]
+        return html_table((), rows, title="The cache so far")
 
 
 # Calls without a single hit after which something is wrong.
@@ -301,3 +337,44 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join((line(columns), rule, *(line(row) for row in rows)))
+
+
+_HTML_CELL = "padding:.15em .6em;border-bottom:1px solid rgba(128,128,128,.35);text-align:"
+
+
+def html_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    note: str = "",
+    words: Sequence[int] = (),
+) -> str:
+    """A table of a notebook cell: plain HTML in the colours of the page, without scripts or style sheets.
+
+    Args:
+        columns: what stands above; none where the first cell of each row says what the others are.
+        rows: texts; all that is not in the first column goes to the right.
+        title, note: a line above, and a sentence below.
+        words: columns that go to the left like the first one.
+    """
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        sides = ("right" if index and index not in words else "left" for index in range(len(cells)))
+        made = (
+            f"<{tag} style='{_HTML_CELL}{side}'>{escape(cell)}</{tag}>"
+            for cell, side in zip(cells, sides, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    head = line("th", columns) if columns else ""
+    body = "".join(line("td", row) for row in rows)
+    above = f"<p><b>{escape(title)}</b></p>" if title else ""
+    below = f"<p>{escape(note)}</p>" if note else ""
+    return f"<div>{above}<table style='border-collapse:collapse'>{head}{body}</table>{below}</div>"
+
+
+def abridged(texts: Sequence[str], most: int = 8) -> str:
+    """A list in one line; of a long one its beginning and its end."""
+    shown = list(texts) if len(texts) <= most else [*texts[: most // 2], "…", *texts[-most // 2 :]]
+    return " · ".join(shown) or "none"

@@ -6,6 +6,7 @@ What a command needs is imported inside it: help, errors in options and completi
 import io
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from ..tools.builtin_sizes import SIZES
 from .benching import bench
 from .evaluating import evaluate
 from .hosting import serve
-from .options import Exactness, Grid
+from .options import MODELS, POLICIES, Exactness, Grid
 from .outputs import PNG_MARK, check_output
 from .screen import Screen, fail
 
@@ -27,6 +28,7 @@ from .screen import Screen, fail
 app = typer.Typer(
     name="hf-sparse-cache",
     help="Exact prefix reuse for recurrent and hybrid language models in Hugging Face transformers.",
+    epilog=f"{MODELS}\n\n**Policies**, where checkpoints go: {POLICIES}; the default is learned.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -56,20 +58,30 @@ def _model_names(incomplete: str) -> list[str]:
     return [name for name in (*recall.MANUALS, *SIZES) if name.startswith(incomplete)]
 
 
-ModelName = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.", autocompletion=_model_names)]
+ModelName = Annotated[
+    str, typer.Argument(help="Built-in model, named below, folder or Hub id.", autocompletion=_model_names)
+]
 Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500MB or 2GiB.")]
-Policy = Annotated[str | None, typer.Option(help="Where checkpoints go; default: the library's choice.")]
+Policy = Annotated[str | None, typer.Option(help=f"Where checkpoints go: {POLICIES}; default: learned.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-SizesModel = Annotated[str | None, typer.Option(help="Take the sizes from this model.", autocompletion=_model_names)]
-StateBytes = Annotated[int | None, typer.Option(help="Bytes of a checkpoint's states, without --model.", min=1)]
+SizesModel = Annotated[
+    str | None,
+    typer.Option(help="Take sizes and grid from this model; default: those given.", autocompletion=_model_names),
+]
+StateBytes = Annotated[
+    int | None, typer.Option(help="Bytes of a checkpoint's states, without --model; default: 1 MiB.", min=1)
+]
 KVBytes = Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0)]
-MaxCheckpoints = Annotated[int | None, typer.Option(help="Most new checkpoints a prompt.", min=0)]
+MaxCheckpoints = Annotated[
+    int | None, typer.Option(help="Most new checkpoints a prompt; default: the policy's.", min=0)
+]
 Warmup = Annotated[float, typer.Option(help="Leading fraction that is served but not counted.")]
 ManualTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of a manual (2,000; 1,000 for recall-mamba), or most of the project's own document (5,600).",
+        help="Tokens of a manual, or most of the project's own document; default: 2,000 (1,000 for recall-mamba), or "
+        "5,600.",
         min=64,
         max=2**20,
     ),
@@ -78,25 +90,53 @@ ManualTokens = Annotated[
 
 # For texts of the user's own, of which the trained models do not know the words.
 _UNTRAINED = {"mamba": "mamba-21m", "jamba": "jamba-30m", "zamba2": "zamba2-30m"}
+_MANUALS, _QUICK_MANUALS, _UNCACHED = 12, 5, 3  # manuals a model; questions that are asked without the cache as well
 
 
-@app.command()
+DemoModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"Built-in model, folder or Hub id; repeat for more. Default: {', '.join(recall.SHOWN)}; for a text "
+        f"of your own {', '.join(_UNTRAINED.values())}.",
+        autocompletion=_model_names,
+    ),
+]
+Workload = Annotated[
+    Path | None,
+    typer.Option(help="Folder with texts.jsonl and requests.jsonl: documents and questions; default: none."),
+]
+Documents = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Documents to take from the workload, default: 1; or manuals to write, default: {_MANUALS}, with "
+        f"--quick {_QUICK_MANUALS}.",
+        min=1,
+    ),
+]
+Document = Annotated[Path | None, typer.Option(help="A text file of your own, with --question; default: none.")]
+Questions = Annotated[
+    list[str] | None, typer.Option(help="A question about the document; repeat for more; default: ours.")
+]
+Uncached = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Questions that are asked without the cache as well; default: all about manuals, else {_UNCACHED}.",
+        min=0,
+    ),
+]
+Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_MANUALS} manuals a model, and 1,500 tokens of others.")]
+
+
+@app.command(epilog=MODELS)
 def demo(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Built-in model, folder or Hub id; repeat for more.", autocompletion=_model_names),
-    ] = None,
-    workload: Annotated[
-        Path | None, typer.Option(help="Folder with texts.jsonl and requests.jsonl: real documents and questions.")
-    ] = None,
-    documents: Annotated[
-        int | None, typer.Option(help="Documents to take from the workload (1), or manuals to write (3).", min=1)
-    ] = None,
-    document: Annotated[Path | None, typer.Option(help="A text file of your own, with --question.")] = None,
-    question: Annotated[list[str] | None, typer.Option(help="A question about the document; repeat for more.")] = None,
+    model: DemoModels = None,
+    workload: Workload = None,
+    documents: Documents = None,
+    document: Document = None,
+    question: Questions = None,
     tokens: ManualTokens = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One manual a model, and 1,500 tokens of others.")] = False,
-    uncached: Annotated[int, typer.Option(help="Questions that are also timed without the cache.", min=0)] = 3,
+    quick: Quick = False,
+    uncached: Uncached = None,
     policy: Policy = None,
     max_memory: Memory = "2GiB",
     grid: Grid = None,
@@ -132,12 +172,13 @@ def demo(
     results = []
     for name in names:
         if name in recall.MANUALS or reading is None:
-            tasks = manuals(name, documents or (1 if quick else 3), tokens)
+            tasks = manuals(name, documents or (_QUICK_MANUALS if quick else _MANUALS), tokens)
             loaded = sources.NamedModel.load(name, [], dtype, device)
         else:
             loaded = sources.NamedModel.load(name, reading.texts, dtype, device)
             tasks = reading.tasks(loaded.tokenizer)
-        results.append(work.run(loaded, tasks, screen, uncached=uncached, **options))
+        beside = uncached if uncached is not None else len(tasks) if name in recall.MANUALS else _UNCACHED
+        results.append(work.run(loaded, tasks, screen, uncached=beside, **options))
     passed = all(result.passed for result in results)
     screen.emit({"passed": passed, "machine": describe_machine(), "models": [result.to_dict() for result in results]})
     raise typer.Exit(0 if passed else 1)
@@ -165,14 +206,16 @@ def _demo_models(asked: list[str] | None, own: bool, quick: bool) -> list[str]:
     return names
 
 
-@app.command()
+@app.command(epilog=MODELS)
 def verify(
     model: ModelName,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of each prompt; default: three grid steps.", min=8)
     ] = None,
     prompts: Annotated[int, typer.Option(help="How many prompts to check.", min=1, max=7)] = 3,
-    document: Annotated[Path | None, typer.Option(help="A text file to take the prompts from.")] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="A text file for the prompts; default: the documentation.")
+    ] = None,
     policy: Policy = None,
     exactness: Exactness = "replayable",
     grid: Grid = None,
@@ -199,7 +242,7 @@ def verify(
     raise typer.Exit(0 if report.passed else 1)
 
 
-@app.command()
+@app.command(epilog=MODELS)
 def tune(
     model: ModelName,
     exactness: Exactness = "replayable",
@@ -228,7 +271,7 @@ def tune(
     screen.emit(tuning.run(loaded, screen, exactness=exactness, tokens=tokens, pairs=pairs, out=folder))
 
 
-@app.command()
+@app.command(epilog=MODELS)
 def plan(
     trace: Annotated[
         Path | None,
@@ -238,19 +281,25 @@ def plan(
     state_bytes: StateBytes = None,
     kv_bytes_per_token: KVBytes = 0,
     max_memory: Memory = "2GiB",
-    policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: all.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help=f"Of {POLICIES}; repeat to compare; default: all but none.")
+    ] = None,
     max_checkpoints: MaxCheckpoints = None,
     cut_id: Annotated[
         list[int] | None,
         typer.Option(
-            help="Token id after which prompts may be cut, the end of a message; repeat.", min=0, max=MOST_ID
+            help="Token id after which prompts may be cut, the end of a message; repeat; default: none.",
+            min=0,
+            max=MOST_ID,
         ),
     ] = None,
     exactness: Exactness = "bitwise",
     grid: Grid = None,
     warmup: Warmup = 0.0,
-    requests: Annotated[int | None, typer.Option(help="Only the first so many requests of the trace.", min=1)] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the three pictures into this file.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Only the first so many of the trace; default: all.", min=1)
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the three pictures into this file; default: none.")] = None,
     tokens: Annotated[int, typer.Option(help="Length of the prompts without a trace.", min=64, max=2**22)] = 8192,
     json: Json = False,
 ) -> None:
@@ -286,10 +335,12 @@ def plan(
     screen.emit({"model": model, **advising.on_trace(inquiry, png, screen)})
 
 
-@app.command()
+@app.command(epilog=MODELS)
 def simulate(
     trace: Annotated[Path, typer.Argument(help="Workload folder, or .jsonl with one list of token ids a line.")],
-    policy: Annotated[list[str] | None, typer.Option(help="Repeat to compare; default: learned, dp, block.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help=f"Of {POLICIES}; repeat to compare; default: learned, dp, block.")
+    ] = None,
     model: SizesModel = None,
     state_bytes: StateBytes = None,
     kv_bytes_per_token: KVBytes = 0,
@@ -328,7 +379,7 @@ def inspect(
         typer.Argument(metavar="DIR", help="Of save_pretrained, a disk_dir, or a shared store or its URL."),
     ],
     tree: Annotated[bool, typer.Option("--tree", help="Every checkpoint below the one that it continues.")] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id, to show text instead of token ids.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id, to show text; default: token ids.")] = None,
     json: Json = False,
 ) -> None:
     """Show what a stored cache holds, by prefix and by byte. It changes nothing.
@@ -350,8 +401,8 @@ def _sizes(
     from .estimates import Sizes
 
     if model is None:
-        assumed = state_bytes is None
-        return Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, assumed=assumed, exactness=exactness)
+        given = Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, exactness=exactness)
+        return replace(given, assumed=state_bytes is None, grid_assumed=grid is None)
     from ..tools import builtin
 
     return Sizes.of(builtin.load(model, [""])[0], grid, exactness)
@@ -366,8 +417,8 @@ def _quiet() -> None:
         logging.disable_progress_bar()
 
 
-app.command()(bench)
-app.command()(serve)
+app.command(epilog=MODELS)(bench)
+app.command(epilog=MODELS)(serve)
 # Its options are those of the harness, help and all.
 app.command(
     "eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}

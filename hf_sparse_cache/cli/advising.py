@@ -15,7 +15,7 @@ from ..stats import RequestInfo, parse_bytes
 from ..tools.builtin_sizes import SIZES
 from ..tools.traces import Trace, load_trace
 from .drawing import draw
-from .estimates import Inquiry, Sizes, placements, show_advice, show_placements, sizes_line
+from .estimates import TIE, Inquiry, Sizes, placements, show_advice, show_placements, sizes_line
 from .screen import Screen, Steps
 
 
@@ -67,7 +67,8 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
     """Serve the trace with every policy, and with the two best ones under other budgets.
 
     Returns:
-        What was found, ready for JSON: `trace`, `policies`, `every_cut`, `best`, `histogram`, `frontier`, `plans`.
+        What was found, ready for JSON: `trace`, `policies`, `every_cut`, `tied` (the policies that resume most, and
+        alike), `best` (of them), `histogram`, `frontier`, `plans`.
 
     Raises:
         ValueError: No prompt of the trace shares its first cut with an earlier one.
@@ -76,12 +77,17 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
     with screen.progress(runs * len(inquiry.trace), "overlap") as steps:
         overlaps = _serve(inquiry, steps, "none", None)[1]
         every_cut = _every_cut(inquiry, overlaps)
-        weights = np.bincount([row.overlap_tokens for row in _counted(inquiry, overlaps)]).astype(np.float64)
-        plans = placements(inquiry.sizes, weights, inquiry.budget)
+        counted = _counted(inquiry, overlaps)
+        weights = np.bincount([row.overlap_tokens for row in counted]).astype(np.float64)
+        usable = [_usable(row.overlap_tokens, row.prompt_tokens) for row in counted]
+        lost = sum(row.overlap_tokens for row in counted) - sum(usable)
+        depths = np.bincount(usable).astype(np.float64)
+        plans = placements(inquiry.sizes, depths, inquiry.budget, lost / len(counted))
         served = {name: _serve(inquiry, steps, name, inquiry.budget) for name in inquiry.policies}
         results = {name: result for name, (result, _) in served.items()}
-        order = sorted(inquiry.policies, key=lambda name: -results[name].resumed_tokens)  # ties: as they were given
-        best, first = order[0], inquiry.policies[0]
+        tied = _tied(results)
+        best, first = tied[0], inquiry.policies[0]
+        order = [best, *sorted(results, key=lambda name: -results[name].resumed_tokens)]
         shown = list(dict.fromkeys([first, next((name for name in order if name != first), first)]))
         frontier = _frontier(inquiry, {name: results[name] for name in shown}, steps)
     floor = every_cut["recomputed_tokens"]
@@ -97,10 +103,24 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
         "policies": {name: _row(result, floor) for name, result in results.items()},
         "every_cut": every_cut,
         "best": best,
+        "tied": tied,
         "histogram": _histogram(weights, _counted(inquiry, served[best][1])),
         "frontier": frontier,
         "plans": plans,
     }
+
+
+def _usable(overlap: int, tokens: int) -> int:
+    """How deep a prompt of so many tokens can resume, wherever checkpoints are."""
+    return max(0, min(overlap, tokens - MIN_SUFFIX_TOKENS))
+
+
+def _tied(results: dict[str, SimulationResult]) -> list[str]:
+    """The policies that resume most, those that hold the fewest bytes first."""
+    most = max(result.resumed_tokens for result in results.values())
+    least = most - TIE * max(result.overlap_tokens for result in results.values())
+    tied = [name for name, result in results.items() if result.resumed_tokens >= least]
+    return sorted(tied, key=lambda name: (results[name].peak_bytes, results[name].checkpoints))
 
 
 def _serve(
@@ -147,11 +167,11 @@ def _every_cut(inquiry: Inquiry, rows: list[RequestInfo]) -> dict[str, Any]:
     resumed = checkpoints = held = 0
     for index, (ids, row) in enumerate(zip(inquiry.trace, rows, strict=True)):
         cuts = cut_positions(ids, sizes.grid, inquiry.cut_ids)
-        usable = min(row.overlap_tokens, len(ids) - MIN_SUFFIX_TOKENS)
+        usable = _usable(row.overlap_tokens, len(ids))
         known, shared = (int(np.searchsorted(cuts, depth, side="right")) for depth in (usable, row.overlap_tokens))
         if index >= skipped:
             cut = int(cuts[known - 1]) if known else 0
-            resumed += cut if sizes.exactness == "bitwise" else max(usable, 0)
+            resumed += cut if sizes.exactness == "bitwise" else usable
         if shared < len(cuts):
             checkpoints += len(cuts) - shared
             held += int(cuts[-1]) - (int(cuts[shared - 1]) if shared else 0)

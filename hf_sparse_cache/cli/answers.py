@@ -185,7 +185,8 @@ def _show_rows(result: Result, screen: Screen) -> None:
     ]
     if result.wiped is not None and result.wiped.answered:
         question, expected, said = result.wiped.answered[0]
-        rows.append([f"states wiped: {question}", _judged(expected, said), *[""] * (len(columns) - 2)])
+        verdict = "rejected" if result.wiped.rejected else "NOT NOTICED"
+        rows.append([f"states wiped: {question}", _judged(expected, said), *[""] * (len(columns) - 3), verdict])
     screen.table(columns, rows)
     screen.say("In tokens; cached and uncached: time to first token; stored: checkpoints · bytes.")
     if known:

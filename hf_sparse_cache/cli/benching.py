@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..stats import parse_bytes
-from .options import Exactness, Grid
+from .options import POLICIES, Exactness, Grid
 from .outputs import REPORT_MARK, check_folder, check_output
 from .screen import Screen
 
@@ -23,48 +23,90 @@ OWN = "documentation"
 # How much is measured unless told otherwise, in full and with --quick; of some, 0 means all.
 UNLIMITED = ("requests", "per_group", "max_prompt_tokens")
 QUICK: dict[str, Any] = {"requests": 6, "per_group": 3, "max_prompt_tokens": 1024, "max_new_tokens": 2, "checked": 1}
+MODELS = ("mamba-21m", "jamba-30m", "zamba2-30m")
 FULL: dict[str, Any] = {"requests": 5, "per_group": 5, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
 
 Datasets = Annotated[
     list[str] | None,
-    typer.Option(help="Hub id, .jsonl/.csv/.parquet/.txt file or workload folder; repeat for more."),
+    typer.Option(
+        help="Hub id, .jsonl/.csv/.parquet/.txt file or workload folder; repeat for more; default: the project's "
+        "documentation."
+    ),
 ]
+
+
+def _default(name: str) -> str:
+    full, quick = (str(sizes[name]) if sizes[name] else "all" for sizes in (FULL, QUICK))
+    return f"default: {full}" if full == quick else f"default: {full}, with --quick {quick}"
+
+
 Rivals = Annotated[
     list[str] | None, typer.Option(help=f"Of {', '.join(RIVALS)}; 'none' for none. Default: all that are right.")
 ]
 Seed = Annotated[int, typer.Option(help="Of the arrivals, and of a built-in model's weights.", min=0, max=2**32 - 1)]
 TaskFile = Annotated[
-    Path | None, typer.Option(help="File or folder of questions with choices, in place of the workloads.")
+    Path | None,
+    typer.Option(help="File or folder of questions with choices, in place of the workloads; default: none."),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the results; a run that was interrupted goes on.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of the results, where an interrupted run goes on; default: bench-runs/…")
+]
+
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Built-in model, folder or Hub id; repeat for more; default: {', '.join(MODELS)}."),
+]
+Columns = Annotated[
+    str, typer.Option(help="Columns that make up a prompt, such as article,question; default: what is found.")
+]
+Policies = Annotated[list[str] | None, typer.Option(help=f"Of {POLICIES}; repeat for more; default: learned.")]
+NewTokens = Annotated[
+    int | None, typer.Option(help=f"Tokens to decode after each prompt; {_default('max_new_tokens')}.", min=1)
+]
+Requests = Annotated[
+    int | None, typer.Option(help=f"How many of each dataset, 0 for all; {_default('requests')}.", min=0)
+]
+PerGroup = Annotated[
+    int | None, typer.Option(help=f"How many of each document or chat, 0 for all; {_default('per_group')}.", min=0)
+]
+PromptTokens = Annotated[
+    int | None, typer.Option(help=f"Shorten longer prompts, 0 for no; {_default('max_prompt_tokens')}.", min=0)
+]
+Checked = Annotated[
+    int | None, typer.Option(help=f"Requests whose logits are compared; {_default('checked')}.", min=0)
+]
+Shots = Annotated[
+    int | None, typer.Option(help="Examples before each question of a --task; default: all of its folder.", min=0)
+]
 
 
 def bench(
-    model: Annotated[list[str] | None, typer.Option(help="Built-in model, folder or Hub id; repeat for more.")] = None,
+    model: Models = None,
     task: TaskFile = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before each question of a --task.", min=0)] = None,
+    shots: Shots = None,
     dataset: Datasets = None,
-    columns: Annotated[str, typer.Option(help="Columns that make up a prompt, such as article,question.")] = "",
-    config: Annotated[str | None, typer.Option(help="Configuration of the Hub dataset.")] = None,
+    columns: Columns = "",
+    config: Annotated[str | None, typer.Option(help="Configuration of the Hub dataset; default: its own.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    policy: Annotated[list[str] | None, typer.Option(help="Policy of the cache; repeat for more.")] = None,
+    policy: Policies = None,
     rival: Rivals = None,
     max_memory: Annotated[str, typer.Option(help="Bytes that each policy may store.")] = "2GiB",
     exactness: Exactness = "replayable",
     grid: Grid = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode after each prompt.", min=1)] = None,
-    requests: Annotated[int | None, typer.Option(help="How many requests of each dataset; 0 for all.", min=0)] = None,
-    per_group: Annotated[int | None, typer.Option(help="How many of each document or chat; 0 for all.", min=0)] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Shorten longer prompts; 0 for no.", min=0)] = None,
+    max_new_tokens: NewTokens = None,
+    requests: Requests = None,
+    per_group: PerGroup = None,
+    max_prompt_tokens: PromptTokens = None,
     repeats: Annotated[int, typer.Option(help="How often everything is measured.", min=1)] = 1,
-    checked: Annotated[int | None, typer.Option(help="Requests whose logits are compared.", min=0)] = None,
+    checked: Checked = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     seed: Seed = 42,
     quick: Quick = False,
     out: Out = None,
-    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report; default: none.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")] = False,
 ) -> None:
     """Serve a real workload with and without the cache, side by side, and report what it is worth on this machine.
@@ -76,7 +118,7 @@ def bench(
 
     screen = Screen(json)
     settings = Settings(
-        models=tuple(model or ("mamba-21m", "jamba-30m", "zamba2-30m")),
+        models=tuple(model or MODELS),
         datasets=tuple(dataset or (OWN,)),
         columns=tuple(part.strip() for part in columns.split(",") if part.strip()),
         config=config,

@@ -16,6 +16,9 @@ from ..tools.traces import Trace
 from .screen import Screen
 
 
+TIE = 0.001  # of the overlap; policies whose resumed tokens differ by less are no better or worse than each other
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is stored for one model: bytes of a checkpoint's states, bytes of KV a token, and how prompts are cut.
@@ -23,7 +26,8 @@ class Sizes:
     Attributes:
         grid: tokens between regular cuts, or in replayable mode between places where checkpoints may be planned.
         prefill_cost: what policies weigh; None for the number of tokens.
-        assumed: whether nobody named them.
+        assumed: whether nobody named the bytes.
+        grid_assumed: whether nobody named the grid, nor a model that has one.
         exactness: the mode that figures are for.
         cut_tokens, pieces: of the model, see `simulate`.
     """
@@ -36,6 +40,7 @@ class Sizes:
     exactness: str = "bitwise"
     cut_tokens: float = 0.0
     pieces: int | None = None
+    grid_assumed: bool = False
 
     @classmethod
     def of(cls, model: Any, grid: int | None, exactness: str = "bitwise") -> "Sizes":
@@ -109,6 +114,11 @@ class Inquiry:
 def sizes_line(sizes: Sizes) -> str:
     """What is stored, in one line."""
     assumed = " (assumed; give --model or --state-bytes)" if sizes.assumed else ""
+    grid = (
+        " (assumed, and finer than that of most models, which then resume less: give --grid or --model)"
+        if sizes.grid_assumed
+        else ""
+    )
     bitwise = sizes.exactness == "bitwise"
     cuts, other = (
         ("cuts", "; a handle's default is --exactness replayable") if bitwise else ("places for checkpoints", "")
@@ -116,16 +126,17 @@ def sizes_line(sizes: Sizes) -> str:
     return (
         f"A checkpoint: {format_bytes(sizes.state_bytes)} of states, {format_bytes(sizes.kv_bytes_per_token)} "
         f"of keys and values for each token below it{assumed}; {sizes.exactness} mode, {cuts} every {sizes.grid} "
-        f"tokens{other}."
+        f"tokens{grid}{other}."
     )
 
 
-def placements(sizes: Sizes, weights: Floats, budget: int) -> list[dict[str, Any]]:
-    """The best places for several numbers of checkpoints a prompt, next to equal spans.
+def placements(sizes: Sizes, weights: Floats, budget: int, lost: float = 0.0) -> list[dict[str, Any]]:
+    """The best places for several numbers of checkpoints a prompt, next to equal spans; one row a number.
 
     Args:
-        weights: `(N + 1,)`, weight of each overlap depth.
+        weights: `(N + 1,)`, weight of each depth up to which a prompt can resume.
         budget: bytes that may be stored.
+        lost: tokens that a prompt shares behind that depth, in the mean, which are always computed.
 
     Raises:
         ValueError: No depth reaches the first cut.
@@ -138,14 +149,16 @@ def placements(sizes: Sizes, weights: Floats, budget: int) -> list[dict[str, Any
     rows: list[dict[str, Any]] = []
     for count in (1, 2, 4, 8, 16, 32):
         best = plan_checkpoints(shares, count, candidates=cuts)
+        if rows and len(best.positions) == rows[-1]["checkpoints"]:
+            break
         spans = cuts[np.linspace(0, len(cuts), min(count, len(cuts)) + 2)[1:-1].astype(int)] if len(cuts) > 1 else cuts
         stored = _bytes(sizes, best.positions)
         rows.append(
             {
                 "checkpoints": len(best.positions),
                 "positions": list(best.positions),
-                "recomputed_tokens": best.expected_cost,
-                "recomputed_tokens_equal_spans": float(shares @ (depths - _resumed(depths, spans))),
+                "recomputed_tokens": best.expected_cost + lost,
+                "recomputed_tokens_equal_spans": float(shares @ (depths - _resumed(depths, spans))) + lost,
                 "bytes_per_prompt": stored,
                 "prompts_in_memory": budget // stored if stored else None,
             }
@@ -257,7 +270,19 @@ def _show_policies(found: dict[str, Any], sizes: Sizes, screen: Screen) -> None:
     screen.say(
         "Resumed of the prompt and of the overlap; recomputed: shared tokens that a request computes all the same; "
         f"regret: how many more than {floor} (the bytes of that row are an estimate).\n"
-        f"Most is resumed by {found['best']}.\n"
+        f"{_recommendation(found)}\n"
+    )
+
+
+def _recommendation(found: dict[str, Any]) -> str:
+    """Which policy to take; of several that resume alike, the one that holds least."""
+    tied, best = found["tied"], found["best"]
+    if len(tied) == 1:
+        return f"Most is resumed by {best}."
+    others = ", ".join(tied[:-1])
+    return (
+        f"{others} and {tied[-1]} tie: they resume the same to within {TIE:.1%} of the overlap. Of them {best} holds "
+        f"the fewest bytes, {format_bytes(found['policies'][best]['peak_bytes'])} at most: take that."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..stats import format_bytes, parse_bytes
+from .options import POLICIES
 from .screen import Screen
 
 
@@ -17,41 +18,56 @@ _PIECES = 1024
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-Model = Annotated[str, typer.Argument(help="Built-in model, folder or Hub id.")]
+Model = Annotated[str, typer.Argument(help="Built-in model, named below, folder or Hub id.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)]
 ApiKey = Annotated[
     list[str] | None,
     typer.Option(
-        help="NAME=KEY of a tenant that is let in; repeat for more. Prefixes of one never serve another.",
+        help="NAME=KEY of a tenant that is let in; repeat for more. Prefixes of one never serve another. "
+        "Default: everybody may ask.",
         envvar="HF_SPARSE_CACHE_API_KEYS",
     ),
 ]
 AdminKey = Annotated[
-    str, typer.Option(help="Opens the page and /cache.", envvar="HF_SPARSE_CACHE_ADMIN_KEY", show_default=False)
+    str,
+    typer.Option(
+        help="Opens the page and /cache; default: they are closed.",
+        envvar="HF_SPARSE_CACHE_ADMIN_KEY",
+        show_default=False,
+    ),
 ]
 MaxMemory = Annotated[str, typer.Option(help="Bytes of prefixes beside the model.")]
 TenantMemory = Annotated[
-    list[str] | None, typer.Option(help="NAME=SIZE, the share that a tenant may take of it; repeat for more.")
+    list[str] | None,
+    typer.Option(help="NAME=SIZE, the share that a tenant may take of it; repeat for more; default: all of it."),
 ]
-HostMemory = Annotated[str | None, typer.Option(help="A second tier in host memory, for models on an accelerator.")]
-DiskMemory = Annotated[str | None, typer.Option(help="A tier on disk, which the next start finds again.")]
-DiskDir = Annotated[Path | None, typer.Option(help="Its folder.")]
+HostMemory = Annotated[
+    str | None, typer.Option(help="A second tier in host memory, for models on an accelerator; default: none.")
+]
+DiskMemory = Annotated[
+    str | None, typer.Option(help="A tier on disk, which the next start finds again; default: none.")
+]
+DiskDir = Annotated[Path | None, typer.Option(help="Its folder; default: none.")]
 Exactness = Annotated[str, typer.Option(help="replayable, or bitwise.")]
-Policy = Annotated[str, typer.Option(help="Where checkpoints go.")]
+Policy = Annotated[str, typer.Option(help=f"Where checkpoints go: {POLICIES}.")]
 Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
 Pieces = Annotated[int, typer.Option(help="Most tokens read at once: how long one who left keeps the model.", min=2)]
-CutAfter = Annotated[list[str] | None, typer.Option(help="Cut prompts behind this text; repeat for more.")]
+CutAfter = Annotated[
+    list[str] | None, typer.Option(help="Cut prompts behind this text; repeat; default: special tokens.")
+]
 MostWaiting = Annotated[int, typer.Option(help="Requests that may wait; more are told to come back.")]
 Timeout = Annotated[float, typer.Option(help="Seconds from a request's arrival to its end; 0 for no limit.")]
 Drain = Annotated[float, typer.Option(help="Seconds for running requests when told to stop.", min=0)]
 MaxBody = Annotated[str, typer.Option(help="Most bytes of a request.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
-AttnImplementation = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...")]
-Quantization = Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit.")]
+AttnImplementation = Annotated[
+    str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...; default: the model's.")
+]
+Quantization = Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit; default: none.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's.")]
-ChatTemplate = Annotated[Path | None, typer.Option(help="A file, in place of the model's own template.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="A file with the template; default: the model's own.")]
 ChatTemplateKwargs = Annotated[str, typer.Option(help='JSON for it, such as {"enable_thinking": false}.')]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 

@@ -5,7 +5,17 @@ from typing import Annotated
 import typer
 
 from ..checks import MOST_ID
-from ..config import EXACTNESS, SparseCacheConfig
+from ..config import EXACTNESS, POLICY_NAMES, SparseCacheConfig
+from ..tools import recall
+from ..tools.builtin_sizes import SIZES
+
+
+# What stands below the help of every command that takes a model.
+MODELS = (
+    f"**Built-in models**, which need no download. Trained, to answer questions about manuals: "
+    f"{', '.join(recall.MANUALS)}. With random weights, to show time, memory and exactness: {', '.join(SIZES)}."
+)
+POLICIES = f"{', '.join(POLICY_NAMES[:-1])} or {POLICY_NAMES[-1]}"
 
 
 def _mode(value: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..checks import shown
 from ..hub import Shareable
+from ..stats import html_table
 
 
 def _why_missing(root: Path, error: ImportError) -> str:
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
 # Savings carry rounding errors of about 1e-15 of everything that can be saved. When the cost that is left is this many
 # times smaller, the slower solver that works on costs takes over.
 _TRUSTED_RATIO = 1e5
+
+
+_SHOWN_POSITIONS = 32
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,17 @@ class CheckpointPlan(Shareable):
         if any(here <= before for before, here in zip([0, *positions], positions, strict=False)):
             raise ValueError(f"positions is {positions}: give positions of at least 1 in ascending order")
         return cls(tuple(positions), _price("expected_cost", content["expected_cost"]))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first positions, and how far each is from the one before."""
+        shown = self.positions[:_SHOWN_POSITIONS]
+        rows = [
+            (f"{number:,}", f"{position:,}", f"{position - before:,}")
+            for number, (before, position) in enumerate(zip([0, *shown], shown, strict=False), start=1)
+        ]
+        more = len(self.positions) - len(shown)
+        note = f"{f'And {more:,} more. ' if more else ''}Expected cost {self.expected_cost:,.4g} for a unit of weight."
+        return html_table(("checkpoint", "position", "behind the one before"), rows, title="Plan", note=note)
 
     def card(self) -> str:
         """The positions and how to use them."""

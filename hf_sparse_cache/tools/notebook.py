@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..stats import CacheStats, RequestInfo, format_bytes
+from ..stats import CacheStats, RequestInfo, format_bytes, html_table
 from .outline import Branch, added_kv_bytes, outline
 
 
@@ -24,7 +24,6 @@ _CHECKPOINTS = 6
 _TOKENS = 12
 _REQUESTS = 10
 _FAINT = "style='opacity:.7'"
-_CELL = "padding:.15em .6em;border-bottom:1px solid rgba(128,128,128,.35);text-align:"
 _COLUMNS = ("prompt", "overlap", "resumed", "computed", "captured at", "reason")
 
 
@@ -35,7 +34,9 @@ def page(server: Server, stats: CacheStats) -> str:
     decode = None if binding.tokenizer is None else binding.tokenizer.decode
     trees = "".join(_tree(tier, space, decode) for tier in server.store.tiers)
     nothing = "Nothing is stored yet." if space else "What the disk holds for this model shows with the first prompt."
-    title = f"{type(binding.model).__name__}, grid {binding.grid}, namespace {binding.config.namespace!r}"
+    namespace = binding.config.namespace
+    tenant = f", namespace {namespace!r}" if namespace else ""
+    title = f"{type(binding.model).__name__}, grid {binding.grid}{tenant}"
     return (
         f"<div><p><b>SparsePrefixCache</b> {escape(title)}<br>{escape(str(stats))}</p>"
         f"{trees or f'<p {_FAINT}>{nothing}</p>'}{_table(requests, stats.requests)}</div>"
@@ -97,22 +98,11 @@ def _table(requests: Sequence[RequestInfo], total: int) -> str:
     if not requests:
         return ""
     shown = requests[: -_REQUESTS - 1 : -1]
-    rows = [_row("th", _COLUMNS)]
+    rows = []
     for info in shown:
         tokens = (info.prompt_tokens, info.overlap_tokens, info.resumed_tokens, info.computed_tokens)
         captured = " ".join(f"{position}" for position in info.captured[-_CHECKPOINTS:])
         more = "… " * (len(info.captured) > _CHECKPOINTS)
-        rows.append(_row("td", (*(f"{count:,}" for count in tokens), more + captured, info.reason)))
+        rows.append((*(f"{count:,}" for count in tokens), more + captured, info.reason))
     caption = f"The last {len(shown)} of {total:,} requests, the latest first, in tokens:"
-    return f"<p>{caption}</p><table style='border-collapse:collapse'>{''.join(rows)}</table>"
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    sides = ["right"] * 4 + ["left"] * 2
-    return (
-        "<tr>"
-        + "".join(
-            f"<{tag} style='{_CELL}{side}'>{escape(cell)}</{tag}>" for cell, side in zip(cells, sides, strict=True)
-        )
-        + "</tr>"
-    )
+    return f"<p>{caption}</p>{html_table(_COLUMNS, rows, words=(4, 5))}"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from commands import Run
 
 from hf_sparse_cache import SparsePrefixCache, __version__, cli, exactness
 from hf_sparse_cache.cli import answers, questions, sources, timing, verifying
 from hf_sparse_cache.cli.screen import Screen
-from hf_sparse_cache.planning.policies import Block
+from hf_sparse_cache.config import POLICY_NAMES
+from hf_sparse_cache.planning.policies import POLICIES, Block
 from hf_sparse_cache.stats import CacheStats
+from hf_sparse_cache.tools import recall
 from hf_sparse_cache.tools.builtin import load
+from hf_sparse_cache.tools.builtin_sizes import SIZES
 
 
 DEMO = ("demo", "--model", "jamba-3m", "--tokens", "600", "--grid", "64", "--uncached", "2")
@@ -31,6 +36,22 @@ def test_help_names_the_commands_with_an_example(run: Run) -> None:
     for command in ("demo", "verify", "plan", "simulate", "inspect"):
         assert command in out
         assert "Example:" in run(command, "--help")[1]
+
+
+def test_help_lists_models_and_policies(run: Run) -> None:
+    out = " ".join(run("--help")[1].split())
+    for name in (*SIZES, *recall.MANUALS, *POLICIES):
+        assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", out), name
+    assert tuple(POLICIES) == POLICY_NAMES
+
+
+@pytest.mark.parametrize("name", ["demo", "verify", "tune", "plan", "simulate", "inspect", "bench", "serve"])
+def test_help_says_the_default_of_every_option(name: str) -> None:
+    """Click shows those that are not None."""
+    command: Any = typer.main.get_command(cli.app)
+    for option in command.commands[name].params:
+        if option.param_type_name == "option" and not option.is_flag:
+            assert (option.default not in (None, "") and option.show_default) or "efault: " in option.help, option.name
 
 
 def test_demo_times_and_proves(run: Run) -> None:
@@ -206,7 +227,9 @@ def test_sizes_that_nobody_named_are_said_to_be_assumed(run: Run, trace: Path) -
         _, out, _ = run(*given)
         assert "1.0 MiB of states" in out and "(assumed; give --model or --state-bytes)" in out and "1.0 GiB" in out
         assert "cuts every 64 tokens" in out
-        assert "assumed" not in run(*given, "--state-bytes", "5000")[1]
+        named = run(*given, "--state-bytes", "5000")[1]
+        assert "(assumed; give" not in named and "(assumed, and finer" in named  # the grid, by nobody
+        assert "assumed" not in run(*given, "--state-bytes", "5000", "--grid", "64")[1]
     assert "no limit" in run("simulate", str(trace), "--policy", "last")[1]
 
 
@@ -292,7 +315,7 @@ def test_time_to_first_token_is_that_of_one_generate(monkeypatch: pytest.MonkeyP
 
 
 def test_demo_shows_answers_and_what_lost_states_do_to_them(run: Run) -> None:
-    options = ("demo", "--quick", "--model", "recall-jamba", "--uncached", "1", "--tokens", "1000")
+    options = ("demo", "--documents", "1", "--model", "recall-jamba", "--uncached", "1", "--tokens", "1000")
     code, out, err = run(*options, "--json")
     (model,) = json.loads(out)["models"]
     rows = model["questions"]
@@ -306,14 +329,14 @@ def test_demo_shows_answers_and_what_lost_states_do_to_them(run: Run) -> None:
     assert wiped["max_abs_logit_diff"] > 1e-2 and wiped["chance"] == 1 / 6
     code, out, _ = run(*options)
     assert code == 0 and "random weights" not in out
-    assert out.count(" right |") >= 4 and "| states wiped: The code of room" in out
+    assert out.count(" right |") >= 4 and "| states wiped: The code of room" in out and "| rejected " in out
     assert "of 5 right with the cache" in out and "the check rejects it" in out
 
 
 def test_demo_fails_when_lost_states_are_not_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     report = exactness.ExactnessReport((exactness.ExactnessRow(600, 512, True, True, 0.0, True, "resumed"),), 1e-4)
     monkeypatch.setattr(questions, "check_exactness", lambda *arguments, **options: report)
-    code, out, _ = run("demo", "--quick", "--model", "recall-jamba", "--uncached", "0", "--tokens", "800")
+    code, out, _ = run("demo", "--documents", "1", "--model", "recall-jamba", "--uncached", "0", "--tokens", "800")
     assert code == 1 and "AND THE CHECK DID NOT NOTICE" in out
 
 

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from tiny_models import random_ids
 from transformers import PreTrainedModel
 
-from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.stats import format_bytes
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache, check_exactness, plan_checkpoints, simulate
+from hf_sparse_cache.explain import Explanation
+from hf_sparse_cache.planning.policies import Block
+from hf_sparse_cache.stats import Cause, Reason, format_bytes
 from hf_sparse_cache.tools.builtin import build_tokenizer
 
 
@@ -163,3 +166,54 @@ def test_it_waits_for_the_store(jamba: PreTrainedModel) -> None:
             assert pages == []
         looking.join(timeout=60)
         assert len(pages) == 1
+
+
+def rows_of(shown: Any) -> dict[str, str]:
+    """Of a table whose first cell says what the second is."""
+    return {row[0]: row[1] for row in Outline(shown._repr_html_()).rows}
+
+
+def test_results_are_tables_as_well(jamba: PreTrainedModel) -> None:
+    tokenizer = build_tokenizer(["A state is a summary. " * 20])
+    with SparsePrefixCache(jamba, tokenizer, grid=GRID, policy=Block(GRID), exactness="bitwise") as cache:
+        serve(jamba, cache, 2, 3)
+        info, explained = cache.last_request, cache.explain(torch.cat([DOCUMENT, random_ids(40, seed=4)], dim=1))
+        report = check_exactness(jamba, [DOCUMENT], cache=cache, max_new_tokens=2)
+        stats = cache.stats()
+    assert info is not None
+    told = rows_of(info)
+    assert (told["resumed"], told["computed"]) == (f"{info.resumed_tokens:,}", f"{info.computed_tokens:,}")
+    assert told["why not more was resumed"] == "resumed" and info.resumed_tokens > 0
+    told = rows_of(stats)
+    assert told["requests"] == f"{stats.requests}" and told["bytes of states"] == format_bytes(stats.checkpoint_bytes)
+    assert told["resumed"].startswith(f"{stats.resumed_tokens:,} (")
+    told = rows_of(explained)
+    assert told["would be resumed"] == f"{explained.resumed_tokens:,}" and told["why not more"] == explained.reason
+    table = Outline(report._repr_html_())
+    assert table.rows[0][:2] == ["prompt", "resumed"] and table.rows[1][0] == "128"
+    assert "bit for bit" in report._repr_html_() and "<b>Exact</b>" in report._repr_html_()
+    lost = replace(report, rows=(replace(report.rows[0], states_bitwise=False),))
+    assert "<b>NOT EXACT</b>" in lost._repr_html_()
+
+
+def test_plans_and_simulations_are_tables() -> None:
+    plan = plan_checkpoints([0.0, *[1.0] * 500], 40)
+    rows = Outline(plan._repr_html_()).rows
+    assert [int(row[1]) for row in rows[1:]] == list(plan.positions[:32]) and "And 8 more" in plan._repr_html_()
+    result = simulate([[*range(200), end] for end in range(300, 306)], policy="last", state_bytes=2**20, grid=50)
+    told = rows_of(result)
+    assert told["resumed"] == f"{result.resumed_tokens:,}" and told["of the prompts"] == f"{result.resume_rate:.1%}"
+    assert told["most bytes stored"] == format_bytes(result.peak_bytes)
+
+
+def test_what_users_wrote_is_no_markup() -> None:
+    explained = Explanation(9, 4, 0, Reason(Cause.NOT_SUPPORTED, why="<b>x"), remedy="<i>", context="<script>")
+    assert {"b", "i", "script"} & Outline(explained._repr_html_()).tags == {"b"}  # of the title
+    assert "&lt;script&gt;" in explained._repr_html_()
+
+
+def test_a_namespace_is_named_to_those_who_set_one(jamba: PreTrainedModel) -> None:
+    for namespace in ("", "ann"):
+        with SparsePrefixCache(jamba, grid=GRID, namespace=namespace) as cache:
+            said = f"{cache.explain(DOCUMENT)} {cache._repr_html_()}"
+            assert ("namespace" in said) == bool(namespace)
