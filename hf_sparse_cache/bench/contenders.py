@@ -151,9 +151,11 @@ class Cached(Contender):
         self._evicting = _timed_eviction(self.handle.store)
 
     def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
-        before, evicting = self.handle.stats(), self._evicting()
+        # Not `stats()`, which looks at the model's weights: a client that asks a question does not call it.
+        recorder, store, name = self.handle.server.recorder, self.handle.store, self.handle.config.namespace
+        before, evicted, evicting = recorder.totals(), store.account(name).evictions, self._evicting()
         served = serve(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self.handle)
-        after, info = self.handle.stats(), self.handle.last_request
+        after, held, info = recorder.totals(), store.account(name), recorder.last
         assert info is not None
         evicting = self._evicting() - evicting
         return replace(
@@ -169,10 +171,10 @@ class Cached(Contender):
             eviction_seconds=evicting,
             captured=info.captured,
             segments=info.segments,
-            checkpoints=after.checkpoints,
-            checkpoint_bytes=after.checkpoint_bytes,
-            kv_bytes=after.kv_bytes,
-            evictions=after.evictions - before.evictions,
+            checkpoints=held.checkpoints,
+            checkpoint_bytes=held.checkpoint_bytes,
+            kv_bytes=held.kv_bytes,
+            evictions=held.evictions - evicted,
             reason=info.reason,
         )
 

@@ -13,6 +13,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from .attachment import Override
 from .rope import set_by_forward
 from .samples import checksum
-from .telling import STANDARD, Teller, name_of
+from .telling import STANDARD, Teller, loud, name_of
 
 
 # Components of a path that a library puts there when it wraps a module whose weights stay what they are.
@@ -324,9 +325,54 @@ def _moves_devices(module: torch.nn.Module) -> bool:
     return ours and original is type(module).forward
 
 
-def read(mutable: list[Any], own: frozenset[int]) -> list[str]:
-    """Values that can change without being replaced, told anew; `own` as for `Teller`."""
-    return [Teller(own).tell(_current(*each) if isinstance(each, tuple) else each) for each in mutable]
+class Kept:
+    """Values that can change without being replaced, as they are when this is made.
+
+    Args:
+        mutable: how to reach each (`Survey.mutable`).
+        own: as for `Teller`.
+    """
+
+    def __init__(self, mutable: list[Any], own: frozenset[int]) -> None:
+        self._own = own
+        self._others = [(place, self._tell(place)) for place in mutable if isinstance(place, tuple)]
+        self._configs = [_Settings(config, own) for config in mutable if not isinstance(config, tuple)]
+
+    def unchanged(self) -> bool:
+        """Whether they are what they were."""
+        alike = all(config.unchanged() for config in self._configs)
+        return alike and all(self._tell(place) == told for place, told in self._others)
+
+    def _tell(self, place: Any) -> str:
+        return Teller(self._own).tell(_current(*place))
+
+
+class _Settings:
+    """A configuration. Most of its values can only be replaced, and to see that they were not is cheap."""
+
+    def __init__(self, config: Any, own: frozenset[int]) -> None:
+        self._config, self._own = config, own
+        self._look()
+        self._told = self._tell(config)
+
+    def unchanged(self) -> bool:
+        """Whether it says what it said."""
+        held = vars(self._config)
+        if list(held) == self._names and all(map(is_, held.values(), self._values)):
+            return all(self._tell(value) == told for value, told in self._inside)
+        # Written anew, or in another order, which need not be another value.
+        same = self._tell(self._config) == self._told
+        if same:
+            self._look()
+        return same
+
+    def _look(self) -> None:
+        held = vars(self._config)
+        self._names, self._values = list(held), list(held.values())
+        self._inside = [(value, self._tell(value)) for value in loud(held).values() if not _is_fixed(value)]
+
+    def _tell(self, value: Any) -> str:
+        return Teller(self._own).tell(value)
 
 
 def _current(place: weakref.ref[torch.nn.Module], name: str) -> Any:

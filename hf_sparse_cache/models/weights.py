@@ -107,13 +107,12 @@ class _Watch:
 
     def __init__(self, model: torch.nn.Module, before: _Watch | None) -> None:
         found = surveys.survey(model)
-        self._weights, self._mutable = found.weights, found.mutable
-        self._own = frozenset(map(id, model.modules()))
+        self._weights = found.weights
         self._own_from = _own_from(model)
         self._tensors, self._marks = _glance(model, self._own_from)
         attributes = (value for module in model.modules() for value in vars(module).values())
         self._kept = [*(value for value in attributes if isinstance(value, _PLAIN)), *found.of_call]
-        self._told = surveys.read(self._mutable, self._own)
+        self._settings = surveys.Kept(found.mutable, frozenset(map(id, model.modules())))
         self._base = _Values(found.weights.values())
         self._adapters = _Values(found.adapters.values())
         # Offloaded weights come and go as other objects and stay the same model.
@@ -150,7 +149,7 @@ class _Watch:
             and marks == self._marks
             and self._base.untouched()
             and self._adapters.untouched()
-            and surveys.read(self._mutable, self._own) == self._told
+            and self._settings.unchanged()
         )
 
     def _same_weights(self, later: _Watch) -> bool:
