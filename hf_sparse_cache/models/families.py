@@ -21,7 +21,10 @@ ACCELERATOR_GRID = 1024  # until it is measured: about as many tokens as the lau
 STEP = 64
 # Of models with 30 M parameters on two cores of a CPU.
 CUT_TOKENS, CHUNKED_CUT_TOKENS = 8.0, 48.0
+ROUTED_FORWARD_TOKENS = 32.0  # Jamba, from 3 M to 134 M parameters: 19 to 33
 MEASURED_WEIGHTS = 30e6
+# What configurations call the number of experts that tokens are routed to.
+_ROUTED = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,12 @@ class Family:
     def forward_tokens(self, config: Any, device: str, weights: int) -> float:
         """What a forward costs besides its tokens, in tokens.
 
-        On a CPU that hardly depends on the model, and what a token costs does.
+        On a CPU that hardly depends on the model, and what a token costs does. Routed experts have few tokens each to
+        work on, and more of them when prompts run together.
         """
         cut = self.cut_tokens(config, device)
-        return cut if device != "cpu" else min(max(cut * MEASURED_WEIGHTS / weights, 4.0), 256.0)
+        least = ROUTED_FORWARD_TOKENS if any((getattr(config, name, 0) or 0) > 1 for name in _ROUTED) else 4.0
+        return cut if device != "cpu" else min(max(cut * MEASURED_WEIGHTS / weights, least), 256.0)
 
 
 def _mamba2(name: str) -> Family:
