@@ -9,6 +9,8 @@ replay       the same requests with their answers, four sessions at once: second
 overhead     short prompts: milliseconds of CPU that a server takes for one, and generate() itself; with a handle
              for ours
 crowd        many short requests from eight clients: how many are answered, and how the memory of the process grows
+leaving      clients that leave at random moments of a long prompt or of its answer: how long the next one waits for
+             the model, beside what the longest piece of a prefill and a token take; whether its answer is right
 
 Both servers load one folder, which holds a built-in model with random weights: what they answer means nothing.
 """
@@ -16,6 +18,7 @@ Both servers load one folder, which holds a built-in model with random weights: 
 import argparse
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -24,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2 as httpx
@@ -38,6 +42,8 @@ from hf_sparse_cache.tools.machine import describe_machine
 
 
 SERVERS = ("transformers", "ours")
+PARTS = ["first", "replay", "overhead", "crowd", "leaving"]
+PIECE = 256  # tokens: what a built-in Jamba reads at once on a CPU
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -201,7 +207,7 @@ def crowd(server, requests, clients):
     """Many clients: what comes back is right, and the memory of the process stays."""
     messages = [[{"role": "user", "content": f"question {number}"}] for number in range(20)]
     right = [server.ask(asked, 4)["choices"] for asked in messages]
-    grown, wrong, lock, left = [server.memory()], [], threading.Lock(), [requests]
+    grown, wrong, lost, lock, left = [server.memory()], [], [], threading.Lock(), [requests]
 
     def client(seed):
         while True:
@@ -212,8 +218,11 @@ def crowd(server, requests, clients):
                     return
                 if number % (requests // 10) == 0:
                     grown.append(server.memory())
-            if server.ask(messages[number % 20], 4)["choices"] != right[number % 20]:
-                wrong.append(number)
+            try:
+                if server.ask(messages[number % 20], 4)["choices"] != right[number % 20]:
+                    wrong.append(number)
+            except httpx.HTTPError:
+                lost.append(number)
 
     threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
     for thread in threads:
@@ -222,8 +231,62 @@ def crowd(server, requests, clients):
         thread.join()
     half = grown[len(grown) // 2]
     return {
-        "requests": requests, "clients": clients, "wrong": len(wrong), "lost": 0,
+        "requests": requests, "clients": clients, "wrong": len(wrong), "lost": len(lost),
         "memory, second half": round(grown[-1] / half, 4),
+    }  # fmt: skip
+
+
+def leave(server, messages, tokens, streamed, seconds):
+    """Ask, and close the connection after some time."""
+    body = {"model": server.model, "messages": messages, "max_tokens": tokens, "stream": streamed}
+    end = time.monotonic() + seconds
+    with (
+        suppress(httpx.HTTPError),
+        httpx.Client(base_url=server.url, timeout=httpx.Timeout(60, read=seconds)) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as answer,
+    ):
+        for _ in answer.iter_raw():
+            if time.monotonic() > end:
+                break
+
+
+def leaving(server, clients, piece=PIECE):
+    """Clients that leave, one after the other, each followed by a short request that has to wait for what it left."""
+    draw, asked = random.Random(5), [{"role": "user", "content": "And then?"}]
+
+    def waited():
+        started = time.perf_counter()
+        answer = server.ask(asked, 1)
+        return time.perf_counter() - started, answer["choices"]
+
+    right = waited()[1]
+    idle = statistics.median(waited()[0] for _ in range(20))
+    texts = [" ".join(str(draw.randrange(10**6)) for _ in range(600)) for _ in range(clients + 3)]
+    pieces = []
+    for text in texts[:3]:
+        started = time.perf_counter()
+        tokens = server.ask([{"role": "user", "content": text}], 1)["usage"]["prompt_tokens"]
+        pieces.append((time.perf_counter() - started) * piece / tokens)
+    waits, wrong, grown = [], 0, []
+    for text in texts[3:]:
+        leave(
+            server,
+            [{"role": "user", "content": text}],
+            draw.choice((1, 100_000)),
+            draw.random() < 0.5,
+            draw.uniform(0.02, 1.5),
+        )
+        seconds, choices = waited()
+        waits.append(seconds - idle)
+        wrong += choices != right
+        grown.append(server.memory())
+    # States of what was read are kept, so the memory of the process grows until its budget is reached.
+    return {
+        "clients": clients, "wrong": wrong, "piece tokens": piece,
+        "seconds of a piece": round(statistics.median(pieces), 3), "seconds of a short request": round(idle, 3),
+        "the next one waits, median": round(statistics.median(waits), 3),
+        "95 of 100": round(sorted(waits)[int(0.95 * clients)], 3), "most": round(max(waits), 3),
+        "memory, last over first quarter": round(grown[-1] / grown[clients // 4], 3),
     }  # fmt: skip
 
 
@@ -235,10 +298,11 @@ def main():
     parser.add_argument("--sessions", type=int, default=4, help="at once")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer, in the replay")
     parser.add_argument("--crowd", type=int, default=1000, help="short requests")
-    parser.add_argument("--only", action="append", choices=["first", "replay", "overhead", "crowd"])
+    parser.add_argument("--leaving", type=int, default=200, help="clients that leave")
+    parser.add_argument("--only", action="append", choices=PARTS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    wanted = options.only or ["first", "replay", "overhead", "crowd"]
+    wanted = options.only or PARTS
     sessions = sessions_of(options.folder, options.requests, options.sessions)
     texts = [message["content"] for session in sessions for messages in session[-1:] for message in messages]
     found = {"machine": describe_machine(), "command": " ".join(sys.argv[1:]), "model": options.model}
@@ -259,8 +323,10 @@ def main():
                     }
                 elif part == "overhead":
                     found[part] = overhead(servers, model, tokenizer, 200)
-                else:
+                elif part == "crowd":
                     found[part] = crowd(servers["ours"], options.crowd, 8)
+                else:
+                    found[part] = leaving(servers["ours"], options.leaving)
             finally:
                 for server in servers.values():
                     server.end()

@@ -101,9 +101,9 @@ def damage(folder: Path, chance: random.Random, done: Counter[str]) -> None:
 
 def total(folder: Path) -> int:
     found = 0
-    for path in folder.rglob("*"):
+    for path in (Path(inside, name) for inside, _, names in os.walk(folder) for name in names):
         try:
-            found += path.stat().st_size if path.is_file() else 0
+            found += path.stat().st_size
         except FileNotFoundError:
             continue
     return found

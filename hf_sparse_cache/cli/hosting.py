@@ -49,6 +49,11 @@ DiskMemory = Annotated[
     str | None, typer.Option(help="A tier on disk, which the next start finds again; default: none.")
 ]
 DiskDir = Annotated[Path | None, typer.Option(help="Its folder; default: none.")]
+Shared = Annotated[
+    str | None,
+    typer.Option(help="A folder or fsspec URL that other servers read and write, such as s3://…; default: none."),
+]
+SharedMemory = Annotated[str, typer.Option(help="Most bytes there.")]
 Exactness = Annotated[str, typer.Option(help="replayable, or bitwise.")]
 Policy = Annotated[str, typer.Option(help=f"Where checkpoints go: {POLICIES}.")]
 Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
@@ -83,6 +88,8 @@ def serve(
     host_memory: HostMemory = None,
     disk_memory: DiskMemory = None,
     disk_dir: DiskDir = None,
+    shared: Shared = None,
+    shared_memory: SharedMemory = "100GiB",
     exactness: Exactness = "replayable",
     policy: Policy = "learned",
     grid: Grid = None,
@@ -123,7 +130,13 @@ def serve(
         max_memory, exactness=exactness, policy=policy, grid=grid, cut_after=tuple(cut_after or ()), pieces=piece
     )
     store = CheckpointStore(
-        max_memory, namespace_memory=shares, host_memory=host_memory, disk_memory=disk_memory, disk_dir=disk_dir
+        max_memory,
+        namespace_memory=shares,
+        host_memory=host_memory,
+        disk_memory=disk_memory,
+        disk_dir=disk_dir,
+        shared=shared,
+        shared_memory=shared_memory,
     )
     loading = Loading(
         model, device, dtype, attn_implementation, quantization, trust_remote_code, chat_template, own_document()[0]

@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -144,11 +145,22 @@ class Ledger:
             if namespace not in self.accounts:
                 if len(self.accounts) >= MOST_ACCOUNTS:
                     self._close_accounts()
+                payer = self._payer(namespace)
+                if payer != namespace:
+                    account = self.accounts[namespace] = self.account(payer)
+                    return account
                 limit = self._limits.get(namespace)
                 account = self.accounts[namespace] = Account(limit)
                 if limit is not None:
                     self._account_orders[account] = LRU()
             return self.accounts[namespace]
+
+    def _payer(self, namespace: str) -> str:
+        """Out of whose budget a namespace takes its share: that of the longest name which it continues with a "#"."""
+        end = len(namespace) if self._limits else -1
+        while end >= 0 and namespace[:end] not in self._limits:
+            end = namespace.rfind("#", 0, end)
+        return namespace[:end] if end >= 0 else namespace
 
     def tree_bytes(self, namespace: str) -> int:
         """Bytes of what is remembered of one namespace: tokens, nodes and descriptions of prompts."""
@@ -158,11 +170,16 @@ class Ledger:
 
     def _close_accounts(self) -> None:
         known = {namespace_of(space) for space in self.forest.trees}
+        names = Counter(self.accounts.values())
         for namespace, account in list(self.accounts.items()):
             if len(self.accounts) < MOST_ACCOUNTS:
                 return
-            if not account.checkpoints and not account.kv_bytes and namespace not in known:
-                del self.accounts[namespace]
+            pays = self._payer(namespace) == namespace
+            if namespace in known or (pays and (names[account] > 1 or account.checkpoints or account.kv_bytes)):
+                continue
+            del self.accounts[namespace]
+            names[account] -= 1
+            if pays:
                 self._account_orders.pop(account, None)
 
     # -- who came by --------------------------------------------------------------------------------------------------

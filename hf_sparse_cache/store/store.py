@@ -70,6 +70,7 @@ class CheckpointStore(Shown):
             recently used that no checkpoint needs are forgotten first. The nodes of the tree over them are bounded to
             as many bytes, or 1 MiB where that is more, and so are the tokens of marks. None for no bound.
         namespace_memory: budgets of single namespaces, by name, within `max_memory`: they bound a tenant's share.
+            Namespaces that continue a name with a "#" share its budget, and are counted together with it.
         host_memory: bytes of a second tier in host memory, for models on an accelerator; None for no such tier.
         disk_memory: bytes of a tier on disk, found again by the next process; None for no such tier.
         disk_dir: its folder; default `sparse_cache` under HF_HOME. One process uses it at a time.

@@ -74,6 +74,22 @@ def test_the_next_start_answers_the_old_conversation_warm(tmp_path: Path) -> Non
     assert again["choices"][0]["message"]["content"] == first["choices"][0]["message"]["content"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_what_one_server_read_another_resumes(tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "other"):
+        process, url = begin(tmp_path / name, "--shared", str(tmp_path / "shared"))
+        try:
+            found.append(chat(url))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+    first, second = found
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 0.9 * first["usage"]["prompt_tokens"]
+    assert second["choices"][0]["message"]["content"] == first["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

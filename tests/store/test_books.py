@@ -347,6 +347,25 @@ def test_accounts_of_tenants_that_left_are_closed() -> None:
     assert store.tree_bytes == store.ledger.tree_bytes("t0") > 0 == store.ledger.tree_bytes("t1")
 
 
+def test_namespaces_that_continue_a_name_share_its_budget() -> None:
+    store = CheckpointStore(1000, "lru", namespace_memory={"ann": 30})
+    for number in range(10):
+        for name in (f"ann#{number}", f"annika#{number}", "ann"):
+            with begin(store, list(range(12)), f"x\x1f{name}") as request:
+                request.add(4, Blob(10))
+            store.verify()
+    assert store.account("ann").used_bytes == store.account("ann#3").used_bytes == 30
+    assert sum(store.account(f"annika#{number}").used_bytes for number in range(10)) == 100
+    # Names that are gone are closed, the budget that they shared is not.
+    for number in range(MOST_ACCOUNTS + 50):
+        with begin(store, list(range(12)), f"x\x1fann#s{number}") as request:
+            request.add(4, Blob(10))
+        store.clear(f"x\x1fann#s{number}")
+    store.verify()
+    assert len(store.accounts) <= MOST_ACCOUNTS and store.account("ann").limit == 30
+    assert store.account("ann#new") is store.account("ann")
+
+
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
