@@ -4,7 +4,7 @@ import importlib.util
 import json as jsonlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from ..stats import format_bytes, parse_bytes
 from .options import POLICIES
 from .screen import Screen
 
+
+if TYPE_CHECKING:
+    from ..serving.service import Service
 
 _NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client", "jinja2")
 _PIECES = 1024
@@ -142,13 +145,16 @@ def serve(
         model, device, dtype, attn_implementation, quantization, trust_remote_code, chat_template, own_document()[0]
     )
     service = Service(loading.manager(), store, config, settings, _template_kwargs(chat_template_kwargs))
-    screen, url = Screen(), f"http://{host}:{port}"
-    size = "any size" if store.max_memory is None else format_bytes(store.max_memory)
-    screen.say(f"{model} on {service.model.device}, {exactness} mode, prefixes of {size}")
-    screen.say(f"{url}/v1 for clients, {url}/ for operators")
+    _greet(service, f"{model} on {service.model.device}, {exactness} mode", f"http://{host}:{port}")
     if host not in LOOPBACK and not tenants:
-        screen.say("Anybody who reaches this address may ask: there is no --api-key.", style="bold")
+        Screen().say("Anybody who reaches this address may ask: there is no --api-key.", style="bold")
     Server(service, Address(host, port, drain), log_level).run()
+
+
+def _greet(service: "Service", served: str, url: str) -> None:
+    screen, most = Screen(), service.store.max_memory
+    screen.say(f"{served}, prefixes of {'any size' if most is None else format_bytes(most)}")
+    screen.say(f"{url}/v1 for clients, {url}/ for operators")
 
 
 def _need_packages() -> None:
