@@ -121,9 +121,10 @@ def verdict(measured: list[dict[str, Any]], policy: str) -> list[str]:
         sentence = f"{row['model']} on {row['dataset']}, {_mode(row)} mode: "
         sooner = row["sooner_again"]
         if sooner:
+            middle = ranged(sooner["low"], sooner["high"], ".1f", "×")
             sentence += (
-                f"repeated requests got their first token {sooner['median']:.1f}× sooner than without a cache "
-                f"(80 % of them {sooner['low']:.1f}× to {sooner['high']:.1f}×)"
+                f"repeated requests got their first token {sooner['median']:.1f}× sooner than without a cache"
+                + (f" (80 % of them {middle})" if " to " in middle else "")
             )
         else:
             sentence += "nothing was asked twice, or not measured without a cache"
@@ -166,7 +167,7 @@ def table(measured: list[dict[str, Any]]) -> Table:
                 "" if row["contender"] == LIMIT else seconds(row["first_token_p50"]),
                 seconds(row["first_token_again_p50"]),
                 seconds(row["first_token_again_p95"]),
-                f"{sooner['median']:.1f}× ({sooner['low']:.1f} to {sooner['high']:.1f})" if sooner else "",
+                _sooner(sooner),
                 "" if row["contender"] == LIMIT else _percent(row["resumed_tokens"], row["prompt_tokens"]),
                 format_bytes(row["peak_bytes"]),
                 exact,
@@ -183,10 +184,10 @@ def costs(measured: list[dict[str, Any]]) -> Table:
         "served by",
         "mode",
         "prefill",
-        "model",
+        "in the model",
         *(name.removesuffix("_seconds") for name in COSTS),
     )
-    columns += ("capture + restore", "over limit", "cold over chunked", "decode")
+    columns += ("capture + restore", "of what is possible", "cold, of stock in pieces", "decode")
     cells: list[tuple[str, ...]] = []
     for row in measured:
         if row["prefill_seconds"] is None:
@@ -210,6 +211,19 @@ def costs(measured: list[dict[str, Any]]) -> Table:
     return columns, cells
 
 
+def ranged(low: float, high: float, digits: str, unit: str = "") -> str:
+    """A range as people say it; one value where the two read alike."""
+    ends = dict.fromkeys(f"{value:{digits}}{unit}" for value in (low, high))
+    return " to ".join(ends)
+
+
+def _sooner(ratio: dict[str, Any] | None) -> str:
+    if not ratio:
+        return ""
+    middle = ranged(ratio["low"], ratio["high"], ".1f")
+    return f"{ratio['median']:.1f}×" + (f" ({middle})" if " to " in middle else "")
+
+
 def _mode(row: dict[str, Any]) -> str:
     """The mode of a contender with a cache, "" of any other; rows of before it was noted are of bitwise mode."""
     return row.get("mode", "bitwise") or ""
@@ -227,7 +241,7 @@ def spread(ratio: dict[str, Any] | None) -> str:
     if not ratio:
         return ""
     repeats = ratio["repeats"]
-    return f"{statistics.median(repeats):.2f} ({min(repeats):.2f} to {max(repeats):.2f}, {len(repeats)} repeats)"
+    return f"{statistics.median(repeats):.2f} ({ranged(min(repeats), max(repeats), '.2f')}, {len(repeats)} repeats)"
 
 
 def _percent(part: float, whole: float) -> str:

@@ -34,9 +34,14 @@ def draw(rows: pandas.DataFrame, measured: list[dict[str, Any]], policies: list[
     return {
         "Time to first token against overlap": _figure(lambda axes: _against_overlap(axes, rows, first, policies)),
         "Memory against recomputation": _figure(lambda axes: _memory(axes, measured, policies)),
-        f"Overlap, and checkpoints of {policies[0]}": _figure(lambda axes: _overlap(axes, first)),
+        overlap_title(policies[0]): _figure(lambda axes: _overlap(axes, first)),
         "Where the other seconds went": _figure(lambda axes: _seconds(axes, measured)),
     }
+
+
+def overlap_title(policy: str) -> str:
+    """Of the one picture that is often the same for several models, as they read the same prompts."""
+    return f"Overlap, and checkpoints of {policy}"
 
 
 def _figure(fill: Callable[[Any], None]) -> str:
@@ -57,7 +62,7 @@ def _figure(fill: Callable[[Any], None]) -> str:
 
 
 def _against_overlap(axes: Any, rows: Any, first: Any, policies: list[str]) -> None:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     depth = first.set_index(["repeat", "request"])["overlap_tokens"]
     for name, served in rows.groupby("contender", sort=False):
@@ -65,8 +70,18 @@ def _against_overlap(axes: Any, rows: Any, first: Any, policies: list[str]) -> N
         shared = depth.reindex(times.index)
         wide = name in policies or name == "stock"
         axes.scatter(
-            shared, times, s=26 if wide else 12, alpha=0.8, label=name, color=colour(name, policies), linewidths=0
+            shared,
+            times,
+            s=26 if wide else 12,
+            alpha=0.8,
+            label=name,
+            color=colour(name, policies),
+            linewidths=0,
+            clip_on=False,  # what lies at 0 is shown whole
         )
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
@@ -77,26 +92,38 @@ def _against_overlap(axes: Any, rows: Any, first: Any, policies: list[str]) -> N
 
 
 def _memory(axes: Any, measured: list[dict[str, Any]], policies: list[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     shown = [row for row in measured if row["contender"] not in ("limit", "chunked")]
     for index, row in enumerate(shown):
         recomputed, name = row["computed_tokens"] / row["requests"], row["contender"]
         held = row["peak_bytes"] / 2**20
-        axes.scatter(held, recomputed, s=40, color=colour(name, policies), zorder=3)
+        axes.scatter(held, recomputed, s=40, color=colour(name, policies), zorder=3, clip_on=False)
         offset = (6, 6 + 11 * (index % 3))  # neighbours lie close together
         axes.annotate(name, (held, recomputed), xytext=offset, textcoords="offset points", fontsize=8)
     axes.margins(x=0.2, y=0.2)
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("most bytes stored, MiB")
     axes.set_ylabel("tokens computed a request")
 
 
 def _overlap(axes: Any, first: Any) -> None:
-    axes.hist(first["overlap_tokens"], bins=24, color="#92c5de")
+    from matplotlib.ticker import MaxNLocator
+
+    deepest = max(1, int(first["overlap_tokens"].max()))
+    axes.hist(first["overlap_tokens"], bins=24, range=(0, deepest), color="#92c5de")
     captured = [position for positions in first["captured"] for position in positions]
     if captured:
         height = [0.97] * len(captured)
         axes.plot(captured, height, "|", color="#2166ac", markersize=9, transform=axes.get_xaxis_transform())
     axes.margins(y=0.2)
+    axes.set_xlim(left=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens; ticks on top: checkpoints stored")
     axes.set_ylabel("requests that share so many")
 

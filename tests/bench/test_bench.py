@@ -14,8 +14,8 @@ pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 pandas = pytest.importorskip("pandas")
 
-from hf_sparse_cache import cli  # noqa: E402
-from hf_sparse_cache.bench import metrics, workloads  # noqa: E402
+from hf_sparse_cache import __version__, cli  # noqa: E402
+from hf_sparse_cache.bench import metrics, page, workloads  # noqa: E402
 from hf_sparse_cache.bench.results import Folder, Settings  # noqa: E402
 from hf_sparse_cache.tools.builtin import build_tokenizer  # noqa: E402
 
@@ -97,16 +97,45 @@ def test_metrics_and_exactness(done: Path) -> None:
 
 
 def test_the_report_needs_nothing_from_outside(done: Path) -> None:
-    page = (done / "report.html").read_text(encoding="utf-8")
-    loading = re.findall(r"(?:src|<link[^>]*href|@import|url)\s*[=(]\s*[\"']?(?!#)([^\"')>\s]+)", page)
+    text = (done / "report.html").read_text(encoding="utf-8")
+    loading = re.findall(r"(?:src|<link[^>]*href|@import|url)\s*[=(]\s*[\"']?(?!#)([^\"')>\s]+)", text)
     assert [target for target in loading if not target.startswith("#")] == []
-    assert "<script" not in page and page.count("<svg") == 4
-    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert "<script" not in text and text.count("<svg") == 4
+    ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)), "two pictures share an id"
-    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
-    assert page.index("verdict'") < page.index("<table")
-    for what in ("random weights", "bench --model", "transformers", "seed", "medians, replayable mode"):
-        assert what in page
+    assert set(re.findall(r'href="#([^"]+)"', text)) <= set(ids)
+    assert text.index("verdict'") < text.index("<table")
+    for what in ("random weights", "bench --model", "transformers", "seed", "medians, replayable mode", __version__):
+        assert what in text
+
+
+def test_no_picture_has_an_axis_below_zero_and_counts_are_whole(done: Path) -> None:
+    """Text of pictures stays text: the labels of the axes are in the SVG."""
+    for picture in (done / "plots").glob("*.svg"):
+        labels = re.findall(r"<text[^>]*>([^<]*)</text>", picture.read_text(encoding="utf-8"))
+        assert labels and not any(re.fullmatch(r"[\u2212-]\d.*", label) for label in labels), (picture.name, labels)
+        if "overlap-and-checkpoints" in picture.name:
+            assert not any("." in label for label in labels if label[:1].isdigit()), labels
+
+
+def test_a_histogram_that_models_share_stands_once_and_names_them(done: Path) -> None:
+    config = json.loads((done / "config.json").read_text(encoding="utf-8"))
+    rows = pandas.read_parquet(done / "requests.parquet")
+    summaries = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((done / "units").glob("*.json"))]
+    twin = [{**summary, "model": "twin"} for summary in summaries]
+    both = pandas.concat([rows, rows.assign(model="twin")], ignore_index=True)
+    written = page.build(config, both, [*summaries, *twin], metrics.measure(both, [*summaries, *twin]))
+    assert written.count("<svg") == 7 and written.count("the same for twin") == 1
+    other = pandas.concat([rows, rows.assign(model="twin", overlap_tokens=7)], ignore_index=True)
+    written = page.build(config, other, [*summaries, *twin], metrics.measure(other, [*summaries, *twin]))
+    assert written.count("<svg") == 8 and "the same for" not in written
+
+
+def test_a_range_of_one_value_is_one_value() -> None:
+    assert metrics.ranged(4.96, 5.04, ".1f", "×") == "5.0×" and metrics.ranged(4.0, 5.0, ".1f") == "4.0 to 5.0"
+    row = {"model": "m", "dataset": "d", "contender": "learned", "resumed_tokens": 1, "prompt_tokens": 2}
+    ratio = {"median": 5.0, "low": 5.0, "high": 5.0}
+    assert " to " not in metrics.verdict([{**row, "sooner_again": ratio, "checked_resumed": 0}], "learned")[0]
 
 
 def test_a_finished_unit_is_not_served_again(
