@@ -132,13 +132,9 @@ def serve(
     config = SparseCacheConfig(
         max_memory, exactness=exactness, policy=policy, grid=grid, cut_after=tuple(cut_after or ()), pieces=piece
     )
-    lower: dict[str, Any] = {
-        "host_memory": host_memory,
-        "disk_memory": disk_memory,
-        "disk_dir": disk_dir,
-        "shared": shared,
-    }
-    store = CheckpointStore(max_memory, namespace_memory=shares, shared_memory=shared_memory, **lower)
+    lower: dict[str, Any] = {"host_memory": host_memory, "disk_memory": disk_memory, "disk_dir": disk_dir}
+    lower |= {"shared": shared, "shared_memory": shared_memory}
+    store = CheckpointStore(max_memory, namespace_memory=shares, **lower)
     loading = Loading(
         model, device, dtype, attn_implementation, quantization, trust_remote_code, chat_template, own_document()[0]
     )
