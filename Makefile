@@ -20,7 +20,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor test-eval interleavings fuzz mutants
+.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor test-eval test-space interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,7 @@ demo: .venv/core  ## Questions about long manuals to small trained models, with 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-all: test test-eval fuzz interleavings test-shared  ## make test, and every suite that takes longer or needs more and has a target of its own
+test-all: test test-eval test-space fuzz interleavings test-shared  ## make test, and every suite that takes longer or needs more and has a target of its own
 
 test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and 8 processes on one folder that is damaged under them
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-s3/bin/python -m pytest tests/store/test_shared_s3.py $(PYTEST_ARGS)
@@ -72,6 +72,9 @@ test-eval: .venv-eval/ready  ## Evaluation through lm-evaluation-harness, beside
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/evaluation \
 	    'tests/project/test_notebooks.py::test_runs[evaluation]' $(PYTEST_ARGS)
 
+test-space: .venv-space/ready  ## The Space of examples/space in headless Chromium (a Chromium of the system, or playwright's own)
+	HF_HUB_OFFLINE=1 .venv-space/bin/python -m pytest tests/space $(PYTEST_ARGS)
+
 support: .venv/dev  ## Every cell of the exactness matrix, in both modes, into docs/support.md: slow
 	$(BIN)/python tests/support_table.py
 
@@ -90,7 +93,7 @@ bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/
 	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv .venv-floor .venv-s3 .venv-eval build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-space build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first, by itself: then no other package decides which build of it is taken.
@@ -133,6 +136,15 @@ clean:  ## Remove the virtual environment and everything that was built
 	.venv-s3/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
 	    newest = str(there).replace(".venv-s3", ".venv"); \
 	    (there / "newest.pth").write_text(f"import site; site.addsitedir({newest!r})\n")'
+	@touch $@
+
+# Gradio and a driver for the browser; they want a pillow of their own, all the rest is that of .venv, through a .pth file.
+.venv-space/ready: .venv/dev
+	$(PYTHON) -m venv --clear .venv-space
+	.venv-space/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
+	    rest = str(there).replace(".venv-space", ".venv"); \
+	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	.venv-space/bin/python -m pip --disable-pip-version-check install --quiet 'gradio>=6' playwright
 	@touch $@
 
 # lm-evaluation-harness and what only it needs; all the rest is that of .venv, seen through a .pth file.
