@@ -1,11 +1,12 @@
-"""Re-makes the tables of measurements in README.md from what lies in benchmarks/results/.
+"""Re-makes the tables of measurements in README.md and docs/benchmarks.md from what lies in benchmarks/results/.
 
-    python -m benchmarks.readme_table            rewrites README.md between its two marks
-    python -m benchmarks.readme_table --check    exit code 1 if README.md does not say what the results say
+    python -m benchmarks.readme_table            rewrites both between their marks
+    python -m benchmarks.readme_table --check    exit code 1 if they do not say what the results say
 
-new_tokens.json (written by `python -m benchmarks.bench_new_tokens`) gives the first table, every folder of
-`hf-sparse-cache bench --out benchmarks/results/NAME` one more, costs.json (`python -m benchmarks.bench_costs`) the
-last. Each names the mode of exactness; results of before it was noted are of bitwise mode.
+The README has one short table. In docs/benchmarks.md new_tokens.json (written by `python -m
+benchmarks.bench_new_tokens`) gives the first table, every folder of `hf-sparse-cache bench --out
+benchmarks/results/NAME` one more, costs.json (`python -m benchmarks.bench_costs`) the last. Each names the mode of
+exactness; results of before it was noted are of bitwise mode.
 """
 
 import argparse
@@ -16,12 +17,75 @@ from pathlib import Path
 
 from hf_sparse_cache.bench.metrics import seconds
 from hf_sparse_cache.stats import format_bytes, table
+from hf_sparse_cache.tools import recall
 
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured: begin, written by python -m benchmarks.readme_table -->", "<!-- measured: end -->"
 PLACEHOLDER = "MEASURED_TABLE"
 OLD_MODE = "bitwise"  # of results that do not say
+
+
+MOST_ROWS = 12  # of the README's table
+FAMILIES = ("mamba-21m", "jamba-30m", "zamba2-30m")
+WORKLOADS = {"docqa_squality": "stories of 7,100 tokens", "agent_tau_airline": "an agent's steps"}
+
+
+def summary(results):
+    """The README's table: what a newcomer asks first, a column for each family."""
+    rows = [row for row in (*_summed_questions(results), *_summed_workloads(results), *_summed_answers()) if row]
+    if len(rows) > MOST_ROWS:
+        raise ValueError(f"the README's table has {len(rows)} rows; {MOST_ROWS} are the most that a newcomer reads")
+    return table(("", "mode", *(name.partition("-")[0].capitalize() for name in FAMILIES)), rows)
+
+
+def _summed_questions(results):
+    """Of a question of 16 tokens behind a long document, and of a prompt that shares nothing."""
+    known = results / "new_tokens.json"
+    if not known.is_file():
+        return
+    content = json.loads(known.read_text(encoding="utf-8"))["results"]
+    found = {result["model"]: result for result in content if result["exactness"] == "replayable"}
+    for what, name in (
+        ("tokens computed for a third question of 16", "third and later, median"),
+        ("tokens computed for the same prompt again", "the same prompt again"),
+    ):
+        yield what, "replayable", *(f"{found[model]['computed'][name]:,.0f}" for model in FAMILIES)
+    for what, name in (
+        ("first token of a third question, over the least time possible", "first token / limit"),
+        ("a new prompt of 2,048 tokens, over stock", "cold / stock, 2,048 tokens"),
+    ):
+        yield what, "replayable", *(f"{found[model][name]['median']:.2f} ×" for model in FAMILIES)
+
+
+def _summed_workloads(results):
+    """Of every workload that `bench` served all families of, in the folder `default`."""
+    known = results / "default" / "metrics.json"
+    if not known.is_file():
+        return
+    measured = json.loads(known.read_text(encoding="utf-8"))["measured"]
+    own = {(row["dataset"], row["model"]): row for row in measured if row["contender"] == "learned"}
+    for dataset, words in WORKLOADS.items():
+        rows = [own[dataset, model] for model in FAMILIES]
+        yield f"first token sooner, {words}", OLD_MODE, *(f"{row['sooner_again']['median']:.1f} ×" for row in rows)
+    rows = [own["docqa_squality", model] for model in FAMILIES]
+    yield "memory of the stories", OLD_MODE, *(format_bytes(row["peak_bytes"]) for row in rows)
+    exact = (f"{row['checked_bitwise']} of {row['checked_resumed']}" for row in rows)
+    yield "resumed runs that equal a fresh one bit for bit", OLD_MODE, *exact
+
+
+def _summed_answers():
+    """Of the trained models, beside their weights."""
+    figures = [
+        json.loads((recall.folder(f"recall-{name.partition('-')[0]}") / "figures.json").read_text(encoding="utf-8"))
+        for name in FAMILIES
+    ]
+    for what, way in (
+        ("right answers of the small trained models, stock", "stock"),
+        ("the same, with the cache", "cached"),
+        ("the same, with the states of the cache wiped", "wiped"),
+    ):
+        yield what, "replayable", *(f"{found['exact_match'][way]:.1%}" for found in figures)
 
 
 def tables(results):
@@ -143,7 +207,7 @@ def _circumstances(content, where):
 
 
 def rewritten(readme, text):
-    """README with the measurements in it.
+    """A page with the measurements in it.
 
     Raises:
         ValueError: it has no place for them.
@@ -153,21 +217,28 @@ def rewritten(readme, text):
         return readme[: readme.index(BEGIN)] + block + readme[readme.index(END) + len(END) :]
     if PLACEHOLDER in readme:
         return readme.replace(PLACEHOLDER, block, 1)
-    raise ValueError(f"README.md has neither {BEGIN!r} nor {PLACEHOLDER!r}; put one of them where the tables belong")
+    raise ValueError(
+        f"the page (README.md, docs/benchmarks.md) has neither {BEGIN!r} nor {PLACEHOLDER!r}; put one of them where "
+        "the tables belong"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of README.md and docs/benchmarks.md")
     arguments = parser.parse_args()
-    before = arguments.readme.read_text(encoding="utf-8")
-    after = rewritten(before, tables(arguments.results))
-    if arguments.check:
-        return int(before != after)
-    arguments.readme.write_text(after, encoding="utf-8")
-    return 0
+    texts = {"README.md": summary(arguments.results), "docs/benchmarks.md": tables(arguments.results)}
+    stale = 0
+    for name, text in texts.items():
+        page = arguments.root / name
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before, text)
+        stale |= before != after
+        if not arguments.check:
+            page.write_text(after, encoding="utf-8")
+    return int(arguments.check and stale)
 
 
 if __name__ == "__main__":

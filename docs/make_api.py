@@ -163,7 +163,7 @@ def _documented(node: ast.FunctionDef | ast.ClassDef) -> str:
     """The docstring with its sections as lists."""
     lines, out, item_indent = (ast.get_docstring(node) or "").splitlines(), [], 0
     in_section = False
-    for line in lines:
+    for number, line in enumerate(lines):
         section = SECTION.match(line)
         if section:
             in_section = section[1] != "Source"
@@ -181,7 +181,10 @@ def _documented(node: ast.FunctionDef | ast.ClassDef) -> str:
             else:
                 line = ("  " if indent > item_indent else "") + stripped
         elif in_section and not stripped:
-            in_section = False
+            # A section ends at a blank line, unless what follows is set in like its items.
+            in_section = len(re.match(r" *", next(filter(str.strip, lines[number:]), ""))[0]) >= item_indent > 0
+            if in_section:
+                continue
         out.append(line)
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
     return f"{text}\n\n" if text else ""

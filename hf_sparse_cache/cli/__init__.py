@@ -90,7 +90,7 @@ ManualTokens = Annotated[
 
 # For texts of the user's own, of which the trained models do not know the words.
 _UNTRAINED = {"mamba": "mamba-21m", "jamba": "jamba-30m", "zamba2": "zamba2-30m"}
-_MANUALS, _QUICK_MANUALS, _UNCACHED = 12, 5, 3  # manuals a model; questions that are asked without the cache as well
+_MANUALS, _QUICK_MANUALS, _UNCACHED = 20, 8, 3  # manuals a model; questions that are asked without the cache as well
 
 
 DemoModels = Annotated[

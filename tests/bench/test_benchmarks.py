@@ -108,6 +108,9 @@ def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     assert once == table.rewritten(once, text) and once.startswith("# Title") and once.endswith("## Next\n")
     with pytest.raises(ValueError, match="README"):
         table.rewritten("nothing", text)
+    short = table.summary(table.ROOT / "benchmarks" / "results").splitlines()
+    heads = [cell.strip() for cell in short[0].strip("|").split("|")]
+    assert len(short) - 2 <= table.MOST_ROWS and heads == ["", "mode", "Mamba", "Jamba", "Zamba2"]
 
 
 def test_deciding_at_toy_size(

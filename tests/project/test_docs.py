@@ -41,8 +41,27 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
-    assert sorted([*listed, "index.md"]) == sorted(page.name for page in PAGES[1:])
+    contents = (ROOT / "README.md").read_text(encoding="utf-8").split("## Documentation")[1]
+    listed = re.findall(r"^\| \[.*?\]\(docs/(\w+\.md)\)", contents, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in PAGES[1:])
+
+
+def test_there_are_few_pages_and_the_readme_comes_to_the_point() -> None:
+    assert len(PAGES) - 1 <= 15
+    readme = PAGES[0].read_text(encoding="utf-8")
+    order = [
+        "## Install",
+        "**A document**",
+        "**A chat**",
+        "**A batch**",
+        "**An evaluation**",
+        "**A server**",
+        "## Measured",
+    ]
+    places = [readme.index(what) for what in order]
+    assert places == sorted(places)
+    measured = readme[readme.index("<!-- measured: begin") : readme.index("<!-- measured: end")]
+    assert 1 <= sum(line.startswith("|") for line in measured.splitlines()) - 2 <= 12
 
 
 def test_the_demo_has_enough_to_read() -> None:
