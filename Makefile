@@ -20,7 +20,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor test-eval test-space interleavings fuzz mutants
+.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor test-eval test-space dist interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,6 +75,20 @@ test-eval: .venv-eval/ready  ## Evaluation through lm-evaluation-harness, beside
 test-space: .venv-space/ready  ## The Space of examples/space in headless Chromium (a Chromium of the system, or playwright's own)
 	HF_HUB_OFFLINE=1 .venv-space/bin/python -m pytest tests/space $(PYTEST_ARGS)
 
+# The wheel is tried in an empty environment and without a compiler, beside a copy of the tests and no source.
+CORE_TESTS := tests/planning tests/store/test_store.py tests/test_handle.py tests/test_exactness.py tests/test_explain.py
+dist: .venv/dev  ## The source distribution and this machine's wheel in dist/, checked by twine, and tried in an empty environment
+	rm -rf dist .venv-dist && $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip --disable-pip-version-check install --quiet build twine
+	.venv-dist/bin/python -m build --outdir dist . > /dev/null
+	.venv-dist/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear .venv-dist
+	CC=none .venv-dist/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --only-binary :all: dist/*.whl
+	.venv-dist/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis psutil
+	rm -rf build/tried && mkdir -p build/tried && cp -r tests pyproject.toml build/tried
+	cd build/tried && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ../../.venv-dist/bin/python -m pytest -q $(CORE_TESTS) \
+	    -k 'not missing_extension and not no_index_leaves' $(PYTEST_ARGS)
+
 support: .venv/dev  ## Every cell of the exactness matrix, in both modes, into docs/support.md: slow
 	$(BIN)/python tests/support_table.py
 
@@ -93,7 +107,7 @@ bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/
 	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-space build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-space .venv-dist build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first, by itself: then no other package decides which build of it is taken.
