@@ -54,7 +54,8 @@ class SparsePrefixCache(Handle):
     Args:
         model: a causal language model of a supported family.
         tokenizer: optional; prompts may then also be cut after its special tokens, where chats and agents diverge.
-        max_memory, max_checkpoints, exactness, grid, cut_after, pieces, namespace, ambient: see `SparseCacheConfig`.
+        max_memory, max_checkpoints, exactness, grid, cut_after, pieces, namespace, ambient, storage: see
+            `SparseCacheConfig`.
         policy: where checkpoints go: a name (see `policies`) or a `Policy` object.
         store: a `CheckpointStore` to share with other handles; it has a budget of its own, in place of `max_memory`.
         prove: prove on a short prompt, once for each model object, that its states can be continued (see "Exactness").
@@ -81,6 +82,7 @@ class SparsePrefixCache(Handle):
         store: CheckpointStore | None = None,
         namespace: str = "",
         ambient: bool = False,
+        storage: str = "exact",
         prove: bool = True,
         config: SparseCacheConfig | None = None,
     ) -> None:
@@ -93,7 +95,16 @@ class SparsePrefixCache(Handle):
         name = policy if isinstance(policy, str) else type(policy).__name__
         strings: Any = cut_after if isinstance(cut_after, str) else tuple(cut_after)
         given = SparseCacheConfig(
-            max_memory, max_checkpoints, exactness, grid, name, namespace, strings, pieces, ambient
+            max_memory,
+            max_checkpoints,
+            exactness,
+            grid,
+            name,
+            namespace,
+            strings,
+            pieces,
+            ambient,
+            storage=storage,
         )
         if config is not None and given != SparseCacheConfig():
             raise ValueError("config holds all settings: give either config or single keywords, not both.")

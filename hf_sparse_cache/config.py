@@ -15,6 +15,7 @@ EXACTNESS = ("replayable", "bitwise")
 # Names of the placement policies, the default first; `planning.policies` has their classes. Here, so that help and
 # completion need no numpy.
 POLICY_NAMES = ("learned", "dp", "block", "balanced", "sqrt", "dyadic", "boundary", "last", "junction", "none")
+STORAGES = ("exact", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class SparseCacheConfig(Shareable):
         namespace: a tenant; nothing stored under one is ever matched from another.
         cut_tokens: what one more cut of a prefill costs, in tokens of prefill, which decides in replayable mode how
             many are worth it; None for what is usual on the model's device. `hf-sparse-cache tune` measures it.
+        storage: how states, keys and values are kept: "exact", as they are; "bf16", in the bytes of bfloat16, half of
+            those of float32; "int8", in about a quarter. What is kept is rounded, and a run goes on from the rounded
+            values wherever something was kept, cold as well as warm: it stays repeatable bit for bit, and comes to lie
+            a little away from stock `generate()` (see docs/memory.md).
 
     Raises:
         ValueError: A value is out of range; the message names the argument.
@@ -54,12 +59,15 @@ class SparseCacheConfig(Shareable):
     pieces: int | None = None
     ambient: bool = False
     cut_tokens: float | None = None
+    storage: str = "exact"
 
     def __post_init__(self) -> None:
         parse_bytes(self.max_memory)
         if self.exactness not in EXACTNESS:
             instead = "; 'replayable' took the place of 'numerical'" if self.exactness == "numerical" else ""
             raise ValueError(f"exactness must be 'replayable' or 'bitwise', not {shown(self.exactness)}{instead}.")
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage must be 'exact', 'bf16' or 'int8', not {shown(self.storage)}.")
         if self.max_checkpoints is not None and not is_whole(self.max_checkpoints, 0):
             raise ValueError(f"max_checkpoints must be None or at least 0, not {shown(self.max_checkpoints)}.")
         if self.grid is not None and not is_whole(self.grid, 2, MOST_ID):

@@ -38,6 +38,7 @@ _COLUMNS = (
     "same tokens",
     "reason",
 )
+TOLERANCES = {"exact": TOLERANCE, "bf16": 5e-3, "int8": 1e-2}  # by how states are kept
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ class ExactnessReport:
         tolerance: the bound on `max_abs_logit_diff`; None where the dtype has none.
         mode: what cold means: in "bitwise" mode a run on an empty store, in "replayable" mode one from nothing over
             the segments of the warm run.
+        storage: how the states were kept; rounded ones take a warm run, and the cold one with it, away from stock.
     """
 
     rows: tuple[ExactnessRow, ...]
     tolerance: float | None
     mode: str = "bitwise"
+    storage: str = "exact"
 
     @property
     def bitwise(self) -> bool:
@@ -137,7 +140,8 @@ class ExactnessReport:
         """What the rows amount to, in a sentence."""
         if self.passed:
             replayed = "" if self.mode == "bitwise" else ", run over the same segments"
-            verdict = f"exact: {self.resumed_tokens:,} tokens resumed, warm equals cold{replayed} bit for bit"
+            word = "exact" if self.storage == "exact" else f"repeatable (storage={self.storage!r})"
+            verdict = f"{word}: {self.resumed_tokens:,} tokens resumed, warm equals cold{replayed} bit for bit"
         elif self.resumed_tokens == 0:
             verdict = "NOT PROVED: nothing was resumed, so nothing was tested"
         else:
@@ -161,7 +165,7 @@ def check_exactness(
     *,
     cache: SparsePrefixCache | None = None,
     max_new_tokens: int = 8,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> ExactnessReport:
     """Run every prompt stock, warm and cold, and compare logits and states.
 
@@ -172,8 +176,9 @@ def check_exactness(
         cache: the handle to prove, with whatever it has stored; default a fresh one with default settings. It serves
             each prompt once to warm up where it resumes nothing of it yet.
         max_new_tokens: tokens to decode greedily after each prefill.
-        tolerance: most that a logit may differ, warm against stock. By default models in 16 bits have no bound: a
-            rounding may send a token to another expert there, in stock runs just as well.
+        tolerance: most that a logit may differ, warm against stock. By default 1e-4, 5e-3 where states are kept as
+            "bf16" and 1e-2 as "int8"; and models in 16 bits have no bound, as a rounding may send a token to another
+            expert there, in stock runs just as well.
 
     Returns:
         The report. It passes only if something was resumed.
@@ -196,8 +201,10 @@ def check_exactness(
     finally:
         if own:
             warm_handle.detach()
-    bounded = model.dtype in _ROUNDED or tolerance != TOLERANCE
-    return ExactnessReport(rows, tolerance if bounded else None, warm_handle.config.exactness)
+    mode, storage = warm_handle.config.exactness, warm_handle.config.storage
+    if tolerance is None and model.dtype in _ROUNDED:
+        tolerance = TOLERANCES[storage]
+    return ExactnessReport(rows, tolerance, mode, storage)
 
 
 def _check(model: Any, ids: torch.Tensor, handle: SparsePrefixCache, max_new_tokens: int) -> ExactnessRow:
@@ -234,7 +241,7 @@ def _distance(one: _Run, other: _Run) -> float:
 def empty_twin(handle: SparsePrefixCache) -> SparsePrefixCache:
     """A handle with the same cuts and an empty store: what it serves first, it serves cold."""
     config = replace(handle.config, max_memory=None, grid=handle.grid, policy="none", ambient=False)
-    twin = SparsePrefixCache(handle.model, handle.tokenizer, config=config)
+    twin = SparsePrefixCache(handle.model, handle.tokenizer, prove=handle.server.proof.wanted, config=config)
     space, own = twin.server.space.now()[0], handle.server.space.now()[0]
     for prefix in handle.store.marks.prefixes(own):  # which cut as well
         twin.store.mark(prefix, space)

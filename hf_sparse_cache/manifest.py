@@ -26,7 +26,7 @@ VERSION = 2  # 1 lists no files
 _MAX_BYTES = 2**28
 # What a caller chooses for a handle, whatever the model; what version 1 counted as part of the fingerprint; and the
 # differences that are named.
-_SETTINGS = ("max_memory", "max_checkpoints", "exactness", "grid", "cut_after", "pieces")
+_SETTINGS = ("max_memory", "max_checkpoints", "exactness", "grid", "cut_after", "pieces", "storage")
 _CUTS, _LISTED = ("grid", "cut ids", "min distance", "exactness"), 3
 
 
@@ -56,7 +56,7 @@ class Manifest:
             fingerprint.describe(binding),
             binding.config.namespace,
             fingerprint.config_values(binding.model.config),
-            {**{name: getattr(binding.config, name) for name in _SETTINGS}, "max_memory": max_memory},
+            _told(binding.config, max_memory),
         )
 
     @property
@@ -165,6 +165,12 @@ class Manifest:
 
 
 _REMEDY = "Save the cache again, to another folder"
+
+
+def _told(config: SparseCacheConfig, max_memory: int | None) -> dict[str, Any]:
+    """The settings of a handle, as far as they are saved; one that is new is left out where it says nothing."""
+    told = {**{name: getattr(config, name) for name in _SETTINGS}, "max_memory": max_memory}
+    return {name: value for name, value in told.items() if (name, value) != ("storage", "exact")}
 
 
 def _plain(content: dict[str, Any]) -> bytes:

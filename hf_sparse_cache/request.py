@@ -176,7 +176,11 @@ class Request:
         self.segments = self._segmenting.segments(start, stops, self._prompt.cuts, self.prompt_tokens).tolist()
         self.planned = [position for position in self.planned if position in self.segments]
         self.junctions = [position for position in self.junctions if position in self.segments]
-        self.lineage = made.then(self.segments)
+        self.lineage = self._segmenting.behind(made, self.segments, {*self.planned, *self.junctions})
+
+    def rounds_at(self, position: int) -> bool:
+        """Whether what is computed behind the end of a segment goes on from rounded values."""
+        return self._segmenting.rounds and self.lineage.through(position).ends_rounded
 
     def steps(self) -> Iterator[int]:
         """Ends of the segments to run, in order; ask for the next one when everything of the last one is added.
@@ -219,11 +223,11 @@ class Request:
             made = Lineage() if self.checkpoint is None else self.checkpoint.lineage
             self.planned = sorted({wish, *self.planned})
             self.segments = [*(end for end in self.segments if end <= position), *ends]
-            self.lineage = made.then(self.segments)
+            self.lineage = self._segmenting.behind(made, self.segments, {*self.planned, *self.junctions})
 
     def hand_over(self, position: int, state: Payload, kv: KVCapture | None = None) -> Handover:
         """What others take over at the end of one segment; arguments as for `add`."""
-        lineage = self.lineage.upto(position)
+        lineage = self._segmenting.kept(self.lineage.upto(position))
         known = {} if self.checkpoint is None else {link.span: link.payload for link in self.checkpoint.chain()}
         spans = [] if kv is None else self._spans(lineage)
         links = [Link(span, known[span] if span in known else kv(span.start, span.end)) for span in spans if kv]
@@ -293,7 +297,7 @@ class Request:
         """
         if self._closed:
             raise ValueError(f"add({position}) on a closed request; call it inside the with block")
-        lineage = self.lineage.upto(position)
+        lineage = self._segmenting.kept(self.lineage.upto(position))
         spans: list[Span] = []
         new: dict[Span, Payload] = {}
         if kv is not None:

@@ -76,7 +76,8 @@ class RequestInfo:
         segments: ends of the segments behind the prefill's result, from 0; of tokens that were decoded one by one,
             `(start, end)`; of tokens that ran batched, in one forward with those of other prompts, `(start, end,
             prompts)`: such a forward depends on its neighbours in its last bits, so it cannot be replayed and nothing
-            of it is stored. Empty for a request that ran uncached.
+            of it is stored. Where storage is rounded, `(end, end)` says that the state was rounded there. Empty for
+            a request that ran uncached.
         reason: why not more was resumed, or "resumed".
     """
 

@@ -174,13 +174,14 @@ class Chats(World):
             with torch.no_grad():  # as generate() asks: other rows beside the last one would change its bits
                 row = Row(ids, {"use_cache": True, "logits_to_keep": 1})
                 output = prefill.replay(cache.server.binding, live, row, checkpoint.lineage)
-            again: Any = states.capture_state(live)
+            kept = cache.server.binding.rounding
+            again: Any = states.capture_state(live, kept)
             if checkpoint.final:
                 again = states.with_logits(again, output.logits)
             what = f"at {checkpoint.position} over {checkpoint.lineage}"
             self.expect(same_payloads(checkpoint.state, again), f"a stored state {what} is not that of a cold run")
             for segment in checkpoint.chain():
-                again = states.capture_kv(live, segment.start, segment.end)
+                again = states.capture_kv(live, segment.start, segment.end, kept)
                 self.expect(same_payloads(segment.payload, again), f"stored keys and values {what} are not those")
             self.tally["stored states replayed"] += 1
 

@@ -12,22 +12,25 @@ from hf_sparse_cache.models.inputs import Row
 
 
 def differing(cache: SparsePrefixCache) -> list[str]:
-    """Every stored checkpoint whose state is not, to the bit, that of a run from nothing over its lineage."""
-    found = []
+    """Every stored checkpoint whose state is not, to the bit, that of a run from nothing over its lineage.
+
+    What is kept of that run is compared, rounded or not: a run that rounds elsewhere keeps other numbers.
+    """
+    found, kept = [], cache.server.binding.rounding
     for _, tokens, checkpoint in cache.store.checkpoints():
         live = cache.server.binding.live_cache()
         ids = torch.from_numpy(tokens).long()
         with torch.no_grad():
             prefill.replay(cache.server.binding, live, Row(ids, {"use_cache": True}), checkpoint.lineage)
         state: Any = checkpoint.state
-        for index, layer in enumerate(states.capture_state(live).layers):
+        for index, layer in enumerate(states.capture_state(live, kept).layers):
             for name, value in layer.items():
                 stored = state.layers[index][name]
                 if not (torch.equal(stored, value) if torch.is_tensor(value) else stored == value):
                     found.append(f"{name} of layer {index} at {checkpoint.position} ({checkpoint.lineage})")
         for segment in checkpoint.chain():
             payload: Any = segment.payload
-            for index, layer in enumerate(states.capture_kv(live, segment.start, segment.end).layers):
+            for index, layer in enumerate(states.capture_kv(live, segment.start, segment.end, kept).layers):
                 found += [
                     f"{name} of layer {index} from {segment.start} to {segment.end}"
                     for name, value in layer.items()

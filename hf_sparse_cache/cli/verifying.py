@@ -1,5 +1,6 @@
 """The exactness badge: a table of prompts that ran stock, cold and resumed, and a verdict."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def run(
                 report = check_exactness(model, [prompt], cache=cache)
                 rows += report.rows
                 steps.done(1)
-        report = ExactnessReport(tuple(rows), report.tolerance, report.mode)
+        report = replace(report, rows=tuple(rows))
     _show(report, model, screen)
     return report, {
         "passed": report.passed,

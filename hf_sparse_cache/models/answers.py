@@ -28,6 +28,7 @@ from .binding import Binding
 from .inputs import Row
 from .live import LiveCache
 from .proof import PROMPTS, SECOND_TOKENS, sample_prompt
+from .rounding import NotRoundableError
 from .weights import Identity, identity, unchanged
 
 
@@ -88,12 +89,13 @@ def keep(binding: Binding, recorder: Recorder, turn: Turn, result: Any) -> None:
     with opened:
         for position in opened.planned:
             try:
-                kv = partial(states.capture_kv, live) if live.full_attention_layers else None
-                opened.add(position, states.capture_state(live), kv)
+                kept = binding.rounding
+                kv = partial(states.capture_kv, live, rounding=kept) if live.full_attention_layers else None
+                opened.add(position, states.capture_state(live, kept), kv)
             except Exception as error:
-                if not out_of_memory(error):
+                if not (out_of_memory(error) or isinstance(error, NotRoundableError)):
                     raise
-                logger.warning_once(f"No memory to keep an answer for the next turn: {error}")
+                logger.warning_once(f"An answer is not kept for the next turn: {error}")
     if opened.captured:
         recorder.amend(turn.info, replace(turn.info, captured=(*turn.info.captured, *opened.captured)))
 

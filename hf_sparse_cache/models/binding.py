@@ -19,10 +19,12 @@ from ..planning.cuts import CutRule, TextEnds, Tokens
 from ..planning.segments import Bitwise, Replayable, Segmenting
 from . import states
 from .cost import prefill_cost
+from .deviation import INT8, UNKNOWN
 from .families import Family, cache_name_of, family_of, unwrapped
 from .inputs import as_ids, check_ids, input_device
 from .live import LiveCache
 from .methods import require_methods
+from .rounding import PARTS, Rounding, rounding_of
 from .states import StateSize
 from .versions import check_version
 
@@ -45,6 +47,7 @@ class Binding:
         cut_ids: token ids after which a prompt may also be cut, ascending.
         segmenting: how its prompts become segments.
         prefill_cost: G(t) of this model, what policies weigh.
+        rounding: how its states are kept.
         size: bytes that its states take.
         output_type: class of its forward's output.
     """
@@ -59,6 +62,7 @@ class Binding:
     cut_ids: tuple[int, ...]
     segmenting: Segmenting
     prefill_cost: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    rounding: Rounding
     size: StateSize
     output_type: Callable[..., Any]
 
@@ -79,6 +83,7 @@ class Binding:
         states.check_layers(probe, type(model).__name__)
         output = _probed(model, probe, cache_name)
         grid = _grid(model, family, text_config, config.grid)
+        rounding = _rounding(text_config, config)
         cut_ids = tuple(sorted(set(tokenizer.all_special_ids))) if tokenizer is not None else ()
         return cls(
             model=model,
@@ -91,7 +96,8 @@ class Binding:
             cut_ids=cut_ids,
             segmenting=_segmenting(model, family, CutRule(grid, cut_ids, _text_ends(tokenizer, config)), config),
             prefill_cost=prefill_cost(model, probe.full_attention_layers),
-            size=states.measure(probe, output),
+            rounding=rounding,
+            size=states.measure(probe, output, rounding),
             output_type=type(output),
         )
 
@@ -168,6 +174,12 @@ def _grid(model: Any, family: Family, text_config: Any, asked: int | None) -> in
     return asked
 
 
+def _rounding(text_config: Any, config: SparseCacheConfig) -> Rounding:
+    """How states are kept: in 8 bits what may be, or all where nothing may and the user insists (see `proof`)."""
+    measured = INT8.get(text_config.model_type, UNKNOWN)
+    return rounding_of(config.storage, measured.parts or PARTS)
+
+
 def _text_ends(tokenizer: Any, config: SparseCacheConfig) -> TextEnds | None:
     """What finds the ends of the strings after which prompts are cut.
 
@@ -190,12 +202,13 @@ def _text_ends(tokenizer: Any, config: SparseCacheConfig) -> TextEnds | None:
 
 
 def _segmenting(model: Any, family: Family, rule: CutRule, config: SparseCacheConfig) -> Segmenting:
+    rounds = rounding_of(config.storage).rounds
     if config.exactness == "bitwise":
-        return Bitwise(rule)
+        return Bitwise(rule, rounds=rounds)
     text_config, device = model.config.get_text_config(decoder=True), input_device(model).type
     pieces = [config.pieces, rule.grid if family.scans and device == "cpu" else None]
     piece = min((size for size in pieces if size is not None), default=None)
     weights = sum(parameter.numel() for parameter in model.parameters()) or 1
     cut = family.cut_tokens(text_config, device) if config.cut_tokens is None else float(config.cut_tokens)
     forward = family.forward_tokens(text_config, device, weights)
-    return Replayable(rule, family.step(text_config), piece, cut, forward, device != "cpu")
+    return Replayable(rule, family.step(text_config), piece, cut, forward, device != "cpu", rounds=rounds)

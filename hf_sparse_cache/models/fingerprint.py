@@ -66,7 +66,8 @@ def space_of(binding: Binding, weights: Identity, durable: bool) -> str:
     """
     if not durable:
         threads = torch.get_num_threads() if input_device(binding.model).type == "cpu" else "any"
-        return f"{weights}, threads {threads}, {_modes(binding.model)}\x1f{binding.config.namespace}"
+        kept = f", kept as {binding.rounding.scheme}" if binding.rounding.rounds else ""
+        return f"{weights}, threads {threads}, {_modes(binding.model)}{kept}\x1f{binding.config.namespace}"
     key = (weights, torch.get_num_threads(), _modes(binding.model))
     known = _spaces.get(binding)
     if known is None or known[0] != key:
@@ -107,6 +108,7 @@ def describe(binding: Binding) -> dict[str, Any]:
         "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"storage": binding.rounding.scheme} if binding.rounding.rounds else {}),
     }
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import DamagedFileError
 from . import states
+from .rounding import EXACT, Rounding, plain_name, sound
 from .tensors import LayerTensors, Tensors, device_of
 
 
@@ -23,10 +24,11 @@ class Layout:
 
     Args:
         probe: gives a fresh cache that two tokens of the model have filled, and the model's output.
+        rounding: how its states are kept.
     """
 
-    def __init__(self, probe: Callable[[], tuple[Any, Any]]) -> None:
-        self._probe = probe
+    def __init__(self, probe: Callable[[], tuple[Any, Any]], rounding: Rounding = EXACT) -> None:
+        self._probe, self._rounding = probe, rounding
         self._measured = False
         self._windows: tuple[int, ...] = ()
         self._state = self._kv = self._final = _Shapes((), ())
@@ -66,6 +68,7 @@ class Layout:
             place = f"{name!r} of layer {index}"
             if torch.is_tensor(like):
                 _check_tensor(place, value, like, self._shape(index, name, like, position))
+                _check_sound(place, name, payload.layers[index])
             elif type(value) is not int or value != position:  # all that is no tensor counts the tokens seen
                 raise DamagedFileError(f"{place} is {str(value)[:40]!r}, and must be {position}")
 
@@ -77,20 +80,25 @@ class Layout:
         """
         self._measure()
         for index, name, value, like in self._kv.check(payload):
-            shape = _resized(like, states.TOKEN_DIMS[name], end - start)
-            _check_tensor(f"{name!r} of layer {index}", value, like, shape)
+            place, shape = (
+                f"{name!r} of layer {index}",
+                _resized(like, states.TOKEN_DIMS[plain_name(name)], end - start),
+            )
+            _check_tensor(place, value, like, shape)
+            _check_sound(place, name, payload.layers[index])
 
     def _measure(self) -> None:
         if self._measured:
             return
         cache, output = self._probe()
         self._windows = tuple(getattr(layer, "sliding_window", 1) - 1 for layer in cache.layers)
-        state = states.capture_state(cache)
+        state = states.capture_state(cache, self._rounding)
         self._state, self._final = _Shapes.of(state), _Shapes.of(states.with_logits(state, output.logits))
-        self._kv = _Shapes.of(states.capture_kv(cache, 0, states.PROBE_TOKENS))
+        self._kv = _Shapes.of(states.capture_kv(cache, 0, states.PROBE_TOKENS, self._rounding))
         self._measured = True
 
     def _shape(self, index: int, name: str, like: torch.Tensor, position: int) -> list[int]:
+        name = plain_name(name)
         if name not in states.TOKEN_DIMS:
             return list(like.shape)
         return _resized(like, states.TOKEN_DIMS[name], min(position, self._windows[index]))
@@ -133,6 +141,11 @@ def _resized(like: torch.Tensor, dim: int, length: int) -> list[int]:
     shape = list(like.shape)
     shape[dim] = length
     return shape
+
+
+def _check_sound(place: str, name: str, layer: Tensors) -> None:
+    if not sound(name, layer):
+        raise DamagedFileError(f"{place} stands for values that are not finite")
 
 
 def _check_tensor(place: str, value: Any, like: torch.Tensor, shape: list[int]) -> None:

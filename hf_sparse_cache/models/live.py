@@ -30,6 +30,7 @@ class LiveCache(DynamicCache):
         origin: the handle that it was made for, as long as that is there.
         found: the model's name when the call was looked at; None where nobody has looked.
         length: tokens consumed by the prefill; where `recurrent_only`, by all forwards since.
+        rounded: of so many tokens keys and values are rounded values (see `rounding`).
         text: what was prefilled, `(length,)`, where the cache is in a user's hands (see `handed`); None elsewhere.
         last_logits: of the last token of that text, `(1, 1, vocabulary)`.
         turn: what the answer to the prompt goes on from, until the call takes it.
@@ -45,7 +46,7 @@ class LiveCache(DynamicCache):
         self.call: Call | None = None
         self.origin: weakref.ref[Cache] | None = None
         self.found: Identity | None = None
-        self.length = 0
+        self.length = self.rounded = 0
         self.text: torch.Tensor | None = None
         self.last_logits: torch.Tensor | None = None
         self.turn: Any = None

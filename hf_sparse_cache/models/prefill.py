@@ -24,7 +24,8 @@ from .inputs import Row
 from .interrupts import ask
 from .lazy_kv import settle
 from .live import LiveCache
-from .tensors import layer_tensors
+from .rounding import NotRoundableError
+from .tensors import LayerTensors, layer_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -77,7 +78,7 @@ def prefill_row(
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
     """
-    restore_seconds = restore(live, request)
+    restore_seconds = restore(binding, live, request)
     capture_seconds = 0.0
     if not request.segments:  # the same prompt was read to its end before
         assert request.checkpoint is not None
@@ -96,30 +97,54 @@ def prefill_row(
         kept = end in request.planned and (alone or end < len(row))
         if kept or end in request.junctions or end == len(row):
             check()
+        clock = time.perf_counter()
+        rounded = round_off(binding, live, end) if request.rounds_at(end) else None
         if kept or end in request.junctions:
-            clock = time.perf_counter()
             try:
-                state = states.capture_state(live)
-                kv = cache(partial(states.capture_kv, live)) if live.full_attention_layers else None
+                state = states.capture_state(live, binding.rounding) if rounded is None else rounded
+                kv = _kv_of(binding, live)
                 if end in request.junctions:
                     request.hand_over(end, state, kv)
                 if kept:  # for others it is not the end of the prompt
                     state = states.with_logits(state, output.logits) if end == len(row) else state
                     request.add(end, state, kv)
             except Exception as error:
-                if not out_of_memory(error):
+                if not (out_of_memory(error) or isinstance(error, NotRoundableError)):
                     raise
-                logger.warning_once(f"No memory to capture a checkpoint; the request goes on without it: {error}")
-            capture_seconds += time.perf_counter() - clock
+                lacking = "scale" if isinstance(error, NotRoundableError) else "memory"
+                logger.warning_once(f"No {lacking} to capture a checkpoint; the request goes on without it: {error}")
+        capture_seconds += time.perf_counter() - clock
     return output, Timing(capture_seconds, restore_seconds)
 
 
-def restore(live: LiveCache, request: Request) -> float:
+def _kv_of(binding: Binding, live: LiveCache) -> Callable[[int, int], LayerTensors] | None:
+    """Keys and values of a span of a live cache, as they are to be kept; each span is captured once."""
+    if not live.full_attention_layers:
+        return None
+    return cache(partial(states.capture_kv, live, rounding=binding.rounding))
+
+
+def round_off(binding: Binding, live: LiveCache, end: int) -> LayerTensors:
+    """Go on from rounded values at the end of a segment; returns the state as it is kept.
+
+    Raises:
+        ChangedPrefillError: The state cannot be rounded, so that nothing of the prompt may be kept.
+    """
+    try:
+        kept = states.round_off(live, binding.rounding, live.rounded, end)
+    except NotRoundableError as error:
+        raise watch.ChangedPrefillError(f"{error} (storage={binding.rounding.name!r})") from error
+    live.rounded = end
+    return kept
+
+
+def restore(binding: Binding, live: LiveCache, request: Request) -> float:
     """Bring a fresh live cache to where a request resumes; returns the seconds that it took."""
     clock = time.perf_counter()
     if request.checkpoint is not None:
         spans = [layer_tensors(payload) for payload in request.kv_payloads()]
-        states.restore(live, layer_tensors(request.checkpoint.state), spans)
+        states.restore(live, layer_tensors(request.checkpoint.state), spans, binding.rounding)
+        live.rounded = request.resumed_tokens if binding.rounding.rounds else 0
     live.length = request.resumed_tokens
     return time.perf_counter() - clock
 
@@ -127,10 +152,14 @@ def restore(live: LiveCache, request: Request) -> float:
 def replay(binding: Binding, live: LiveCache, row: Row, lineage: Lineage) -> Any:
     """Bring a fresh live cache to the end of a text by the segments of a lineage, from nothing.
 
-    Tokens that were decoded run one by one, as they did then. Returns the model's output for the last segment.
+    Tokens that were decoded run one by one, as they did then, and it is rounded where it was rounded then. Returns the
+    model's output for the last segment.
     """
     output = None
     for step in lineage.steps():
+        if step.rounds:
+            round_off(binding, live, step.end)
+            continue
         for end in range(step.start + 1, step.end + 1) if step.decoded else (step.end,):
             output = segment(binding, live, row, end)
     return output

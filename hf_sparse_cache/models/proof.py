@@ -22,8 +22,10 @@ from ..forks import ForkSafeLock
 from . import mamba1, prefill, states
 from . import survey as surveys
 from .binding import Binding
+from .deviation import INT8, UNKNOWN
 from .inputs import Row, input_device
 from .live import LiveCache
+from .rounding import EXACT, Rounding
 from .tensors import LayerTensors
 from .watch import ChangedPrefillError
 from .weights import Identity, forget, identity
@@ -47,9 +49,9 @@ _EMPTY = ("mlp", "moe")
 # What a layer notes of whichever of its tensors came first; every tensor has a dtype and a device of its own.
 _NOTES = {"dtype", "device"}
 _lock = ForkSafeLock()
-# For each model object: by code and settings that the binding holds (""), by its whole name why it does not, and by
-# the code that is attached to it that this never stays the same.
-_found: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
+# For each model object and way of keeping its states: by code and settings that the binding holds (""), by its whole
+# name why it does not, and by the code that is attached to it that this never stays the same.
+_found: weakref.WeakKeyDictionary[Any, dict[str, dict[str, str]]] = weakref.WeakKeyDictionary()
 _MOST_FOUND = 256  # for one model
 
 
@@ -67,14 +69,20 @@ class Proof:
     @property
     def holds(self) -> bool:
         """Whether it was proved for the model as it is; False as long as nobody has tried, as in training mode."""
-        return self.wanted and _found.get(self._binding.model, {}).get(identity(self._binding.model).proved_by) == ""
+        return self.wanted and self._known().get(identity(self._binding.model).proved_by) == ""
 
     def require(self) -> None:
         """Prove it when a handle is made, unless the model is in training mode, where nothing is served.
 
         Raises:
-            UnsupportedModelError: It does not hold, and nothing that is attached to the model can be the reason.
+            UnsupportedModelError: It does not hold, and nothing that is attached to the model can be the reason; or
+                its states cannot be kept in 8 bits.
         """
+        binding = self._binding
+        if self.wanted and binding.config.storage == "int8":
+            measured = INT8.get(binding.text_config.model_type, UNKNOWN)
+            if why := measured.shortcoming(binding.family.name):
+                raise UnsupportedModelError(f"{type(binding.model).__name__} cannot be kept in 8 bits: {why}.")
         if not self.wanted or self._binding.model.training:
             return
         why = self.shortcoming()
@@ -91,8 +99,7 @@ class Proof:
         """What `shortcoming` has found of a model as it is; None where it has not looked yet."""
         if not self.wanted:
             return ""
-        with _lock:
-            known = _found.setdefault(self._binding.model, {})
+        known = self._known()
         names = (found.attached, found.proved_by, str(found))
         return next((known[name] for name in names if name in known), None)
 
@@ -104,12 +111,16 @@ class Proof:
             said = self.known(found)
             if said is not None:
                 return said
-            known = _found[model]
+            known = self._known()
             why = self._attempt(found)
             if not found.foreign or identity(model).code == found.code:
                 return _remember(known, str(found) if why else identity(model).proved_by, why)
         why = f"{found.foreign} is another after every forward, so that nothing fits twice"
         return _remember(known, found.attached, why)
+
+    def _known(self) -> dict[str, str]:
+        with _lock:
+            return _found.setdefault(self._binding.model, {}).setdefault(self._binding.rounding.scheme, {})
 
     def _attempt(self, found: Identity) -> str:
         """One proof of a model as it is; what its forwards write down themselves is no setting from then on."""
@@ -183,12 +194,17 @@ def _token_ids(values: Mapping[str, Any]) -> Iterator[int]:
             yield from (token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
 
 
-def _run(binding: Binding, ids: torch.Tensor, checkpoint: tuple[LayerTensors, LayerTensors] | None = None) -> _Run:
-    """Ids `(1, length)` in one piece, or what is left of them behind a state with its keys and values."""
+def _run(
+    binding: Binding,
+    ids: torch.Tensor,
+    checkpoint: tuple[LayerTensors, LayerTensors] | None = None,
+    rounding: Rounding = EXACT,
+) -> _Run:
+    """Ids `(1, length)` in one piece, or what is left of them behind a state with its keys and values, as kept."""
     live = binding.live_cache()
     if checkpoint is not None:
         state, kv = checkpoint
-        states.restore(live, state, [kv] if live.full_attention_layers else [])
+        states.restore(live, state, [kv] if live.full_attention_layers else [], rounding)
         live.length = ids.shape[1] - SECOND_TOKENS
     return _continued(binding, live, ids)
 
@@ -211,9 +227,22 @@ def _disproof(binding: Binding, ids: torch.Tensor, share: float) -> str:
     why = _different(two, restored) or states.unruled(two.live)
     if not why and not (_same(kept[0].layers, state.layers) and _same(kept[1].layers, kv.layers)):
         why = "what was captured changes when the model goes on"
+    why = why or _rounds_otherwise(binding, ids[:, :cut], ids)
     if why:
         return why
     return _apart(_run(binding, ids), two, _run(binding, ids, (_wiped(state), _wiped(kv))), share)
+
+
+def _rounds_otherwise(binding: Binding, first: torch.Tensor, ids: torch.Tensor) -> str:
+    """Where what was kept of a rounded state does not continue as that state itself; "" nowhere."""
+    rounding = binding.rounding
+    if not rounding.rounds:
+        return ""
+    live, end = _run(binding, first).live, first.shape[1]
+    state = states.round_off(live, rounding, 0, end)
+    kv = states.capture_kv(live, 0, end, rounding)
+    why = _different(_continued(binding, live, ids), _run(binding, ids, (state, kv), rounding))
+    return f"with storage={rounding.name!r}, {why}" if why else ""
 
 
 def _unfilled(binding: Binding, live: LiveCache) -> str:

@@ -164,7 +164,7 @@ class Scoring:
         foresight = Foresight(policy, turn.keep, place, self._holding.staying)
         self._holding.begin(foresight, place)
         base = self._binding.segmenting
-        segmenting = Foreseen(base.rule, base, tuple(sorted(turn.keep)), turn.first, self._most)
+        segmenting = Foreseen(base.rule, base, tuple(sorted(turn.keep)), turn.first, self._most, rounds=base.rounds)
         row, last = Row(ids, {"use_cache": True}, reader=self._reading), 1 if most is None else len(ids) - most
         served = serve_alone(server.means, live, Asked(row, way=Way(foresight, segmenting, last, self._holding)))
         started = time.perf_counter()

@@ -73,7 +73,7 @@ class Space:
             cache = binding.live_cache()
             return cache, states.probe(binding.model, cache, binding.cache_name)
 
-        return Layout(probe)
+        return Layout(probe, binding.rounding)
 
     def _name_for(self, weights: Identity) -> str:
         return fingerprint.space_of(self._binding, weights, durable=self._store.outlives_process)

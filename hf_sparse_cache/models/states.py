@@ -2,9 +2,9 @@
 
 A position's state has two kinds of parts. Parts of fixed size (conv, recurrent, sliding window) are what a checkpoint
 holds. Keys and values of full attention grow with the prompt and are cut into spans, so that checkpoints share them.
-Everything captured is cloned, because decoding writes into the tensors it reads; everything restored is copied into a
-fresh live cache, keys and values by their layer's first update (see `lazy_kv`). A layer class that is not in `_RULES`
-is refused, never guessed.
+Everything captured is cloned or rounded (see `rounding`), because decoding writes into the tensors it reads. What is
+restored is copied into a fresh live cache, keys and values by their layer's first update (see `lazy_kv`). A layer
+class that is not in `_RULES` is refused, never guessed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from ..errors import UnsupportedModelError
 from .inputs import input_device
 from .lazy_kv import waiting
+from .rounding import EXACT, Rounding, plain_name
 from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
 from .tensors import Tensors
 
@@ -26,8 +27,8 @@ from .tensors import Tensors
 class Part:
     """One kind of state in a layer: what is fixed in size, what grows, and how a batch is made of rows.
 
-    `restore` returns the layer that takes the place of the one it is given, which may be the same; `tensors` names the
-    layer's attributes that the part takes care of.
+    `fixed` and `span` give the layer's own tensors, or views of them. `restore` returns the layer that takes the place
+    of the one it is given, which may be the same; `tensors` names the attributes that the part takes care of.
     """
 
     fixed: Callable[[Any], Tensors]
@@ -61,9 +62,9 @@ def _recurrent_fixed(layer: Any) -> Tensors:
     found: Tensors = {}
     for i in range(layer.number_of_states):
         if layer.conv_states[i] is not None:
-            found[f"conv.{i}"] = _own(layer.conv_states[i])
+            found[f"conv.{i}"] = layer.conv_states[i]
         if layer.recurrent_states[i] is not None:
-            found[f"recurrent.{i}"] = _own(layer.recurrent_states[i])
+            found[f"recurrent.{i}"] = layer.recurrent_states[i]
     return found
 
 
@@ -102,7 +103,7 @@ def _recurrent_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
 def _full_span(layer: Any, start: int, end: int) -> Tensors:
     if not layer.is_initialized:
         return {}
-    return {"keys": _own(layer.keys[..., start:end, :]), "values": _own(layer.values[..., start:end, :])}
+    return {"keys": layer.keys[..., start:end, :], "values": layer.values[..., start:end, :]}
 
 
 def _set_keys_values(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -131,7 +132,7 @@ def _full_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
 def _window_fixed(layer: Any) -> Tensors:
     if not layer.is_initialized:
         return {}
-    return {"keys": _own(layer.keys), "values": _own(layer.values), "seen": layer.cumulative_length}
+    return {"keys": layer.keys, "values": layer.values, "seen": layer.cumulative_length}
 
 
 def _window_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
@@ -158,9 +159,9 @@ def _window_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
 def _indexer_span(layer: Any, start: int, end: int) -> Tensors:
     found: Tensors = {}
     if layer.is_indexer_initialized:
-        found["indexer_keys"] = _own(layer.indexer_keys[:, start:end])
+        found["indexer_keys"] = layer.indexer_keys[:, start:end]
     if getattr(layer, "indexer_position_ids", None) is not None:
-        found["indexer_position_ids"] = _own(layer.indexer_position_ids[..., start:end])
+        found["indexer_position_ids"] = layer.indexer_position_ids[..., start:end]
     return found
 
 
@@ -238,9 +239,40 @@ def check_layers(cache: Cache, model_name: str) -> None:
             )
 
 
-def capture_state(cache: Cache) -> LayerTensors:
-    """Clone the fixed-size state of every layer of a batch-1 cache at its current position."""
-    return LayerTensors(tuple(_merged(part.fixed(layer) for part in _parts(layer)) for layer in cache.layers))
+def capture_state(cache: Cache, rounding: Rounding = EXACT) -> LayerTensors:
+    """Copy the fixed-size state of every layer of a batch-1 cache at its current position, as it is to be kept.
+
+    Raises:
+        NotRoundableError: It is to be rounded, and cannot be.
+    """
+    return LayerTensors(tuple(rounding.kept(fixed) for fixed in _fixed(cache)))
+
+
+def _fixed(cache: Cache) -> Iterator[Tensors]:
+    return (_merged(part.fixed(layer) for part in _parts(layer)) for layer in cache.layers)
+
+
+def _span(cache: Cache, start: int, end: int) -> Iterator[Tensors]:
+    return (_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers)
+
+
+def round_off(cache: Cache, rounding: Rounding, start: int, end: int) -> LayerTensors:
+    """Put rounded values in the place of what a batch-1 cache holds: its state, and keys and values of start..end-1.
+
+    Returns:
+        What `capture_state` gives of it from now on.
+
+    Raises:
+        NotRoundableError: It cannot be rounded; nothing has been changed but layers before that one.
+    """
+    kept = []
+    for layer, span in zip(_fixed(cache), _span(cache, start, end), strict=True):
+        kept.append(rounding.kept(layer))
+        for own, rounded in ((layer, kept[-1]), (span, rounding.kept(span) if start < end else {})):
+            for name, value in rounding.read(rounded).items():
+                if torch.is_tensor(value) and value.is_floating_point():
+                    own[name].copy_(value)
+    return LayerTensors(tuple(kept))
 
 
 def with_logits(state: LayerTensors, logits: torch.Tensor) -> LayerTensors:
@@ -253,11 +285,13 @@ def logits_of(state: LayerTensors) -> torch.Tensor:
     return _own(state.layers[-1][LOGITS])
 
 
-def capture_kv(cache: Cache, start: int, end: int) -> LayerTensors:
-    """Clone the keys and values of the full-attention layers of a batch-1 cache for positions start..end-1."""
-    return LayerTensors(
-        tuple(_merged(part.span(layer, start, end) for part in _parts(layer)) for layer in cache.layers)
-    )
+def capture_kv(cache: Cache, start: int, end: int, rounding: Rounding = EXACT) -> LayerTensors:
+    """Copy keys and values of the full-attention layers of a batch-1 cache for positions start..end-1, to be kept.
+
+    Raises:
+        NotRoundableError: They are to be rounded, and cannot be.
+    """
+    return LayerTensors(tuple(rounding.kept(span) for span in _span(cache, start, end)))
 
 
 def lengths(layer: Any, tokens: int) -> Iterator[tuple[str, int, int]]:
@@ -297,11 +331,12 @@ def _has_tensor(value: Any) -> bool:
     return torch.is_tensor(value)
 
 
-def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors]) -> None:
+def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors], rounding: Rounding = EXACT) -> None:
     """Fill a fresh cache from a checkpoint's state and the KV spans from position 0 up to it, in order."""
     for index, layer in enumerate(cache.layers):
+        fixed, grown = rounding.read(state.layers[index]), [rounding.read(span.layers[index]) for span in spans]
         for part in _parts(layer):
-            layer = part.restore(layer, state.layers[index], [span.layers[index] for span in spans])
+            layer = part.restore(layer, fixed, grown)
         cache.layers[index] = layer
 
 
@@ -344,16 +379,18 @@ def probe(model: Any, cache: Cache, cache_name: str) -> Any:
     return model(input_ids=ids, use_cache=True, return_dict=True, **{cache_name: cache})
 
 
-def measure(cache: Cache, output: Any) -> StateSize:
+def measure(cache: Cache, output: Any, rounding: Rounding = EXACT) -> StateSize:
     """Measure what a checkpoint of a model would hold, by what `probe` filled and returned.
 
     Sliding windows are counted as full, since they are once a prompt is long enough.
     """
     state = 0
-    for layer, held in zip(cache.layers, capture_state(cache).layers, strict=True):
+    for layer, held in zip(cache.layers, capture_state(cache, rounding).layers, strict=True):
         for name, value in held.items():
             if torch.is_tensor(value):
-                windows = (getattr(layer, "sliding_window", 1) - 1) / PROBE_TOKENS if name in TOKEN_DIMS else 1
+                windows = (
+                    (getattr(layer, "sliding_window", 1) - 1) / PROBE_TOKENS if plain_name(name) in TOKEN_DIMS else 1
+                )
                 state += int(value.nbytes * windows)
-    kv = capture_kv(cache, 0, PROBE_TOKENS).nbytes // PROBE_TOKENS
+    kv = capture_kv(cache, 0, PROBE_TOKENS, rounding).nbytes // PROBE_TOKENS
     return StateSize(state, kv, output.logits[:, -1:].nbytes)

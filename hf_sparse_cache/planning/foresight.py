@@ -8,7 +8,7 @@ are. Where states sit is then no guess: the handle's policy only says which of t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -127,7 +127,12 @@ class Foreseen(Segmenting):
         return cuts
 
     def expected(self, cuts: Positions, length: int) -> Lineage | None:
-        return None if self.base.expected(cuts, length) is None else Lineage(self.segments(0, [], cuts, length))
+        if self.base.expected(cuts, length) is None:
+            return None
+        return self.behind(Lineage(), self.segments(0, [], cuts, length).tolist(), ())
+
+    def rounded(self, ends: Sequence[int], stops: Collection[int]) -> set[int]:
+        return self.base.rounded(ends, stops)
 
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         ends: list[int] = []

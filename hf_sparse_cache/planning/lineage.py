@@ -17,17 +17,27 @@ from .cuts import Positions
 
 
 class Step(NamedTuple):
-    """One segment, or one run of decoded tokens: `start .. end`, in one forward or in a forward for each token."""
+    """One segment, or one run of decoded tokens: `start .. end`, in one forward or in a forward for each token.
+
+    A step of no tokens is a rounding: the state at `end`, and the keys and values up to there, were replaced by their
+    rounded values.
+    """
 
     start: int
     end: int
     decoded: bool
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it is a rounding, and computes nothing."""
+        return self.start == self.end
+
 
 class Span(tuple[int, ...]):
     """Tokens whose keys and values are kept together: where they start, and where each forward over them ended.
 
-    Runs of decoded tokens end in negative numbers, as in `Lineage`.
+    Runs of decoded tokens end in negative numbers, as in `Lineage`, and a rounding repeats the end before it. One at
+    the start is part of the span, one at the end is not: it changes what comes behind it, and nothing of these tokens.
     """
 
     __slots__ = ()
@@ -50,9 +60,11 @@ class Lineage:
         """Lineage of a prefill.
 
         Args:
-            ends: ends of its segments, ascending, the first segment starting at 0.
+            ends: ends of its segments, ascending, the first segment starting at 0; a position that follows itself is
+                one at which the state was rounded.
         """
-        self._ends = np.array(ends, dtype=np.int64)  # negative: the end of a run of decoded tokens
+        # Negative: the end of a run of decoded tokens. The same position once more: it was rounded there.
+        self._ends = np.array(ends, dtype=np.int64)
         self._ends.setflags(write=False)
 
     @property
@@ -71,12 +83,28 @@ class Lineage:
         kept = self._ends[:-1] if len(self._ends) and self._ends[-1] < 0 else self._ends
         return Lineage(np.append(kept, -end))
 
+    def rounded(self) -> Lineage:
+        """With a rounding at its end; itself where it has one, or nothing to round."""
+        if not len(self._ends) or self.ends_rounded:
+            return self
+        return Lineage(np.append(self._ends, self.end))
+
+    @property
+    def ends_rounded(self) -> bool:
+        """Whether the last that was done is a rounding."""
+        return len(self._ends) > 1 and abs(int(self._ends[-2])) == self._ends[-1]
+
+    @property
+    def unrounded(self) -> Lineage:
+        """Without a rounding at its end."""
+        return Lineage(self._ends[:-1]) if self.ends_rounded else self
+
     def begins_with(self, other: Lineage) -> bool:
         """Whether its first segments are those of another lineage."""
         return np.array_equal(self._ends[: len(other._ends)], other._ends)
 
     def upto(self, position: int) -> Lineage:
-        """Its first segments, up to the one that ends at `position`.
+        """Its first segments, up to the one that ends at `position`, without a rounding there.
 
         Raises:
             ValueError: none of them ends there.
@@ -88,19 +116,27 @@ class Lineage:
         found._ends = self._ends[: count + 1]
         return found
 
+    def through(self, position: int) -> Lineage:
+        """The same, and with a rounding there if there is one."""
+        found = self.upto(position)
+        return found.rounded() if self.begins_with(found.rounded()) else found
+
     def span(self, start: int, end: int) -> Span:
         """The forwards behind `start` up to `end`, both of them ends of segments."""
         return self.spans(start, [end])[0]
 
     def spans(self, start: int, ends: Sequence[int]) -> list[Span]:
         """The forwards behind `start` up to each of `ends`, ascending; all of these are ends of segments."""
-        borders = np.searchsorted(np.abs(self._ends), [start, *ends], side="right").tolist()
+        asked = np.asarray([start, *ends], dtype=np.int64)
+        borders = (
+            np.searchsorted(np.abs(self._ends), asked) + (asked > 0)
+        ).tolist()  # behind the end, not its rounding
         behind, steps = self._ends.tolist(), zip([start, *ends], pairwise(borders), strict=False)
         return [Span((first, *behind[low:high])) for first, (low, high) in steps]
 
     @classmethod
     def of(cls, spans: Iterable[Sequence[int]]) -> Lineage:
-        """That of spans which follow each other from 0 on."""
+        """That of spans which follow each other from 0 on; a rounding at its very end is in none of them."""
         return cls([end for span in spans for end in span[1:]])
 
     def steps(self) -> Iterator[Step]:
@@ -113,7 +149,7 @@ class Lineage:
     @property
     def positions(self) -> list[int]:
         """Where its segments and runs of decoded tokens end."""
-        ends: list[int] = np.abs(self._ends).tolist()
+        ends: list[int] = np.unique(np.abs(self._ends)).tolist()
         return ends
 
     @property
@@ -123,8 +159,8 @@ class Lineage:
 
     @property
     def ends(self) -> tuple[int | tuple[int, int], ...]:
-        """Ends as numbers, runs of decoded tokens as `(start, end)`."""
-        return tuple((step.start, step.end) if step.decoded else step.end for step in self.steps())
+        """Ends as numbers, runs of decoded tokens as `(start, end)`, roundings as such a run of no tokens."""
+        return tuple((step.start, step.end) if step.decoded or step.rounds else step.end for step in self.steps())
 
     def to_json(self) -> list[int | list[int]]:
         """The same, as JSON has it."""
@@ -133,7 +169,10 @@ class Lineage:
     @classmethod
     def from_ends(cls, ends: Sequence[int | tuple[int, ...]]) -> Lineage:
         """Reads `ends` back, or the `segments` of a request; what ran batched there is one segment here."""
-        runs = ((entry, False) if isinstance(entry, int) else (entry[1], len(entry) == 2) for entry in ends)
+        runs = (
+            (entry, False) if isinstance(entry, int) else (entry[1], len(entry) == 2 and entry[0] < entry[1])
+            for entry in ends
+        )
         return cls([-end if decoded else end for end, decoded in runs])
 
     @classmethod
@@ -141,19 +180,21 @@ class Lineage:
         """Reads `to_json` back.
 
         Raises:
-            ValueError: it is no list of ascending positions and ranges that join them.
+            ValueError: it is no list of ascending positions, ranges that join them, and roundings, no two in a row.
         """
-        found, position = cls(), 0
+        found, position, rounded = cls(), 0, True
         if not isinstance(content, list):
             raise ValueError(f"a lineage is a list of positions, not {type(content).__name__}")
         ends: list[int] = []
         for entry in content:
             run = isinstance(entry, list)
             start, end = entry if run and len(entry) == 2 else (position, entry)
-            if type(start) is not int or type(end) is not int or start != position or not position < end < 2**31:
+            numbers = type(start) is int and type(end) is int and start == position
+            rounds = numbers and run and end == position and not rounded
+            if not numbers or not (rounds or position < end < 2**31):
                 raise ValueError(f"{entry!r} does not continue a lineage at position {position}")
-            ends.append(-end if run else end)
-            position = end
+            ends.append(-end if run and not rounds else end)
+            position, rounded = end, rounds
         found._ends = np.array(ends, dtype=np.int64)
         found._ends.setflags(write=False)
         return found
@@ -176,5 +217,6 @@ class Lineage:
         return f"Lineage({self})"
 
     def __str__(self) -> str:
-        shown = [f"{step.start}…{step.end}" if step.decoded else str(step.end) for step in self.steps()]
+        words = {True: "rounded", False: ""}
+        shown = [words[step.rounds] or (f"{step.start}…" * step.decoded + str(step.end)) for step in self.steps()]
         return ", ".join(shown)

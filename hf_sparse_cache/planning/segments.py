@@ -8,7 +8,7 @@ that, in its last bits, and names the segments behind it so that they can be run
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ class Segmenting(ABC):
         tail: of how many of the last tokens of this prompt the logits are wanted, so that they are computed, whatever
             is stored.
         junctions: positions of this prompt at which other prompts want to take over (see `planning.batch`).
+        rounds: whether what is kept is rounded, and with it what is computed from there on.
     """
 
     mode: ClassVar[str]
@@ -40,6 +41,7 @@ class Segmenting(ABC):
     rule: CutRule
     tail: int = field(default=1, kw_only=True)
     junctions: tuple[int, ...] = field(default=(), kw_only=True)
+    rounds: bool = field(default=False, kw_only=True)
 
     @property
     def cut_tokens(self) -> float:
@@ -90,6 +92,27 @@ class Segmenting(ABC):
         Returns:
             Ascending positions behind `start`, the last one `length`; no segment has fewer than two tokens.
         """
+
+    def behind(self, made: Lineage, ends: Sequence[int], stops: Collection[int]) -> Lineage:
+        """The lineage of a prefill to the end of the prompt.
+
+        Args:
+            made: that of where it resumes.
+            ends: of its segments, as `segments` gives them.
+            stops: those at which something is kept for others.
+        """
+        if not self.rounds:
+            return made.then(ends)
+        rounded = self.rounded(ends, stops)
+        return made.then([item for end in ends for item in ((end, end) if end in rounded else (end,))])
+
+    @abstractmethod
+    def rounded(self, ends: Sequence[int], stops: Collection[int]) -> set[int]:
+        """Where such a prefill goes on from rounded values, if it rounds; arguments as of `behind`."""
+
+    def kept(self, lineage: Lineage) -> Lineage:
+        """Of what is kept of a state of some lineage: a rounded copy, or the very same."""
+        return lineage.rounded() if self.rounds else lineage
 
     @abstractmethod
     def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
@@ -155,7 +178,11 @@ class Bitwise(Segmenting):
 
     def expected(self, cuts: Positions, length: int) -> Lineage:
         """What this very prompt runs from nothing."""
-        return Lineage(self.segments(0, [], cuts, length))
+        return self.behind(Lineage(), self.segments(0, [], cuts, length).tolist(), ())
+
+    def rounded(self, ends: Sequence[int], stops: Collection[int]) -> set[int]:
+        """Everywhere, the end of the prompt included: whatever is kept, a cold run sees what a warm one does."""
+        return set(ends)
 
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         """From cut to cut."""
@@ -241,6 +268,10 @@ class Replayable(Segmenting):
             ends.append(end)
             start = end
         return np.asarray(ends, dtype=np.int64)
+
+    def rounded(self, ends: Sequence[int], stops: Collection[int]) -> set[int]:
+        """Where something is kept inside of the prompt. At its end the copy is rounded, and not what answers it."""
+        return {*stops} - {*ends[-1:]}
 
     def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
         """Behind the last token that was read, one by one; the one after it was chosen and never read."""

@@ -87,7 +87,7 @@ class Answer:
 
     def add(self, position: int, state: Payload, kv: KVCapture | None = None) -> bool:
         """Stores a checkpoint; arguments and result as of `Request.add`."""
-        lineage = self._lineage.upto(position)
+        lineage = self._read.segmenting.kept(self._lineage.upto(position))
         spans = []
         if kv is not None:
             spans = spans_of(self._read.segmenting, lineage, self._read.spans, self.captured)

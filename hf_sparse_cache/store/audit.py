@@ -146,7 +146,8 @@ def _chain(checkpoint: Checkpoint) -> Iterator[str]:
         end = segment.start
     if checkpoint.kv is not None and end != 0:
         yield f"{name} has no keys and values below {end}"
-    if checkpoint.kv is not None and Lineage.of(segment.span for segment in checkpoint.chain()) != checkpoint.lineage:
+    made = checkpoint.lineage.unrounded
+    if checkpoint.kv is not None and Lineage.of(segment.span for segment in checkpoint.chain()) != made:
         yield f"{name} was made by other segments than its keys and values"
 
 

@@ -182,7 +182,7 @@ class StateRecord:
         if spans and spans[-1].end != position:
             raise DamagedFileError(f"its keys and values end at {spans[-1].end}, not at its position {position}")
         lineage = _lineage(record, spans)
-        if lineage is not None and (lineage.end != position or (spans and lineage != Lineage.of(spans))):
+        if lineage is not None and (lineage.end != position or (spans and lineage.unrounded != Lineage.of(spans))):
             raise DamagedFileError("its segments are not those of its keys and values, or do not lead to its position")
         final = record.get("final", False)
         if not isinstance(final, bool):
@@ -198,10 +198,14 @@ def _spans(kv: list[Any]) -> tuple[list[Span], list[str]]:
         name = item[-1] if isinstance(item, list) and len(item) >= 3 else None
         if not isinstance(name, str) or not is_count(item[0]) or item[0] != end:
             raise DamagedFileError(f"its keys and values are not gapless at {end}")
+        rounded = not end
         for forward in item[1:-1]:
-            if type(forward) is not int or not end < abs(forward) <= MAX_POSITION:
+            rounds = forward == end and not rounded
+            if type(forward) is not int or not (rounds or end < abs(forward) <= MAX_POSITION):
                 raise DamagedFileError(f"its keys and values are not gapless at {end}")
-            end = abs(forward)
+            end, rounded = abs(forward), rounds
+        if end == item[0] or rounded:
+            raise DamagedFileError(f"its keys and values are not gapless at {end}")
         spans.append(Span(item[:-1]))
     return spans, [item[-1] for item in kv]
 

@@ -400,7 +400,7 @@ class SharedTier:
 
 def _begin(text: Text, expected: Lineage, end: int) -> str | None:
     try:
-        return text.lineage(expected.upto(end))
+        return text.lineage(expected.through(end))
     except ValueError:
         return None
 
