@@ -94,18 +94,8 @@ class SparsePrefixCache(Handle):
             raise ValueError(f"tokenizer is {shown(tokenizer)}: give the model's tokenizer, or leave it out")
         name = policy if isinstance(policy, str) else type(policy).__name__
         strings: Any = cut_after if isinstance(cut_after, str) else tuple(cut_after)
-        given = SparseCacheConfig(
-            max_memory,
-            max_checkpoints,
-            exactness,
-            grid,
-            name,
-            namespace,
-            strings,
-            pieces,
-            ambient,
-            storage=storage,
-        )
+        limits = (max_memory, max_checkpoints, exactness, grid)
+        given = SparseCacheConfig(*limits, name, namespace, strings, pieces, ambient, storage=storage)
         if config is not None and given != SparseCacheConfig():
             raise ValueError("config holds all settings: give either config or single keywords, not both.")
         self.config = given if config is None else config
