@@ -132,12 +132,15 @@ class Checkpoint:
 
     def above(self) -> Checkpoint | None:
         """The nearest checkpoint nearer to the start of the prompt."""
-        node = self.node
-        found = [checkpoint for checkpoint in node.checkpoints if checkpoint.position < self.position]
-        while not found and node.parent is not None:
+        node, found = self.node, None
+        for checkpoint in node.checkpoints:
+            if checkpoint.position < self.position:
+                found = checkpoint
+        while found is None and node.parent is not None:
             node = node.parent
-            found = node.checkpoints  # all of them lie above
-        return found[-1] if found else None
+            if node.checkpoints:  # all of them lie above
+                found = node.checkpoints[-1]
+        return found
 
     def below(self, limit: int = 16) -> list[Checkpoint]:
         """The next checkpoints on every path that runs on from here, looking at `limit` nodes at most."""

@@ -256,26 +256,25 @@ class LeastValue(Scored):
             checkpoint = self.items[slot]
             if not current or checkpoint.pins or checkpoint in leaving.gone:
                 continue
-            worth, value = self._worth(checkpoint, leaving)
+            above = leaving.above(checkpoint)
+            worth, value = self._worth(checkpoint, above, leaving)
             if value > 1.001 * known:
                 latest[slot] = value
                 heappush(again, (value, slot))
                 continue
             lost += worth
-            above = leaving.above(checkpoint)
             leaving.add(checkpoint)
             if above is not None:
                 leaving.give(above, _returned(checkpoint, above, leaving.given(checkpoint)))
-                latest[above.slot] = self._worth(above, leaving)[1]
+                latest[above.slot] = self._worth(above, leaving.above(above), leaving)[1]
                 heappush(again, (latest[above.slot], above.slot))
         return leaving, lost
 
-    def _worth(self, checkpoint: Checkpoint, leaving: Leaving) -> tuple[float, float]:
-        """Tokens that a checkpoint saves a request while others leave, and the same for each byte."""
+    def _worth(self, checkpoint: Checkpoint, above: Checkpoint | None, leaving: Leaving) -> tuple[float, float]:
+        """Tokens that a checkpoint saves over the one above while others leave, and the same for each byte."""
         slot = checkpoint.slot
         rate = self.tables.rate(int(self.cells[slot]), self.now - int(self.ticks[slot]))
         rate *= max(checkpoint.share, 1e-6) + leaving.given(checkpoint)
-        above = leaving.above(checkpoint)
         worth = rate * (checkpoint.position - (above.position if above else 0))
         return worth, worth / max(leaving.bytes_of(checkpoint), 1)
 
