@@ -182,6 +182,8 @@ def judged(
     errors += [f"a request took {slowest:.1f} s"] * (slowest > LONGEST_SECONDS)
     errors += [f"{peak} bytes at the most, with a budget of {budget}"] * (peak > SLACK * budget)
     deleted = max((line["deleted"] for line in requests), default=0)
+    own = ("Arithmetic", "ZeroDivision", "Key", "Index", "Type", "Attribute", "Value", "Assertion", "Runtime")
+    errors += [what for what in named if what.startswith("failed") and any(f": {kind}Error" in what for kind in own)]
     errors += ["nothing was resumed from the shared store"] * (not named["resumed from"])
     if done["flipped"] + done["cut"] + done["emptied"] > 50:
         errors += ["no damage is named"] * (not any("put aside" in what for what in named))

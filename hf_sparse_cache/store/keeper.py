@@ -12,8 +12,8 @@ import json
 import random
 import threading
 import uuid
-from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -201,11 +201,10 @@ class Keeper:
     def _victims(self, census: _Census) -> list[Entry]:
         """Units of least worth, until the rest fits; what they alone need counts as theirs."""
         assert self.budget is not None
-        needed: dict[str, int] = {}
-        for entry in census.units.values():
-            for name in self._needs_of(entry).kv:
-                needed[name] = needed.get(name, 0) + 1
-        worth = {name: self._worth(entry, census, needed) for name, entry in census.units.items()}
+        # Asked once: a file that could not be read, or was replaced meanwhile, would say something else.
+        needs = {name: self._needs_of(entry) for name, entry in census.units.items()}
+        needed = Counter(name for each in needs.values() for name in each.kv)
+        worth = {name: _worth(entry, needs[name], census, needed) for name, entry in census.units.items()}
         missing = census.total - EASED * self.budget
         missing -= sum(entry.nbytes for entry in self._loose(census, needed))
         doomed: list[Entry] = []
@@ -219,21 +218,13 @@ class Keeper:
             doomed.append(entry)
             del census.units[name]
             missing -= entry.nbytes
-            for kv in self._needs_of(entry).kv:
+            for kv in needs[name].kv:
                 needed[kv] -= 1
                 missing -= census.kv[kv].nbytes if not needed[kv] and kv in census.kv else 0
         # The deepest first: whoever finds one may rely on those below it.
-        order = [name for entry in doomed for name in reversed(self._needs_of(entry).kv)]
+        order = [name for entry in doomed for name in reversed(needs[entry.name].kv)]
         freed = [census.kv.pop(name) for name in order if not needed[name] and name in census.kv]
         return [*doomed, *freed]
-
-    def _worth(self, entry: Entry, census: _Census, needed: dict[str, int]) -> float:
-        """Tokens that it saves for each byte, times how often it was used lately."""
-        needs = self._needs_of(entry)
-        last, count = census.used.get(file_of(entry.name), (0.0, 0))
-        shared = sum(census.kv[name].nbytes / needed[name] for name in needs.kv if name in census.kv)
-        age = max(census.now - max(entry.modified, last), 0.0) + FRESH_SECONDS
-        return needs.tokens * (1 + count) / (entry.nbytes + shared) / age
 
     def _orphans(self, census: _Census) -> Iterator[Entry]:
         """Keys and values, and notes, that no unit needs, once they are old enough to belong to nobody."""
@@ -288,6 +279,14 @@ class Keeper:
             except (DamagedFileError, ValueError):
                 self._needs[state] = _DAMAGED
         return self._needs[state]
+
+
+def _worth(entry: Entry, needs: _Needs, census: _Census, needed: Mapping[str, int]) -> float:
+    """Tokens that a unit saves for each byte, times how often it was used lately."""
+    last, count = census.used.get(file_of(entry.name), (0.0, 0))
+    shared = sum(census.kv[name].nbytes / needed[name] for name in needs.kv if name in census.kv)
+    age = max(census.now - max(entry.modified, last), 0.0) + FRESH_SECONDS
+    return needs.tokens * (1 + count) / max(entry.nbytes + shared, 1.0) / age  # somebody may have emptied it
 
 
 def _space(name: str) -> str:

@@ -430,6 +430,33 @@ def test_the_budget_holds(joined: Joined, tmp_path: Path, monkeypatch: pytest.Mo
     assert [serve(joined(), prompt(first, 700)) for first in (58, 59)] == [512, 512]
 
 
+@pytest.mark.parametrize("harm", ["emptied", "unreadable now and then", "gone when it is looked at"])
+def test_room_is_made_among_files_that_are_not_whole(
+    joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    monkeypatch.setattr(keeper, "FRESH_SECONDS", 1e-9)
+    monkeypatch.setattr(keeper, "GRACE_SECONDS", 0.0)
+    budget, reads = 60_000, [0]
+
+    def rule(verb: str, name: str) -> None:
+        reads[0] += verb == "read" and "/at/" in name
+        if harm != "emptied" and verb == "read" and "/at/" in name and reads[0] % 2:
+            raise OSError(errno.EIO, name) if "readable" in harm else FileNotFoundError(name)
+
+    stores = [joined(shared_memory=budget, rule=None if harm == "emptied" else rule) for _ in range(2)]
+    for first in range(60):
+        store = stores[first > 30]  # the second has never seen those files whole
+        units = [path for path in files_in(tmp_path / "shared") if "at" in path.parts]
+        if harm == "emptied" and first % 2 and units:
+            units[-1].write_bytes(b"")
+        serve(store, prompt(first, 700), (512,))
+        drained(store)
+        assert total(tmp_path / "shared") <= budget * 1.05
+    assert sum(store.shared.tier.keeper.deleted for store in stores if store.shared) > 5
+    named = [what for store in stores if store.shared for what in store.shared.counts if "failed: writing" in what]
+    assert not [what for what in named if "OSError" not in what], named
+
+
 def test_what_others_use_is_not_deleted_under_them(
     joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
