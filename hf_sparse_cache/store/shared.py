@@ -184,7 +184,7 @@ class SharedTier:
         """The rest of a unit: several threads read its keys and values ahead while what came first is proved."""
         until = time.monotonic() + READ_SECONDS
         coming: dict[str, Future[bytes]] = {}
-        seen = {found.filed.state: _digest(found.data)}
+        seen = found.filed.state, found.data  # the latest file, which is the one to blame
         try:
             for span in spans:
                 name = found.files.kv[span].path.name
@@ -194,6 +194,7 @@ class SharedTier:
             return None
 
         def fetch(file: StoredFile, most: int | None) -> bytes:
+            nonlocal seen
             if file is found.files.state:
                 return files.proved(file.path, found.data, self.seal)
             try:
@@ -204,7 +205,7 @@ class SharedTier:
                 raise
             except Exception as error:
                 raise StorageFailedError(_said(error, "reading keys and values")) from error
-            seen[file.path.name] = _digest(data)
+            seen = file.path.name, data
             return files.proved(file.path, data, self.seal)
 
         try:
@@ -214,7 +215,7 @@ class SharedTier:
             return None
         except DamagedFileError as error:
             culprit = found.filed.state if error.path is None else error.path.name
-            self.refuse(found.filed, culprit, error, seen.get(culprit, ""))
+            self.refuse(found.filed, culprit, error, _digest(seen[1]) if seen[0] == culprit else "")
             others = [found.text.kv(file.path.name) for file in found.files.kv.values() if file.path.name != culprit]
             self.chores(partial(self._check, others))
             return None
