@@ -20,7 +20,7 @@ from ..tools.builtin_sizes import SIZES
 from .benching import bench
 from .evaluating import evaluate
 from .hosting import serve
-from .options import MODELS, POLICIES, Exactness, Grid
+from .options import MODELS, POLICIES, Exactness, Grid, Storage
 from .outputs import PNG_MARK, check_output
 from .screen import Screen, fail
 
@@ -219,6 +219,7 @@ def verify(
     policy: Policy = None,
     exactness: Exactness = "replayable",
     grid: Grid = None,
+    storage: Storage = "exact",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     json: Json = False,
@@ -236,7 +237,7 @@ def verify(
     _quiet()
     text = sources.read_document(document) if document else sources.own_document()[0]
     loaded = sources.NamedModel.load(model, [text], dtype, device)
-    options = {"grid": grid, "exactness": exactness, **({"policy": policy} if policy else {})}
+    options = {"grid": grid, "exactness": exactness, "storage": storage, **({"policy": policy} if policy else {})}
     report, result = verifying.run(loaded, text, screen, tokens=tokens, prompts=prompts, **options)
     screen.emit({"model": model, **result, "machine": describe_machine()})
     raise typer.Exit(0 if report.passed else 1)
@@ -295,6 +296,7 @@ def plan(
     ] = None,
     exactness: Exactness = "bitwise",
     grid: Grid = None,
+    storage: Storage = "exact",
     warmup: Warmup = 0.0,
     requests: Annotated[
         int | None, typer.Option(help="Only the first so many of the trace; default: all.", min=1)
@@ -315,7 +317,7 @@ def plan(
     _quiet()
     if png is not None:
         check_output(png, "--png", PNG_MARK)
-    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid, exactness)
+    sizes = _sizes(model, state_bytes, kv_bytes_per_token, grid, exactness=exactness, storage=storage)
     if trace is None:
         screen.emit({"model": model, **advising.without_trace(sizes, tokens, max_memory, png, screen)})
         return
@@ -362,7 +364,7 @@ def simulate(
     _quiet()
     inquiry = Inquiry(
         name=trace.name,
-        sizes=_sizes(model, state_bytes, kv_bytes_per_token, grid, exactness),
+        sizes=_sizes(model, state_bytes, kv_bytes_per_token, grid, exactness=exactness),
         trace=load_trace(trace),
         policies=policy or ["learned", "dp", "block"],
         max_memory=parse_bytes(max_memory),
@@ -395,17 +397,19 @@ def inspect(
 
 
 def _sizes(
-    model: str | None, state_bytes: int | None, kv_bytes_per_token: int, grid: int | None, exactness: str
+    model: str | None, state_bytes: int | None, kv_bytes_per_token: int, grid: int | None, **settings: str
 ) -> Any:
-    """Those of the model, where one is named."""
+    """Those of the model, where one is named; `settings` are of a handle."""
     from .estimates import Sizes
 
     if model is None:
-        given = Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, exactness=exactness)
+        if settings.get("storage", "exact") != "exact":
+            raise typer.BadParameter("--storage needs --model, on which it is measured what it keeps of a state.")
+        given = Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, exactness=settings["exactness"])
         return replace(given, assumed=state_bytes is None, grid_assumed=grid is None)
     from ..tools import builtin
 
-    return Sizes.of(builtin.load(model, [""])[0], grid, exactness)
+    return Sizes.of(builtin.load(model, [""])[0], grid, **settings)
 
 
 def _quiet() -> None:

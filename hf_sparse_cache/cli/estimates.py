@@ -30,6 +30,8 @@ class Sizes:
         grid_assumed: whether nobody named the grid, nor a model that has one.
         exactness: the mode that figures are for.
         cut_tokens, pieces: of the model, see `simulate`.
+        storage: how states are kept.
+        share: bytes of a checkpoint and of a token's keys and values, relative to how they are.
     """
 
     state_bytes: int
@@ -41,14 +43,23 @@ class Sizes:
     cut_tokens: float = 0.0
     pieces: int | None = None
     grid_assumed: bool = False
+    storage: str = "exact"
+    share: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
-    def of(cls, model: Any, grid: int | None, exactness: str = "bitwise") -> "Sizes":
+    def of(cls, model: Any, grid: int | None, exactness: str = "bitwise", storage: str = "exact") -> "Sizes":
         """Measured on the model."""
-        with SparsePrefixCache(model, grid=grid, max_memory=None, policy="none", exactness=exactness) as cache:
-            found = cache.simulation()
+        found: dict[str, Any] = {}
+        for kept in dict.fromkeys((storage, "exact")):
+            options = {"grid": grid, "exactness": exactness, "storage": kept}
+            with SparsePrefixCache(model, max_memory=None, policy="none", **options) as cache:
+                size, found = cache.size, found or cache.simulation()
+        share = (
+            found["state_bytes"] / max(size.state_bytes, 1),
+            found["kv_bytes_per_token"] / max(size.kv_bytes_per_token, 1),
+        )
         names = ("state_bytes", "kv_bytes_per_token", "grid", "prefill_cost", "cut_tokens", "pieces")
-        return cls(**{name: found[name] for name in names}, exactness=exactness)
+        return cls(**{name: found[name] for name in names}, exactness=exactness, storage=storage, share=share)
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -123,10 +134,13 @@ def sizes_line(sizes: Sizes) -> str:
     cuts, other = (
         ("cuts", "; a handle's default is --exactness replayable") if bitwise else ("places for checkpoints", "")
     )
+    states, kv = sizes.share
+    kept = f" Kept as {sizes.storage}: {states:.2f} of the bytes of states, {kv:.2f} of those of keys and values."
+    kept = kept if sizes.storage != "exact" else ""
     return (
         f"A checkpoint: {format_bytes(sizes.state_bytes)} of states, {format_bytes(sizes.kv_bytes_per_token)} "
         f"of keys and values for each token below it{assumed}; {sizes.exactness} mode, {cuts} every {sizes.grid} "
-        f"tokens{grid}{other}."
+        f"tokens{grid}{other}.{kept}"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ..checks import MOST_ID
-from ..config import EXACTNESS, POLICY_NAMES, SparseCacheConfig
+from ..config import EXACTNESS, POLICY_NAMES, STORAGES, SparseCacheConfig
 from ..tools import recall
 from ..tools.builtin_sizes import SIZES
 
@@ -24,6 +24,14 @@ def _mode(value: str) -> str:
 
 Exactness = Annotated[
     str, typer.Option(help=f"Mode of exactness: {' or '.join(EXACTNESS)}.", callback=_mode, show_default=True)
+]
+Storage = Annotated[
+    str,
+    typer.Option(
+        help=f"How states are kept: {', '.join(STORAGES[:-1])} or {STORAGES[-1]}.",
+        callback=lambda value: SparseCacheConfig(storage=value).storage,
+        show_default=True,
+    ),
 ]
 Grid = Annotated[
     int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)

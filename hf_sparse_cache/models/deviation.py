@@ -1,7 +1,7 @@
 """How far states in 8 bits lie from stock, family by family, and which of them may therefore be kept so.
 
 Measured on the tiny models of the tests in float32, whose logits reach to 4 or 5: 200 prompts of 160 tokens, rounded
-once at 128, largest difference of a logit of the last 9 tokens (`python -m benchmarks.bench_storage deviation`). In 16
+once at 128, largest difference of a logit of the last 9 tokens (`python -m benchmarks.bench_storage`). In 16
 bits all families stay below 4e-3 but those in which a rounding sends a token to another expert: 1 to 4 prompts of 200
 in Qwen3-Next, KimiLinear, GLM5Next and Inkling2-Loop, by up to 2.5. A part is kept in 8 bits where all such parts
 together move no logit by more than `MOST`, on any prompt; a family without such a part refuses 8 bits.
