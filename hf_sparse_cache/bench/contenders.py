@@ -252,7 +252,7 @@ class Limit(Contender):
             self._server.resumed_tokens = stored.position
             self._server.segments = segmenting.segments(stored.position, [], cuts, len(asked.ids)).tolist()
             spans: list[Any] = [segment.payload for segment in stored.chain()]
-            states.restore(live, state, spans)
+            states.restore(live, state, spans, server.binding.rounding)
             settle(live.layers)
 
     def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
@@ -286,6 +286,10 @@ class _Ready(Server):
     def steps(self) -> Sequence[int]:
         """As a request has it."""
         return self.segments
+
+    def rounds_at(self, position: int) -> bool:
+        """Nowhere: nothing is kept of it."""
+        return False
 
     def serve_row(self, live: LiveCache, row: Row) -> ServedRow:
         request: Any = self

@@ -51,7 +51,7 @@ class Sizes:
         """Measured on the model."""
         found: dict[str, Any] = {}
         for kept in dict.fromkeys((storage, "exact")):
-            options = {"grid": grid, "exactness": exactness, "storage": kept}
+            options: dict[str, Any] = {"grid": grid, "exactness": exactness, "storage": kept}
             with SparsePrefixCache(model, max_memory=None, policy="none", **options) as cache:
                 size, found = cache.size, found or cache.simulation()
         share = (
