@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import socket
 import statistics
 import subprocess
@@ -305,7 +306,9 @@ def main():
     wanted = options.only or PARTS
     sessions = sessions_of(options.folder, options.requests, options.sessions)
     texts = [message["content"] for session in sessions for messages in session[-1:] for message in messages]
-    found = {"machine": describe_machine(), "command": " ".join(sys.argv[1:]), "model": options.model}
+    about = {"machine": describe_machine(), "model": options.model}
+    about["command"] = shlex.join(["python", "-m", "benchmarks.bench_serving", *sys.argv[1:]])
+    found = {}
     with tempfile.TemporaryDirectory() as name:
         model, tokenizer = builtin.load(options.model, texts)
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -331,6 +334,7 @@ def main():
                 for server in servers.values():
                     server.end()
             print(table(("", part), [(key, str(value)) for key, value in found[part].items()]), flush=True)
+            found[part] = {**about, **found[part]}
     if options.json is not None:
         known = json.loads(options.json.read_text()) if options.json.exists() else {}
         options.json.write_text(json.dumps({**known, **found}, indent=1) + "\n", encoding="utf-8")

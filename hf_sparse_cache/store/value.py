@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -28,7 +29,7 @@ NEARLY_TIED = 0.7  # values this close are noise, and then the newcomer is the b
 MIN_EDGE_TOKENS = 16  # shorter edges, such as the last tokens of a template, say nothing about what comes back
 
 
-class Scored(Eviction):
+class Scored(Eviction, ABC):
     """Keeps a few numbers for each checkpoint in arrays, so that all can be ranked in one step.
 
     Attributes:
@@ -48,9 +49,9 @@ class Scored(Eviction):
         self.now = 0
         self._free: list[int] = []
 
+    @abstractmethod
     def values(self) -> Floats:
         """What a byte of each slot earns; the verb to override."""
-        raise NotImplementedError
 
     def touched(self, slot: int, resumed: bool) -> bool:
         """Whether a pass over this checkpoint counts as a use of it."""
