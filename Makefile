@@ -20,7 +20,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-shared lint format support api bench bench-table clean test-matrix test-floor test-eval test-space dist interleavings fuzz mutants
+.PHONY: help demo test test-all test-shared test-ray lint format support api bench bench-table clean test-matrix test-floor test-eval test-space dist interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test-all: test test-eval test-space fuzz interleavings test-shared  ## make test
 test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and 8 processes on one folder that is damaged under them
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-s3/bin/python -m pytest tests/store/test_shared_s3.py $(PYTEST_ARGS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos_shared.py $(CHAOS_ARGS)
+
+test-ray: .venv-ray/ready  ## Replicas on Ray Serve, on this machine: a killed one, scaling, and what is cached beside round robin
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -W ignore -s tests/serving/test_ray_serve.py $(PYTEST_ARGS)
 
 fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
@@ -107,7 +110,7 @@ bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/
 	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-space .venv-dist build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-ray .venv-space .venv-dist build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first, by itself: then no other package decides which build of it is taken.
@@ -168,4 +171,13 @@ clean:  ## Remove the virtual environment and everything that was built
 	    rest = str(there).replace(".venv-eval", ".venv"); \
 	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
 	.venv-eval/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt 'lm-eval>=0.4.13'
+	@touch $@
+
+# Ray and what only it needs (250 MB); all the rest is that of .venv, seen through a .pth file.
+.venv-ray/ready: .venv/dev
+	$(PYTHON) -m venv --clear .venv-ray
+	.venv-ray/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
+	    rest = str(there).replace(".venv-ray", ".venv"); \
+	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	.venv-ray/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt 'ray[serve]>=2.60'
 	@touch $@

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..stats import format_bytes, parse_bytes
+from ..stats import format_bytes
+from . import replicating
 from .options import POLICIES
 from .screen import Screen
 
@@ -77,6 +78,7 @@ Quantization = Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit; de
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's.")]
 ChatTemplate = Annotated[Path | None, typer.Option(help="A file with the template; default: the model's own.")]
 ChatTemplateKwargs = Annotated[str, typer.Option(help='JSON for it, such as {"enable_thinking": false}.')]
+Replicas = Annotated[int, typer.Option(help="Servers behind a router that knows their prefixes, on Ray.", min=1)]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
 
@@ -109,36 +111,29 @@ def serve(
     trust_remote_code: TrustRemoteCode = False,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateKwargs = "{}",
+    replicas: Replicas = 1,
     log_level: LogLevel = "info",
 ) -> None:
     """Serve a model over the OpenAI API, with prefixes that are exact: chat, completions, responses.
 
     Example: `hf-sparse-cache serve jamba-3m --port 8000`
     """
+    asked = dict(locals())
     _need_packages()
-    from ..config import SparseCacheConfig
-    from ..serving.model import Loading
+    from ..serving.options import Options
     from ..serving.run import Address, Server
-    from ..serving.service import Service
-    from ..serving.settings import LOOPBACK, Settings
-    from ..store.store import CheckpointStore
+    from ..serving.settings import LOOPBACK
     from .sources import own_document
 
     tenants, shares = _pairs("--api-key", api_key), dict(_pairs("--tenant-memory", tenant_memory))
     _check(tenants, shares, log_level)
-    body_bytes = parse_bytes(max_body, "--max-body") or 0
-    settings = Settings({key: name for name, key in tenants}, admin_key, most_waiting, timeout or None, body_bytes)
-    piece = pieces if exactness == "replayable" else None
-    config = SparseCacheConfig(
-        max_memory, exactness=exactness, policy=policy, grid=grid, cut_after=tuple(cut_after or ()), pieces=piece
-    )
-    lower: dict[str, Any] = {"host_memory": host_memory, "disk_memory": disk_memory, "disk_dir": disk_dir}
-    lower |= {"shared": shared, "shared_memory": shared_memory}
-    store = CheckpointStore(max_memory, namespace_memory=shares, **lower)
-    loading = Loading(
-        model, device, dtype, attn_implementation, quantization, trust_remote_code, chat_template, own_document()[0]
-    )
-    service = Service(loading.manager(), store, config, settings, _template_kwargs(chat_template_kwargs))
+    lists = {"api_keys": api_key, "tenant_memory": tenant_memory, "cut_after": cut_after}
+    asked |= {name: tuple(given or ()) for name, given in lists.items()}
+    asked |= {"chat_template_kwargs": _template_kwargs(chat_template_kwargs), "learn_from": own_document()[0]}
+    if replicas > 1:
+        replicating.run(asked)
+        return
+    service = Options(**{name: asked[name] for name in Options.model_fields}).service()
     _greet(service, f"{model} on {service.model.device}, {exactness} mode", f"http://{host}:{port}")
     if host not in LOOPBACK and not tenants:
         Screen().say("Anybody who reaches this address may ask: there is no --api-key.", style="bold")

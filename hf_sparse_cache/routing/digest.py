@@ -37,8 +37,9 @@ class Digest:
     """
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        # Sorted: equal trees give equal bytes.
-        self._rows: NDArray[np.void] = np.asarray(sorted(set(entries)), dtype=_ROW)
+        rows = np.asarray(list(entries), dtype=_ROW)
+        _, first = np.unique(rows["name"], return_index=True)  # sorted: equal trees give equal bytes
+        self._rows: NDArray[np.void] = rows[first]
 
     def __len__(self) -> int:
         return len(self._rows)

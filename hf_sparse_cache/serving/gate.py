@@ -132,6 +132,23 @@ async def body_of(request: Request, settings: Settings) -> Any:
         raise ApiError(
             415, f"content-encoding is {_shown(coding)}; send the body as it is", code="unsupported_media_type"
         )
+    data = await bytes_of(request, settings)
+    try:
+        found = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
+        _check_depth(found)
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ApiError(400, f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+    return found
+
+
+async def bytes_of(request: Request, settings: Settings) -> bytes:
+    """The body of a request, read no further than the limit.
+
+    Raises:
+        ApiError: It is too long, or did not arrive in time.
+    """
     parts, size = [], 0
     try:
         async with asyncio.timeout(settings.timeout):
@@ -147,14 +164,7 @@ async def body_of(request: Request, settings: Settings) -> Any:
         raise ApiError(408, "the body did not arrive in time", code="timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "the body ends early") from None
-    try:
-        found = json.loads(b"".join(parts).decode("utf-8-sig"), parse_constant=_no_constant)
-        _check_depth(found)
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ApiError(400, f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
-    return found
+    return b"".join(parts)
 
 
 def _no_constant(name: str) -> Any:

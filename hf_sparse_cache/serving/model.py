@@ -63,6 +63,20 @@ class Loading:
             getattr(processor, "tokenizer", processor).chat_template = template
         return manager
 
+    def processor(self) -> Any:
+        """The processor or tokenizer alone, as the manager has it.
+
+        Raises:
+            ValueError, OSError: as of `manager`.
+        """
+        if self.name in builtin.names():  # small enough to be loaded for its tokenizer
+            return loaded(self.manager())[1]
+        manager = ModelManager(device="cpu", trust_remote_code=self.trust_remote_code)
+        processor = manager._load_processor(manager.process_model_name(self.name))
+        if self.chat_template is not None:
+            getattr(processor, "tokenizer", processor).chat_template = _text_of(self.chat_template)
+        return processor
+
 
 def loaded(manager: ModelManager) -> tuple[Any, Any]:
     """The model and its processor or tokenizer."""

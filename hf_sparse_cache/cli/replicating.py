@@ -1,0 +1,53 @@
+"""`serve --replicas N`: a fleet on this machine, on Ray Serve. It is made in `hf_sparse_cache.serving.ray_app`."""
+
+import importlib.util
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from .screen import Screen
+
+
+def run(asked: Mapping[str, Any]) -> None:
+    """Serve until told to stop.
+
+    Args:
+        asked: the options of the command.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("--replicas needs ray: pip install 'hf_sparse_cache[ray]'")
+    if asked["disk_memory"] is not None:
+        raise ValueError("--disk-memory is for one process, and --replicas are several; give them a --shared folder")
+    import ray
+    from ray import serve
+
+    from ..serving.ray_app import Fleet, build
+
+    fleet = Fleet(
+        # As many as the machine has, in equal parts: a replica that asks for more than there is would never start.
+        cpus=min(1.0, (os.cpu_count() or 1) / (asked["replicas"] + 1)),
+        **{name: value for name, value in asked.items() if name in Fleet.model_fields},
+    )
+    screen, url = Screen(), f"http://{asked['host']}:{asked['port']}"
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    ray.init(include_dashboard=False, log_to_driver=asked["log_level"] == "debug", logging_level=asked["log_level"])
+    try:
+        serve.start(
+            http_options={"host": asked["host"], "port": asked["port"], "request_timeout_s": fleet.timeout or None}
+        )
+        serve.run(build(fleet))
+        screen.say(
+            f"{fleet.replicas} replicas of {fleet.model}, {fleet.exactness} mode, prefixes of {fleet.max_memory} each"
+        )
+        screen.say(f"{url}/v1 for clients, {url}/metrics for Prometheus")
+        ended.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()

@@ -1,0 +1,220 @@
+"""Replicas behind a prefix router, on Ray Serve: `serve run hf_sparse_cache.serving.ray_app:build model=...`
+
+A **front** reads each request and the tokens of its prompt, and hands it to the replica that the router chooses; a
+**replica** is the server of `hf-sparse-cache serve` with a model and a store of its own. Where a replica dies, what it
+was asked is asked of another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+from pydantic import Field
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message
+from transformers.utils import logging
+
+from ..routing.digest import Publisher
+from ..routing.names import Keys, Names
+from ..routing.router import Rules
+from . import gate
+from .app import build as application
+from .errors import ApiError
+from .options import Options
+from .prompts import Prompts
+from .ray_router import PrefixRequestRouter
+from .relay import Answered, Call, Relayed, Way, joined, messages
+from .settings import Settings
+
+
+logger = logging.get_logger(__name__)
+# Entries of a digest: Ray's controller carries it, and looks at it many times a second.
+_MOST_ENTRIES = 4096
+_BY_PROMPT = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/cache/prefill", "/cache/explain",
+)  # fmt: skip
+_TO_ALL = ("/cache/mark", "/cache/clear", "/metrics")
+_SESSION = "x-session-id"
+
+
+class Fleet(Options):
+    """A server of several replicas: `Options` of each, and how they stand together.
+
+    Attributes:
+        replicas: how many; the least of them with `most_replicas`.
+        most_replicas: where Ray may start more as requests wait; None for no more.
+        cpus, gpus: that each replica asks of Ray.
+        fronts: processes that read requests and prompts.
+        router: "prefix"; "round_robin" is for comparing.
+        most_ahead, least_tokens: see `Rules`.
+        publish_seconds: how often each replica says what it stores.
+        drain: seconds that running requests have to end in where a replica is stopped.
+    """
+
+    replicas: int = Field(default=2, ge=1)
+    most_replicas: int | None = Field(default=None, ge=1)
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+    fronts: int = Field(default=1, ge=1)
+    router: Literal["prefix", "round_robin"] = "prefix"
+    most_ahead: int = Field(default=Rules.most_ahead, ge=0)
+    least_tokens: int = Field(default=Rules.least_tokens, ge=1)
+    publish_seconds: float = Field(default=2.0, gt=0)
+    drain: float = Field(default=30.0, ge=0)
+
+    def of_each(self) -> Options:
+        """What concerns one replica: as long as it stays the same, Ray scales without starting any anew."""
+        return Options(**{name: getattr(self, name) for name in Options.model_fields})
+
+
+def build(args: Fleet) -> Application:
+    """The application of a fleet, for `serve run`, a config file of Ray Serve, or `serve.run`.
+
+    Args:
+        args: a `Fleet`, or its fields by name.
+    """
+    router = RequestRouterConfig(
+        request_router_class=PrefixRequestRouter,
+        request_router_kwargs={
+            "rules": {"most_ahead": args.most_ahead, "least_tokens": args.least_tokens},
+            "router": args.router,
+        },
+        request_routing_stats_period_s=args.publish_seconds,
+    )
+    scaling: dict[str, Any] = {"num_replicas": args.replicas}
+    if args.most_replicas is not None:
+        limits = {"min_replicas": args.replicas, "max_replicas": max(args.replicas, args.most_replicas)}
+        scaling = {"autoscaling_config": limits}
+    replica = serve.deployment(
+        Replica,
+        # Above what its own line takes, which says when to come back.
+        max_ongoing_requests=args.most_waiting + 16,
+        request_router_config=router,
+        graceful_shutdown_timeout_s=args.drain + 10,
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+        **scaling,
+    )
+    front = serve.deployment(
+        Front,
+        num_replicas=args.fronts,
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=args.drain + 20,
+    )
+    options = args.of_each()
+    return front.bind(options, replica.bind(options))
+
+
+def _keys(options: Options) -> Keys:
+    """The same for all processes of an application, however often it is deployed. They stay within the cluster."""
+    said = json.dumps([options.model, options.api_keys, options.admin_key])
+    return Keys(hashlib.blake2b(said.encode()).digest())
+
+
+class Replica:
+    """One model with its store, and the application of `hf-sparse-cache serve` over both.
+
+    Args:
+        options: say which.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._service = options.service()
+        self._app = application(self._service)
+        self._publisher = Publisher(self._service.store, _keys(options), _MOST_ENTRIES)
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def answer(self, call: Call, way: Way) -> AsyncIterator[Message]:
+        """A request, answered in the messages of ASGI."""
+        async for message in messages(self._app, call, self._running):
+            yield message
+
+    async def whole(self, call: Call) -> list[Message]:
+        """The same at once."""
+        return [message async for message in messages(self._app, call, self._running)]
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What Ray brings to the routers: which prefixes are stored here, by names that tell no token."""
+        return {"prefixes": self._publisher.digest().to_bytes()}
+
+    async def __del__(self) -> None:
+        """Ray is done with it: what only memory holds goes to the shared store, where there is one."""
+        await asyncio.to_thread(self._service.close)
+
+
+class Front:
+    """Takes requests in, reads their prompts, and hands them to replicas.
+
+    Args:
+        options: whose clients they are.
+        replicas: who answers.
+    """
+
+    def __init__(self, options: Options, replicas: DeploymentHandle[Any]) -> None:
+        self._settings: Settings = options.settings()
+        self._keys = _keys(options)
+        self._prompts = Prompts(options.loading().processor(), dict(options.chat_template_kwargs))
+        self._replicas = replicas
+        self._answers = replicas.answer.options(stream=True)
+
+    async def __call__(self, request: Request) -> Response:
+        """One request."""
+        try:
+            body = await gate.bytes_of(request, self._settings)
+        except ApiError as error:
+            return error.response()
+        client = request.client
+        call = Call(
+            request.method,
+            request.scope["path"],
+            request.scope["query_string"],
+            tuple(request.scope["headers"]),
+            body,
+            None if client is None else (client.host, client.port),
+        )
+        if call.path in _TO_ALL:
+            return await self._all(call)
+        way = Way()
+        if call.method == "POST" and call.path in _BY_PROMPT:
+            way = await asyncio.to_thread(self._way, request, call)
+        return Relayed(lambda: self._asked(call, way), RayActorError, call.path)
+
+    def _way(self, request: Request, call: Call) -> Way:
+        """Where a request wants to go. What is wrong with it is for the replica to say."""
+        try:
+            tenant = "" if call.path.startswith("/cache/") else gate.tenant_of(request, self._settings)
+            namespace, ids, session = self._prompts.read(call.path, call.body, tenant)
+        except Exception as error:
+            logger.info(f"The prompt of a request is not known to the router: {type(error).__name__}")
+            return Way()
+        session = request.headers.get(_SESSION, session)
+        named = self._keys.session(namespace, session) if session else None
+        return Way(Names(self._keys, namespace, ids), named)
+
+    async def _asked(self, call: Call, way: Way) -> AsyncIterator[Message]:
+        """The messages of one replica.
+
+        Raises:
+            RayActorError: It died, or cannot be reached.
+        """
+        answers = self._answers.remote(call, way)
+        try:
+            async for message in answers:
+                yield message
+        finally:
+            answers.cancel()
+
+    async def _all(self, call: Call) -> Response:
+        """Every replica is asked, and what they say put together."""
+        found = await asyncio.to_thread(self._replicas.broadcast("whole", call).results)
+        return joined(call.path, [Answered.of(said) for said in found])
