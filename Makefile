@@ -31,7 +31,7 @@ demo: .venv/core  ## Questions about long manuals to small trained models, with 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-all: test test-eval test-space fuzz interleavings test-shared  ## make test, and every suite that takes longer or needs more and has a target of its own
+test-all: test test-eval test-space fuzz interleavings test-shared test-ray  ## make test, and every suite that takes longer or needs more and has a target of its own
 
 test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and 8 processes on one folder that is damaged under them
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-s3/bin/python -m pytest tests/store/test_shared_s3.py $(PYTEST_ARGS)
