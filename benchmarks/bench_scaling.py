@@ -44,7 +44,7 @@ FLEET = Fleet(
     lookup_seconds=0.02,
     answer_seconds=0.5,
     publish_seconds=60.0,
-    block=16,
+    block=1,
     rules=Rules(least_tokens=2),
 )
 
