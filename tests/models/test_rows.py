@@ -200,8 +200,8 @@ def test_a_wrong_handover_shows(family: str, monkeypatch: pytest.MonkeyPatch) ->
     """The twin that must fail: what is taken over is wiped."""
     model, own = build(family), states.restore
 
-    def wiped(cache: Any, state: Any, spans: Any) -> None:
-        own(cache, state, spans)
+    def wiped(cache: Any, *stored: Any) -> None:
+        own(cache, *stored)
         for layer in cache.layers:
             for held in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
                 for value in held.values() if isinstance(held, dict) else held:
