@@ -162,8 +162,8 @@ def test_a_lost_state_is_noticed(model: Path, folder: Path, monkeypatch: pytest.
     plain = evaluated(HFLM(str(model), **options), ["tiny_choice"], folder)
     ours, own = SparseLM(str(model), **options), states.restore
 
-    def wiped(cache: Any, state: Any, spans: Any) -> None:
-        own(cache, state, spans)
+    def wiped(cache: Any, *stored: Any) -> None:
+        own(cache, *stored)
         for layer in cache.layers:
             for tensor in getattr(layer, "recurrent_states", {}).values():
                 tensor.zero_()
