@@ -4,7 +4,8 @@
     python -m benchmarks.bench_scaling simulated [--prompts 1000000] [--replicas 64]
 
 `simulated` serves agents on paper: sessions behind the system prompts of some applications, turn after turn. One token
-of the simulation stands for 512, so that a million prompts take minutes for each way of routing; sizes and speeds are
+of the simulation stands for 512: a prompt takes about a millisecond for each way of routing, a million of them the
+better part of an hour for each; sizes and speeds are
 those of 512 tokens. `routing` asks the router alone, with the digests of 100 replicas that hold 10,000 prefixes each,
 beside a tokenizer that reads the same prompt. CPU time of one thread; results go to benchmarks/results/scaling.
 """

@@ -30,7 +30,7 @@ from torch import Tensor
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.config import EXACTNESS
 from hf_sparse_cache.exactness import Replay
-from hf_sparse_cache.models import states
+from hf_sparse_cache.models import rounding, states
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.stats import RequestInfo
 
@@ -351,7 +351,7 @@ class World:
             return output
 
         forward.__signature__ = _signature(own)  # type: ignore[attr-defined]
-        target: Any = {"capture": (states, "_own"), "restore": (states, "restore")}.get(
+        target: Any = {"capture": (rounding, "own"), "restore": (states, "restore")}.get(
             kind, (type(self.model), "forward")
         )
         with mock.patch.object(*target, forward if target[1] == "forward" else allocate):

@@ -60,7 +60,7 @@ class Rounding:
         Args:
             layer: tensors of a batch of one row, by name; and whole numbers, which are kept as they are.
         """
-        return {name: _own(value) if torch.is_tensor(value) else value for name, value in layer.items()}
+        return {name: own(value) if torch.is_tensor(value) else value for name, value in layer.items()}
 
     def read(self, layer: Tensors) -> Tensors:
         """The tensors of one layer from what `kept` gave; not to be changed."""
@@ -123,7 +123,7 @@ class Rounded(Rounding):
         for name, value in layer.items():
             width = _EIGHT if part_of(name) in self.eight else _SIXTEEN
             if not torch.is_tensor(value) or not _rounds(value, width):
-                found[name] = _own(value) if torch.is_tensor(value) else value
+                found[name] = own(value) if torch.is_tensor(value) else value
                 continue
             numbers, codes, fit = _encoded(name, value.detach(), width)
             found[f"{name}:{_word(value.dtype)}"], found[f"{name}:{_SCALE}"] = numbers, codes
@@ -233,7 +233,7 @@ def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def own(tensor: torch.Tensor) -> torch.Tensor:
     """A dense copy that shares nothing, so that its bytes are exactly what it holds."""
     plain = tensor.detach() if tensor.requires_grad else tensor
     return plain.clone(memory_format=torch.contiguous_format)

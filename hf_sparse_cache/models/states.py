@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from ..errors import UnsupportedModelError
 from .inputs import input_device
 from .lazy_kv import waiting
-from .rounding import EXACT, Rounding, plain_name
+from .rounding import EXACT, Rounding, own, plain_name
 from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
 from .tensors import Tensors
 
@@ -36,12 +36,6 @@ class Part:
     restore: Callable[[Any, Tensors, Sequence[Tensors]], Any]
     stack: Callable[[Any, Sequence[Any], int], None]
     tensors: tuple[str, ...]
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense copy that shares nothing, so that its bytes are exactly what it holds."""
-    plain = tensor.detach() if tensor.requires_grad else tensor
-    return plain.clone(memory_format=torch.contiguous_format)
 
 
 def _left_padded(tensors: Sequence[torch.Tensor], dim: int, length: int, batch_dim: int = 0) -> torch.Tensor:
@@ -72,7 +66,7 @@ def _recurrent_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> 
     for name, value in fixed.items():
         kind, _, index = name.partition(".")
         if kind in ("conv", "recurrent"):
-            _set_state(layer, kind, int(index), _own(value))
+            _set_state(layer, kind, int(index), own(value))
     return layer
 
 
@@ -137,7 +131,7 @@ def _window_fixed(layer: Any) -> Tensors:
 
 def _window_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
     if "keys" in fixed:
-        _set_keys_values(layer, _own(fixed["keys"]), _own(fixed["values"]))
+        _set_keys_values(layer, own(fixed["keys"]), own(fixed["values"]))
         layer.cumulative_length = fixed["seen"]
     return layer
 
@@ -268,21 +262,21 @@ def round_off(cache: Cache, rounding: Rounding, start: int, end: int) -> LayerTe
     kept = []
     for layer, span in zip(_fixed(cache), _span(cache, start, end), strict=True):
         kept.append(rounding.kept(layer))
-        for own, rounded in ((layer, kept[-1]), (span, rounding.kept(span) if start < end else {})):
+        for held, rounded in ((layer, kept[-1]), (span, rounding.kept(span) if start < end else {})):
             for name, value in rounding.read(rounded).items():
                 if torch.is_tensor(value) and value.is_floating_point():
-                    own[name].copy_(value)
+                    held[name].copy_(value)
     return LayerTensors(tuple(kept))
 
 
 def with_logits(state: LayerTensors, logits: torch.Tensor) -> LayerTensors:
     """A state at the end of a prompt, with what the last token gave: `(1, 1, vocabulary)`, kept behind the layers."""
-    return LayerTensors((*state.layers, {LOGITS: _own(logits[:, -1:])}))
+    return LayerTensors((*state.layers, {LOGITS: own(logits[:, -1:])}))
 
 
 def logits_of(state: LayerTensors) -> torch.Tensor:
     """The logits `(1, 1, vocabulary)` that `with_logits` put there, to be changed at will."""
-    return _own(state.layers[-1][LOGITS])
+    return own(state.layers[-1][LOGITS])
 
 
 def capture_kv(cache: Cache, start: int, end: int, rounding: Rounding = EXACT) -> LayerTensors:

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mamba2 import modeling_mamba2
 
 from hf_sparse_cache import SparsePrefixCache, UnsupportedModelError
-from hf_sparse_cache.models import mamba1, states
+from hf_sparse_cache.models import mamba1, rounding, states
 from hf_sparse_cache.models.families import CACHE_NAMES
 from hf_sparse_cache.models.weights import identity
 
@@ -121,7 +121,8 @@ def counter_beside_the_state(patch: Patch) -> None:
 
 
 def captured_in_place(patch: Patch) -> None:
-    patch.setattr(states, "_own", lambda tensor: tensor.detach())
+    for room in (rounding, states):
+        patch.setattr(room, "own", lambda tensor: tensor.detach())
 
 
 def default_changed(patch: Patch) -> None:

@@ -142,7 +142,7 @@ def test_interrupted_capture_leaves_the_store_whole(monkeypatch: pytest.MonkeyPa
     with bench.handle() as cache:
         with monkeypatch.context() as patch:
 
-            def interrupted(*_: Any) -> None:
+            def interrupted(*_: Any, **__: Any) -> None:
                 raise KeyboardInterrupt
 
             patch.setattr(prefill.states, "capture_kv", interrupted)

