@@ -2,7 +2,6 @@
 
 import importlib.util
 import json as jsonlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,12 +119,13 @@ def serve(
     """
     asked = dict(locals())
     _need_packages()
-    from ..serving.options import Options
+    from ..serving.options import Options, pairs
     from ..serving.run import Address, Server
     from ..serving.settings import LOOPBACK
     from .sources import own_document
 
-    tenants, shares = _pairs("--api-key", api_key), dict(_pairs("--tenant-memory", tenant_memory))
+    tenants = pairs("--api-key", api_key or (), several=True)
+    shares = dict(pairs("--tenant-memory", tenant_memory or ()))
     _check(tenants, shares, log_level)
     lists = {"api_keys": api_key, "tenant_memory": tenant_memory, "cut_after": cut_after}
     asked |= {name: tuple(given or ()) for name, given in lists.items()}
@@ -158,19 +158,6 @@ def _check(tenants: list[tuple[str, str]], shares: dict[str, str], log_level: st
         raise ValueError(f"--tenant-memory names {unknown[0]!r}, which no --api-key names; give its key, too")
     if log_level not in _LOG_LEVELS:
         raise ValueError(f"--log-level is {log_level!r}; give {', '.join(_LOG_LEVELS)}")
-
-
-def _pairs(option: str, given: Sequence[str] | None) -> list[tuple[str, str]]:
-    pairs = []
-    for text in given or ():
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"{option} is {'given' if not equals else 'empty'} without a name: write NAME=VALUE")
-        pairs.append((name, value))
-    doubled = [name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]) and option != "--api-key"]
-    if doubled:
-        raise ValueError(f"{option} names {doubled[0]!r} twice; give it once")
-    return pairs
 
 
 def _template_kwargs(text: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -80,7 +81,7 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _shares_are_tenants(self) -> Self:
-        names = {name for name, _ in pairs("api_keys", self.api_keys)}
+        names = {name for name, _ in pairs("api_keys", self.api_keys, several=True)}
         unknown = [name for name, _ in pairs("tenant_memory", self.tenant_memory) if name not in names]
         if unknown:
             raise ValueError(f"tenant_memory names {unknown[0]!r}, which no API key names; give its key, too")
@@ -88,7 +89,7 @@ class Options(BaseModel):
 
     def settings(self) -> Settings:
         """How clients are treated."""
-        tenants = {key: name for name, key in pairs("api_keys", self.api_keys)}
+        tenants = {key: name for name, key in pairs("api_keys", self.api_keys, several=True)}
         size = parse_bytes(self.max_body, "max_body") or 0
         return Settings(tenants, self.admin_key, self.most_waiting, self.timeout or None, size)
 
@@ -132,18 +133,23 @@ class Options(BaseModel):
         return Service(self.loading().manager(), store, config, settings, dict(self.chat_template_kwargs))
 
 
-def pairs(option: str, given: tuple[str, ...]) -> list[tuple[str, str]]:
+def pairs(option: str, given: Iterable[str], several: bool = False) -> list[tuple[str, str]]:
     """NAME=VALUE, each in two.
 
+    Args:
+        option: what was given them, for messages.
+        given: the texts.
+        several: whether a name may come more than once, as that of a tenant of several keys.
+
     Raises:
-        ValueError: one is nothing of the kind, or a name comes twice that is no tenant of several keys.
+        ValueError: one is nothing of the kind, or a name comes twice.
     """
     found: list[tuple[str, str]] = []
     for text in given:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"{option} is {'given' if not equals else 'empty'} without a name: write NAME=VALUE")
-        if name in dict(found) and option != "api_keys":
+        if name in dict(found) and not several:
             raise ValueError(f"{option} names {name!r} twice; give it once")
         found.append((name, value))
     return found
