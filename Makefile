@@ -20,7 +20,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-shared test-ray lint format support api bench bench-table clean test-matrix test-floor test-eval test-space dist interleavings fuzz mutants
+.PHONY: help demo test test-all test-shared test-ray lint format support api bench bench-table clean test-matrix test-floor test-eval test-space test-triton dist interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,7 @@ demo: .venv/core  ## Questions about long manuals to small trained models, with 
 test: .venv/dev lint test-floor  ## Linters, types, all tests, and exactness on the oldest supported transformers (PYTEST_ARGS="-k planner" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-all: test test-eval test-space fuzz interleavings test-shared test-ray  ## make test, and every suite that takes longer or needs more and has a target of its own
+test-all: test test-eval test-space test-triton fuzz interleavings test-shared test-ray  ## make test, and every suite that takes longer or needs more and has a target of its own
 
 test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and 8 processes on one folder that is damaged under them
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-s3/bin/python -m pytest tests/store/test_shared_s3.py $(PYTEST_ARGS)
@@ -39,6 +39,9 @@ test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and
 
 test-ray: .venv-ray/ready  ## Replicas on Ray Serve, on this machine: a killed one, scaling, and what is cached beside round robin
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -W ignore -s tests/serving/test_ray_serve.py $(PYTEST_ARGS)
+
+test-triton: .venv-triton/ready  ## The kernels of mamba_ssm and flash-linear-attention under Triton's interpreter, on Linux
+	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/models/test_triton.py $(PYTEST_ARGS)
 
 fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
@@ -110,7 +113,7 @@ bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/
 	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-ray .venv-space .venv-dist build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-ray .venv-space .venv-triton .venv-dist build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first, by itself: then no other package decides which build of it is taken.
@@ -180,4 +183,15 @@ clean:  ## Remove the virtual environment and everything that was built
 	    rest = str(there).replace(".venv-ray", ".venv"); \
 	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
 	.venv-ray/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt 'ray[serve]>=2.60'
+	@touch $@
+
+# Kernels in Triton without their compiled parts, which need a GPU; all the rest is that of .venv, through a .pth file.
+.venv-triton/ready: .venv/dev constraints-triton.txt
+	$(PYTHON) -m venv --clear .venv-triton
+	.venv-triton/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
+	    rest = str(there).replace(".venv-triton", ".venv"); \
+	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-triton.txt wheel
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv-triton/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --no-deps --no-build-isolation --requirement constraints-triton.txt
 	@touch $@

@@ -26,7 +26,7 @@ from .models.binding import Binding
 from .models.families import learned_prompt
 from .models.handed import Prefilled, hand_out
 from .models.handle import Handle
-from .models.inputs import as_ids, check_ids, why_uncached
+from .models.inputs import Prompts, as_ids, check_ids, why_uncached
 from .models.pairs import Pair, prefix_token, read_pairs, read_texts, windows
 from .models.proof import Proof
 from .models.scoring import Scoring
@@ -179,7 +179,7 @@ class SparsePrefixCache(Handle):
         space, changed = self.server.space.now()
         binding, row = self.server.binding, torch.from_numpy(tokens)[None]
         found = explain(self.store, tokens, binding.segmenting, space, binding.facts)
-        unsupported = why_uncached(self.model, row, None, {}) or self.server.look(len(tokens))[0]
+        unsupported = why_uncached(self.model, Prompts.of(row, {}), None, {}) or self.server.look(len(tokens))[0]
         if unsupported:
             reason = not_supported(unsupported)
         elif changed and not found.resumed_tokens:

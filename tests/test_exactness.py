@@ -9,6 +9,7 @@ from tiny_models import build, random_ids
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache, check_exactness, mamba1
+from hf_sparse_cache.models.inputs import Prompts
 from hf_sparse_cache.models.states import LayerTensors, capture_state
 from hf_sparse_cache.store.tree import Checkpoint, KVSegment
 
@@ -73,7 +74,7 @@ def position_off_by_one(cache: SparsePrefixCache) -> None:
     for checkpoint in stored(cache):
         live = cache.server.live_cache()
         with torch.no_grad():
-            cache.server.serve(live, ids[:, : checkpoint.position - 1], {"use_cache": True})
+            cache.server.serve(live, Prompts.of(ids[:, : checkpoint.position - 1], {}), {"use_cache": True})
         checkpoint.state = capture_state(live)
 
 

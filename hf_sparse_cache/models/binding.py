@@ -114,7 +114,9 @@ class Binding:
 
     def live_cache(self) -> LiveCache:
         """A fresh live cache for one request, or for one row of it."""
-        return LiveCache(self.text_config, self.family.repeated(self.text_config))
+        live = LiveCache(self.text_config, self.family.repeated(self.text_config))
+        states.place_windows(live, self.model)
+        return live
 
     def tokens_of(self, ids: torch.Tensor | str) -> Tokens:
         """One prompt, given as ids or as a string, as int32 of shape `(length,)`.

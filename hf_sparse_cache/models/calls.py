@@ -18,7 +18,8 @@ class Call:
 
     Attributes:
         handle: what it was given.
-        prompt_tokens: of each of its prompts, padding left out; empty where they were not given as ids.
+        ids: its prompts as they were given, `(batch, width)`; None where that was not as ids.
+        mask: the mask that came with them.
         own_loop: whether a loop of the caller's own (`custom_generate`) runs the prompt.
         outer: the call inside of which it was made, in the same thread.
         counted: whether its prompts are in the handle's statistics. A call that makes others inside of itself, for the
@@ -28,12 +29,23 @@ class Call:
     """
 
     handle: Cache
-    prompt_tokens: tuple[int, ...] = ()
+    ids: torch.Tensor | None = None
+    mask: Any = None
     own_loop: bool = False
     outer: Call | None = None
     counted: bool = False
     decodes: bool = False
     turn: Any = None
+
+    @property
+    def given(self) -> int:
+        """How many prompts it was given; 0 where they were not given as ids."""
+        return 0 if self.ids is None else len(self.ids)
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Of each of its prompts, less its padding, for which the host waits; empty where it has no ids."""
+        return () if self.ids is None else row_lengths(self.ids, self.mask)
 
     def count(self) -> None:
         """Note that this call, and those around it, are in the handle's statistics."""
@@ -67,11 +79,12 @@ def innermost(handle: Cache) -> Call | None:
     return call if call is not None and call.handle is handle else None
 
 
-def prompt_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Tokens of each prompt that `generate(*args, **kwargs)` is given, padding left out; empty without ids."""
+def prompts_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor | None, Any]:
+    """The prompts that `generate(*args, **kwargs)` is given as ids, if it is, and their mask."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids"))]
-    ids = next((value for value in given if torch.is_tensor(value) and value.dim() == 2), None)
-    return () if ids is None else row_lengths(ids, kwargs.get("attention_mask"))
+    return next((value for value in given if torch.is_tensor(value) and value.dim() == 2), None), kwargs.get(
+        "attention_mask"
+    )
 
 
 def row_lengths(ids: torch.Tensor, attention_mask: Any = None) -> tuple[int, ...]:

@@ -6,13 +6,11 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import uuid
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,13 @@ import transformers
 
 from ..checks import printable
 from ..forks import ForkSafeLock
+from . import arithmetic
 from . import survey as surveys
 from .binding import Binding
 from .inputs import input_device
 from .weights import Identity, contents, identity, plain_parts, verified
 
 
-# Packages whose kernels replace torch's own in these models; another version may round differently.
-KERNEL_PACKAGES = (
-    "mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core", "kernels", "flash-attn", "triton", "xformers",
-)  # fmt: skip
 _FORMAT = 1  # of what a space is named by; with another number nothing stored before is matched
 _SHOWN = 200  # characters of a value in a message
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")
@@ -42,17 +37,6 @@ _HASHED = {
     "settings": "settings of modules, or adapters",
 }
 _THIS_PROCESS = uuid.uuid4().hex  # stands for code attached to a model, which no other process can know
-# Switches of torch that choose other kernels, as they are unless somebody has set them.
-_SWITCHES: list[tuple[str, bool, Callable[[], bool]]] = [
-    ("no flash attention", True, torch.backends.cuda.flash_sdp_enabled),
-    ("no memory-efficient attention", True, torch.backends.cuda.mem_efficient_sdp_enabled),
-    ("no plain attention kernel", True, torch.backends.cuda.math_sdp_enabled),
-    ("deterministic algorithms", False, torch.are_deterministic_algorithms_enabled),
-    ("no mkldnn", True, lambda: bool(torch.backends.mkldnn.enabled)),
-    ("no cudnn", True, lambda: bool(torch.backends.cudnn.enabled)),
-    ("no TF32 in cudnn", True, lambda: bool(torch.backends.cudnn.allow_tf32)),
-    ("denormals flushed", False, lambda: bool(torch.tensor(1e-40).mul(1.0) == 0)),
-]
 _lock = ForkSafeLock()
 _digests: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
 _spaces: weakref.WeakKeyDictionary[Binding, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
@@ -102,22 +86,23 @@ def describe(binding: Binding) -> dict[str, Any]:
         "dtype": sorted({str(tensor.dtype) for tensor in model.parameters()}),
         "attention": str(getattr(config, "_attn_implementation", None)),
         "experts": str(getattr(config, "_experts_implementation", None)),
-        "devices": sorted({_device(tensor.device) for tensor in model.parameters()}),
+        "devices": sorted({arithmetic.device_name(tensor.device) for tensor in model.parameters()}),
         "modes": _modes(model),
         "threads": torch.get_num_threads(),
-        "kernels": {name: version for name in KERNEL_PACKAGES if (version := _version(name))},
+        "kernels": arithmetic.kernels(),
+        **({"libraries": arithmetic.libraries()} if _on_cuda(model) else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **({"storage": binding.rounding.scheme} if binding.rounding.rounds else {}),
     }
 
 
+def _on_cuda(model: Any) -> bool:
+    return any(tensor.is_cuda for tensor in model.parameters()) or input_device(model).type == "cuda"
+
+
 def _modes(model: Any) -> str:
-    """Switches of the process under which the same weights compute something else."""
-    kind = input_device(model).type  # offloaded weights say "meta"
-    autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
-    unusual = [name for name, usual, switch in _SWITCHES if switch() != usual]
-    return ", ".join([f"autocast {autocast}, matmul precision {torch.get_float32_matmul_precision()}", *unusual])
+    return arithmetic.modes(input_device(model).type)  # offloaded weights say "meta"
 
 
 def config_values(config: Any) -> dict[str, Any]:
@@ -262,12 +247,6 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} {torch.cuda.get_device_name(device)}"
-    return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
 @functools.cache
 def _processor() -> str:
     """The processor's name, as far as the system says it."""
@@ -276,10 +255,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

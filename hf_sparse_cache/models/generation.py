@@ -17,10 +17,10 @@ from transformers.generation.utils import GenerationMode
 from . import ambient, answers, handed, mamba1, rope
 from .attachment import Attachment, Hooks, Replacement
 from .binding import Binding
-from .calls import Call, innermost, opened, prompt_tokens, row_lengths
+from .calls import Call, innermost, opened, prompts_of
 from .families import CACHE_NAMES
 from .handle import Handle, refuse_class
-from .inputs import why_uncached
+from .inputs import Prompts, why_uncached
 from .live import LiveCache
 from .watch import ChangedPrefillError
 
@@ -39,13 +39,13 @@ def _generate(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) ->
         asked = None if handle is None else ambient.implementation(model, kwargs)
         if handle is not None and asked is not None:
             why = f"cache_implementation={asked!r} asks for a cache of its own"
-            handle.server.uncached(prompt_tokens(args, kwargs), why)
+            handle.server.uncached(Call(handle, *prompts_of(args, kwargs)).prompt_tokens, why)
             handle = None
     if handle is None:
         return own(*args, **kwargs)
     handle.check_call(model, name)
     _refuse_implementation(kwargs.get("cache_implementation"))
-    call = Call(handle, prompt_tokens(args, kwargs), own_loop=kwargs.get("custom_generate") is not None)
+    call = Call(handle, *prompts_of(args, kwargs), own_loop=kwargs.get("custom_generate") is not None)
     # Under the name that this release has for it, which no other name's deprecation concerns.
     given = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES}
     given[handle.server.binding.cache_name] = handle
@@ -200,13 +200,14 @@ def _prefill(
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
     call, live.call = live.call, None
     server = _handle_of(call).server
-    why_not = why_uncached(model, input_ids, generation_config, model_kwargs)
+    asked = Prompts.of(input_ids, model_kwargs)
+    why_not = why_uncached(model, asked, generation_config, model_kwargs)
     if not why_not:
         why_not, live.found = server.look(input_ids.shape[1])
     if not why_not:
         try:
             with mamba1.held(model):
-                output = server.serve(live, input_ids, model_kwargs, len(call.prompt_tokens))
+                output = server.serve(live, asked, model_kwargs, call.given)
             call.count()
             call.turn, live.turn = live.turn if call.decodes else None, None
             return output
@@ -215,7 +216,8 @@ def _prefill(
             model_kwargs = {
                 name: server.live_cache() if value is live else value for name, value in model_kwargs.items()
             }
-    call.prompt_tokens = call.prompt_tokens or row_lengths(input_ids, model_kwargs.get("attention_mask"))
+    if call.ids is None:
+        call.ids, call.mask = input_ids, model_kwargs.get("attention_mask")
     _uncached(call, why_not)
     rope.as_loaded(model)
     for value in model_kwargs.values():

@@ -21,7 +21,42 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _MEDIA = ("pixel_values", "image_", "video_", "audio_", "input_features", "mm_encoder_outputs")
 
 
-def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]) -> str:
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The prompts of a call, and copies in main memory to plan by, so that the host waits for the device once.
+
+    Attributes:
+        ids: `(batch, width)`, left-padded, where the model has them.
+        read: the same in main memory.
+        mask: 0 where `read` is padding, `(batch, width)` in main memory; None where nothing is.
+        positions: `(..., batch, width)` in main memory; None where the call gives none.
+    """
+
+    ids: torch.Tensor
+    read: torch.Tensor
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Prompts:
+        """Those of a call with these keywords."""
+        found = {"read": input_ids}
+        for name, key in (("mask", "attention_mask"), ("positions", "position_ids")):
+            if torch.is_tensor(kwargs.get(key)):
+                found[name] = kwargs[key] != 0 if name == "mask" else kwargs[key]
+        return cls(input_ids, **dict(zip(found, _fetched([*found.values()]), strict=True)))
+
+
+def _fetched(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of integers in main memory, in one transfer where all of them are on one accelerator."""
+    if len({tensor.device for tensor in tensors}) > 1 or tensors[0].device.type == "cpu":
+        return [tensor.cpu() for tensor in tensors]
+    line = torch.cat([tensor.reshape(-1).long() for tensor in tensors]).cpu()
+    parts = line.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def why_uncached(model: Any, prompts: Prompts, generation_config: Any, kwargs: dict[str, Any]) -> str:
     """Why the prefill of this call cannot reuse a prefix, or an empty string when it can."""
     if kwargs.get("inputs_embeds") is not None:
         return "inputs_embeds has no tokens to match"
@@ -39,9 +74,9 @@ def why_uncached(model: Any, input_ids: torch.Tensor, generation_config: Any, kw
             return f"{name} changes what the prefill computes, or asks for the outputs of every token"
     if not isinstance(kwargs.get("logits_to_keep", 1), int) or kwargs.get("logits_to_keep", 1) != 1:
         return "logits_to_keep asks for the logits of skipped tokens"
-    if not _positions_are_plain(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids")):
+    if not _positions_are_plain(prompts):
         return "position_ids do not count the tokens from 0"
-    if _has_holes(kwargs.get("attention_mask")):
+    if _has_holes(prompts.mask):
         return "attention_mask leaves out tokens inside a prompt (generate() makes such a mask from pad tokens in it)"
     return ""
 
@@ -61,16 +96,12 @@ def _has_holes(attention_mask: torch.Tensor | None) -> bool:
     return bool((ends.any(-1) & kept[:, -1]).any())
 
 
-def _positions_are_plain(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> bool:
-    """Whether every token's position is its index in its row; `position_ids` is `(..., batch, width)`."""
-    if position_ids is None:
+def _positions_are_plain(prompts: Prompts) -> bool:
+    """Whether every token's position is its index in its row."""
+    if prompts.positions is None:
         return True
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-    expected = (mask.long().cumsum(-1) - 1).to(position_ids.device)
-    kept = (mask != 0).to(position_ids.device)
-    return bool(((position_ids == expected) | ~kept).all())
+    mask = torch.ones_like(prompts.read) if prompts.mask is None else prompts.mask.long()
+    return bool(((prompts.positions == mask.cumsum(-1) - 1) | (mask == 0)).all())
 
 
 class Reader(Protocol):
@@ -93,6 +124,7 @@ class Row:
         position_dims: leading dimensions that the model's position ids have before `(batch, length)`.
         tail: of how many of the last tokens the logits are wanted.
         reader: reads the logits of every segment, in place of those of the last token.
+        read: the tokens in main memory, `(length,)`; None where nobody has copied them yet.
     """
 
     ids: torch.Tensor
@@ -100,6 +132,7 @@ class Row:
     position_dims: tuple[int, ...] = ()
     tail: int = 1
     reader: Reader | None = None
+    read: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[-1]

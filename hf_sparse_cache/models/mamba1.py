@@ -188,6 +188,8 @@ def settled() -> None:
 def _resuming(stock: Callable[..., Any]) -> Callable[..., Any]:
     """The stock scan, except that it starts from the announced state when there is one."""
 
+    kernel = is_kernel(stock)
+
     @_outside_graphs
     def scan(*inputs: torch.Tensor, **options: Any) -> Any:
         states = getattr(_pending, "states", None)
@@ -198,12 +200,22 @@ def _resuming(stock: Callable[..., Any]) -> Callable[..., Any]:
             raise UnsupportedModelError(
                 "A layer runs more scans than it keeps states: no exact resume is known for it."
             )
-        resume: Callable[..., Any] = scan_from if inputs[0].device.type == "cpu" else around_kernel(stock)
+        reference = inputs[0].device.type == "cpu" if kernel is None else not kernel
+        resume: Callable[..., Any] = scan_from if reference else around_kernel(stock)
         return resume(states.pop(0), *inputs, **options)
 
     resuming: Callable[..., Any] = scan
     resuming.__wrapped__ = stock  # type: ignore[attr-defined]
     return resuming
+
+
+def is_kernel(scan: Callable[..., Any]) -> bool | None:
+    """Whether a package's kernel stands behind a scan of transformers; None where the scan does not tell."""
+    for function in _unwrapped(scan):
+        held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        if {"implementation", "torch_function"} <= held.keys():
+            return _held_by(held["implementation"]) is not _held_by(held["torch_function"])
+    return None
 
 
 def _step_sizes(dt: torch.Tensor, delta_bias: torch.Tensor | None, delta_softplus: bool) -> torch.Tensor:
@@ -263,7 +275,8 @@ def around_kernel(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Resume with any scan that starts from zero: the scan is linear in its state, so the contribution of h₀ is added.
 
     `y += silu(z) · C_t · exp(A · cumsum(dt)) · h₀` and `h_T += exp(A · Σ dt) · h₀`. A is negative, so the exponentials
-    never overflow. The arguments are those of `scan_from`.
+    never overflow. Step sizes are added up in float32 whatever the model's dtype is, as a kernel does it: rounded to
+    16 bits they would put the state off by more than the model's own rounding. The arguments are those of `scan_from`.
     """
 
     def resume(
@@ -278,17 +291,16 @@ def around_kernel(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         options.update(zip(_FURTHER, further, strict=False))
         y, last = stock(x, dt, A, B, C, **{**options, "return_last_state": True})
-        step = _step_sizes(dt, options.get("delta_bias"), bool(options.get("delta_softplus")))
-        elapsed = step.to(torch.promote_types(step.dtype, torch.float32)).cumsum(-1)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        step = _step_sizes(dt.to(wide), options.get("delta_bias"), bool(options.get("delta_softplus")))
+        elapsed = step.cumsum(-1)
         gate = options.get("z")
         y = y.clone()
         for start in range(0, x.shape[-1], _BLOCK_TOKENS):
             block = slice(start, start + _BLOCK_TOKENS)
             decay = torch.exp(elapsed[:, :, block, None] * A[None, :, None, :])  # (B, D, block, N)
-            added = torch.einsum(
-                "bdln,bnl->bdl", (decay * h[:, :, None, :]).to(decay.dtype), C[:, :, block].to(decay.dtype)
-            )
-            y[:, :, block] += (added if gate is None else added * F.silu(gate[:, :, block])).to(y.dtype)
+            added = torch.einsum("bdln,bnl->bdl", decay * h[:, :, None, :], C[:, :, block].to(decay.dtype))
+            y[:, :, block] += added if gate is None else added * F.silu(gate[:, :, block].to(wide))
         last = last + torch.exp(elapsed[:, :, -1, None] * A) * h
         return (y, last) if options.get("return_last_state") else y
 

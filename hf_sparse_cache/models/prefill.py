@@ -268,9 +268,16 @@ def join_rows(
         states.stack(live, [filled[index][0] for index in order], width)
     else:
         states.stack(live, [cache for cache, _ in filled], width)
-        live.reorder_cache(torch.LongTensor(order))
+        live.reorder_cache(_queued(order, logits.device))  # type: ignore[arg-type]
     live.length = width
-    return binding.output(logits[order], live)
+    if order != [*range(len(logits))]:
+        logits = logits.index_select(0, _queued(order, logits.device))
+    return binding.output(logits, live)
+
+
+def _queued(values: list[int], device: torch.device) -> torch.Tensor:
+    """Integers on a device, for whose copy nobody waits."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def _uncompiled(model: Any) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from ..planning.policy import limited
 from ..stats import Cause, Reason
 from ..store.holding import Holding
 from . import mamba1, prefill, rope, states
-from .inputs import Row, input_device, why_uncached
+from .inputs import Prompts, Row, input_device, why_uncached
 from .live import LiveCache
 from .pairs import Pair
 from .scores import Reading, Rows, most_rows
@@ -131,7 +131,7 @@ class Scoring:
         longest = max(len(self._pairs[index].read) for index in stem.pairs)
         ids = torch.from_numpy(stem.tokens).long().to(self._device)
         why, found = self._server.look(longest)
-        why = why_uncached(self._binding.model, ids[None], None, {}) or why
+        why = why_uncached(self._binding.model, Prompts.of(ids[None], {}), None, {}) or why
         if not why:
             try:
                 self._served(stem, turn, place, ids, found)

@@ -18,7 +18,7 @@ from ..store.store import CheckpointStore
 from . import answers, mamba1, prefill
 from .answers import Turn
 from .binding import Binding
-from .inputs import Row, check_ids, input_device, unpadded_rows, why_uncached
+from .inputs import Prompts, Row, check_ids, input_device, unpadded_rows, why_uncached
 from .live import LiveCache
 from .proof import Proof
 from .rows import Filled, Rows
@@ -98,28 +98,28 @@ class Server:
         self.recorder.tell(infos)
         self._over()
 
-    def serve(self, live: LiveCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any], given: int = 0) -> Any:
+    def serve(self, live: LiveCache, asked: Prompts, model_kwargs: dict[str, Any], given: int = 0) -> Any:
         """Run the prefill of a request, reusing what is stored; returns the model's output with the live cache in it.
 
         Args:
             live: the request's live cache, filled in place.
-            input_ids: `(batch, width)`, left-padded.
-            model_kwargs: those of `generate()`, the mask among them.
+            asked: its prompts.
+            model_kwargs: those of `generate()`.
             given: how many prompts the caller gave, each in as many rows, one below the other; 0 where nobody knows.
         """
-        model = self.binding.model
-        check_ids(input_ids, model.get_input_embeddings().num_embeddings)
-        rows = unpadded_rows(input_ids, model_kwargs.get("attention_mask"))
+        model, width = self.binding.model, asked.ids.shape[1]
+        check_ids(asked.read, model.get_input_embeddings().num_embeddings)
+        rows = unpadded_rows(asked.read, asked.mask)
         kwargs: dict[str, Any] = {
             name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs
         }
-        positions = model_kwargs.get("position_ids")
-        dims = () if positions is None else tuple(positions.shape[:-2])
+        dims = () if asked.positions is None else tuple(asked.positions.shape[:-2])
         distinct: dict[bytes, int] = {}
-        order = [distinct.setdefault(row.cpu().numpy().tobytes(), len(distinct)) for row in rows]
-        first = [rows[order.index(index)].to(input_device(model)) for index in range(len(distinct))]
-        prompts = [Row(ids, kwargs, dims) for ids in first]
-        alone = len(rows) == 1 and len(rows[0]) == input_ids.shape[1]
+        order = [distinct.setdefault(row.numpy().tobytes(), len(distinct)) for row in rows]
+        ids = asked.ids.to(input_device(model))
+        first = [order.index(index) for index in range(len(distinct))]
+        prompts = [Row(ids[row, width - len(rows[row]) :], kwargs, dims, read=rows[row]) for row in first]
+        alone = len(rows) == 1 and len(rows[0]) == width
         own = live if alone else self.binding.live_cache()
         own.found = live.found
         filled, served = self._serve(prompts, own)
@@ -130,7 +130,7 @@ class Server:
             replays = self.binding.config.exactness == "replayable"
             live.turn = served[0].turn(live) if replays else None
             return served[0].output
-        return with_room(self.means, live, lambda _: self._joined(live, filled, order, input_ids.shape[1]))
+        return with_room(self.means, live, lambda _: self._joined(live, filled, order, width))
 
     def prefill(self, ids: torch.Tensor, tail: int) -> tuple[torch.Tensor, LiveCache]:
         """Run the prefill of one prompt by itself.
@@ -146,7 +146,8 @@ class Server:
             ValueError: the prompt cannot be served on this model as it is.
         """
         model, live = self.binding.model, self.binding.live_cache()
-        why = why_uncached(model, ids, None, {})
+        asked = Prompts.of(ids, {})
+        why = why_uncached(model, asked, None, {})
         if not why:
             why, live.found = self.look(ids.shape[1])
         if not why:
@@ -155,7 +156,8 @@ class Server:
                 kwargs["logits_to_keep"] = 1
             try:
                 with torch.no_grad(), mamba1.held(model):
-                    served = self.serve_row(live, Row(ids[0].to(input_device(model)), kwargs, tail=tail))
+                    row = Row(ids[0].to(input_device(model)), kwargs, tail=tail, read=asked.read[0])
+                    served = self.serve_row(live, row)
                 self.count([served], [0])
                 return served.output.logits[:, -tail:], live
             except ChangedPrefillError as error:

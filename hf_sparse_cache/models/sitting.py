@@ -123,7 +123,8 @@ class Asked:
     @cached_property
     def tokens(self) -> Tokens:
         """Its ids, int32 in main memory."""
-        found: Tokens = self.row.ids.to("cpu", torch.int32).numpy()
+        given = self.row.ids if self.row.read is None else self.row.read
+        found: Tokens = given.to("cpu", torch.int32).numpy()
         return found
 
     def given(self, made_of: str) -> Handover | None:

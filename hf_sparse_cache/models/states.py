@@ -9,6 +9,7 @@ class that is not in `_RULES` is refused, never guessed.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -147,6 +148,19 @@ def _window_stack(layer: Any, rows: Sequence[Any], width: int) -> None:
         layer.cumulative_length = width
 
 
+def place_windows(cache: Cache, model: Any) -> None:
+    """Give the layers of a fresh cache their windows' lengths where the model is; each would wait to copy its own."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if getattr(layer, "_sliding_window_tensor", None) is not None:
+            layer._sliding_window_tensor = _number(layer.sliding_window, input_device(model))
+
+
+@lru_cache(maxsize=64)
+def _number(value: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.long, device=device)
+
+
 # -- the indexer of sparse attention: DynamicIndexedLayer -------------------------------------------------------------
 
 
@@ -239,7 +253,7 @@ def capture_state(cache: Cache, rounding: Rounding = EXACT) -> LayerTensors:
     Raises:
         NotRoundableError: It is to be rounded, and cannot be.
     """
-    return LayerTensors(tuple(rounding.kept(fixed) for fixed in _fixed(cache)))
+    return LayerTensors.captured(rounding.kept(fixed) for fixed in _fixed(cache))
 
 
 def _fixed(cache: Cache) -> Iterator[Tensors]:
@@ -266,17 +280,17 @@ def round_off(cache: Cache, rounding: Rounding, start: int, end: int) -> LayerTe
             for name, value in rounding.read(rounded).items():
                 if torch.is_tensor(value) and value.is_floating_point():
                     held[name].copy_(value)
-    return LayerTensors(tuple(kept))
+    return LayerTensors.captured(kept)
 
 
 def with_logits(state: LayerTensors, logits: torch.Tensor) -> LayerTensors:
     """A state at the end of a prompt, with what the last token gave: `(1, 1, vocabulary)`, kept behind the layers."""
-    return LayerTensors((*state.layers, {LOGITS: own(logits[:, -1:])}))
+    return LayerTensors.captured((*state.layers, {LOGITS: own(logits[:, -1:])}))
 
 
 def logits_of(state: LayerTensors) -> torch.Tensor:
     """The logits `(1, 1, vocabulary)` that `with_logits` put there, to be changed at will."""
-    return own(state.layers[-1][LOGITS])
+    return own(state.reached().layers[-1][LOGITS])
 
 
 def capture_kv(cache: Cache, start: int, end: int, rounding: Rounding = EXACT) -> LayerTensors:
@@ -285,7 +299,7 @@ def capture_kv(cache: Cache, start: int, end: int, rounding: Rounding = EXACT) -
     Raises:
         NotRoundableError: They are to be rounded, and cannot be.
     """
-    return LayerTensors(tuple(rounding.kept(span) for span in _span(cache, start, end)))
+    return LayerTensors.captured(rounding.kept(span) for span in _span(cache, start, end))
 
 
 def lengths(layer: Any, tokens: int) -> Iterator[tuple[str, int, int]]:
@@ -327,6 +341,8 @@ def _has_tensor(value: Any) -> bool:
 
 def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors], rounding: Rounding = EXACT) -> None:
     """Fill a fresh cache from a checkpoint's state and the KV spans from position 0 up to it, in order."""
+    for payload in (state, *spans):
+        payload.reached()
     for index, layer in enumerate(cache.layers):
         fixed, grown = rounding.read(state.layers[index]), [rounding.read(span.layers[index]) for span in spans]
         for part in _parts(layer):

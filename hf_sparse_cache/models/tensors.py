@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -16,6 +18,8 @@ from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..store.headers import Header, is_count, parse_json
 from ..store.tree import Payload
+from . import streams
+from .streams import Behind
 
 
 Tensors = dict[str, Any]
@@ -29,17 +33,35 @@ class LayerTensors:
     Attributes:
         layers: one dict a layer; values that are not tensors are small integers.
         devices: where each layer's tensors were captured, while they are somewhere else; empty when they are there.
-        copied: events of copies that may still be under way, one a device.
+        behind: what was queued on accelerators and gives them their values, one a device.
+        pinned_bytes: of the blocks of pinned memory that they lie in; 0 where each has memory of its own.
     """
 
     layers: tuple[Tensors, ...]
     devices: tuple[str, ...] = ()
-    copied: tuple[Any, ...] = field(default=(), compare=False)
+    behind: tuple[Behind, ...] = field(default=(), compare=False)
+    pinned_bytes: int = field(default=0, compare=False)
+
+    @classmethod
+    def captured(cls, layers: Iterable[Tensors]) -> LayerTensors:
+        """Tensors of every layer, where the current stream of their device has been told to make them."""
+        made = cls(tuple(layers))
+        return replace(made, behind=streams.queued(made.tensors()))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All of them."""
+        return (value for layer in self.layers for value in layer.values() if torch.is_tensor(value))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(value.nbytes for layer in self.layers for value in layer.values() if torch.is_tensor(value))
+        """Bytes of all tensors, or of the memory that is pinned for them, which is more."""
+        return self.pinned_bytes or sum(value.nbytes for value in self.tensors())
+
+    def reached(self) -> LayerTensors:
+        """Itself, for whoever reads it on another stream than the one that made it, which waits without the host."""
+        for work in self.behind:
+            work.reached(self.tensors())
+        return self
 
     def moved_to(self, place: str) -> LayerTensors:
         """A copy in "host" memory, on any other device that torch knows by a name such as "cuda:1", or back on the
@@ -51,23 +73,36 @@ class LayerTensors:
             ValueError: torch knows no device of this name.
         """
         if place == "device":
-            if not self.devices:
-                return self
-            layers, events = _copied(self, list(self.devices))
-            for event in events:
-                torch.cuda.current_stream(event.device).wait_event(event)
-            return LayerTensors(layers)
+            return self._moved(list(self.devices), ()) if self.devices else self
         target = str(_device("cpu" if place == "host" else place))
         if all(device_of(layer, target) == target for layer in self.layers):
             return self
         homes = self.devices or tuple(device_of(layer) for layer in self.layers)
-        layers, events = _copied(self, [target] * len(homes))
-        return LayerTensors(layers, homes, events)
+        return self._moved([target] * len(homes), homes)
+
+    def _moved(self, targets: list[str], homes: tuple[str, ...]) -> LayerTensors:
+        """A copy with each layer on its target, of what was captured at home."""
+        asked: dict[tuple[torch.device, torch.device], list[tuple[int, str]]] = defaultdict(list)
+        layers = tuple(dict(layer) for layer in self.layers)
+        for index, (layer, target) in enumerate(zip(layers, targets, strict=True)):
+            for name, value in layer.items():
+                if torch.is_tensor(value):
+                    asked[value.device, torch.device(target)].append((index, name))
+        behind: list[Behind] = []
+        pinned = 0
+        for (_, place), names in asked.items():
+            values = [layers[index][name] for index, name in names]
+            moved = streams.move(values, place, self.behind, self.pinned_bytes)
+            behind += moved.behind
+            pinned += moved.pinned_bytes
+            for (index, name), value in zip(names, moved.tensors, strict=True):
+                layers[index][name] = value
+        return LayerTensors(layers, homes, tuple(behind), pinned)
 
     def to_bytes(self, record: str, tokens: Tokens) -> bytes:
         """One safetensors file: the tensors, the prompt's `tokens`, and `record` as its metadata."""
-        for event in self.copied:
-            event.synchronize()
+        for work in self.behind:
+            work.wait()
         found: dict[str, torch.Tensor] = {"tokens": torch.from_numpy(tokens.copy())}
         plain: dict[str, Any] = {}
         for index, layer in enumerate(self.layers):
@@ -141,50 +176,3 @@ def _device(name: str) -> torch.device:
         ) from error
     indexed = device.type == "cuda" and device.index is None
     return torch.device("cuda", torch.cuda.current_device()) if indexed else device
-
-
-def _copied(source: LayerTensors, targets: list[str]) -> tuple[tuple[Tensors, ...], tuple[Any, ...]]:
-    """Copies layer by layer; where one side is an accelerator, on a side stream with an event at its end."""
-    layers: list[Tensors] = []
-    streams: dict[torch.device, Any] = {}
-    for layer, target in zip(source.layers, targets, strict=True):
-        copies: Tensors = {}
-        for name, value in layer.items():
-            copies[name] = _copy(value, torch.device(target), streams, source) if torch.is_tensor(value) else value
-        layers.append(copies)
-    return tuple(layers), tuple(stream.record_event() for stream in streams.values())
-
-
-def _copy(
-    value: torch.Tensor, target: torch.device, streams: dict[torch.device, Any], source: LayerTensors
-) -> torch.Tensor:
-    device = value.device if value.is_cuda else target
-    if device.type != "cuda":
-        return value.to(target, copy=True)
-    if device not in streams:
-        stream = streams[device] = _side_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        for event in source.copied:
-            stream.wait_event(event)
-    stream = streams[device]
-    with torch.cuda.stream(stream):
-        if target.type == "cpu":
-            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            copy.copy_(value, non_blocking=True)
-            value.record_stream(stream)  # the source may be freed as soon as we return
-        else:
-            copy = value.to(target, non_blocking=True)
-            copy.record_stream(torch.cuda.current_stream(target))
-            if value.is_cuda:
-                value.record_stream(stream)
-    return copy
-
-
-_streams: dict[torch.device, Any] = {}
-
-
-def _side_stream(device: torch.device) -> Any:
-    """One stream a device for copies, so that they overlap with compute."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]

@@ -34,7 +34,7 @@ class HostTier(Tier):
         with self.ledger.footing(unit.tokens, unit.space) as footing:
             try:
                 state = movable(unit.state).moved_to(self.place)
-                if state is unit.state:
+                if state is unit.state and unit.state.nbytes:
                     return False
                 missing = self.ledger.missing_spans(footing, unit.spans)
                 kv = {span: movable(unit.kv[span]).moved_to(self.place) for span in missing}
@@ -43,6 +43,8 @@ class HostTier(Tier):
                     raise
                 self.warn("move", f"A state could not be moved to the {self.name} tier: {error}")
                 return False
+            if state is unit.state and any(kv[span] is unit.kv[span] for span in kv):
+                return False  # where nothing but keys and values is kept, they say where it lives
             moved = replace(unit, state=state, kv=kv)
             stored = self.put(moved, demote, footing, urgent=True)
         self.tidy()

@@ -64,6 +64,44 @@ def test_resumed_scan_equals_one_shot(how: str, dtype: torch.dtype, tolerance: f
     assert (wiped - whole[..., cut:]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_state_is_as_exact_as_a_kernel_has_it(dtype: torch.dtype) -> None:
+    """A kernel adds up the steps in float32, and takes inputs in 16 bits; so does the way around it."""
+    given = arguments(200, dtype)
+
+    def kernel(*inputs: Any, **options: Any) -> Any:
+        wide = {name: value.float() if torch.is_tensor(value) else value for name, value in options.items()}
+        y, last = STOCK(*(value.float() for value in inputs), **wide)
+        return y.to(dtype), last
+
+    whole, last = scan(kernel, given)
+    _, state = scan(kernel, given, slice(0, 196))
+    around = mamba1.around_kernel(kernel)
+    rest, resumed = scan(lambda *a, **k: around(state, *a, **k), given, slice(196, None))
+    assert (resumed - last).abs().max() <= 1e-6 * last.abs().max()
+    assert (rest.float() - whole[..., 196:].float()).abs().max() <= torch.finfo(dtype).eps * whole.abs().max()
+    own = mamba1._step_sizes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba1, "_step_sizes", lambda dt, *rest: own(dt.to(dtype), *rest).float())
+        _, rounded = scan(lambda *a, **k: around(state, *a, **k), given, slice(196, None))
+    assert (rounded - last).abs().max() > 100 * (resumed - last).abs().max()
+
+
+def test_the_way_is_chosen_by_whether_the_scan_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mamba1.is_kernel(STOCK) is False and mamba1.is_kernel(lambda *inputs, **options: None) is None
+    used = []
+    monkeypatch.setattr(mamba1, "scan_from", lambda *inputs, **options: used.append("loop"))
+    monkeypatch.setattr(mamba1, "around_kernel", lambda stock: lambda *inputs, **options: used.append("around"))
+    given, state = arguments(8, torch.float32), torch.zeros(2, 6, 4)
+    for kernel in (False, True, None):
+        monkeypatch.setattr(mamba1, "is_kernel", lambda scan, kernel=kernel: kernel)
+        for device in ("cpu", "meta"):
+            mamba1.announce(state)
+            there = {name: value.to(device) for name, value in given.items()}
+            scan(mamba1._resuming(lambda *inputs, **options: None), there)
+    assert used == ["loop", "loop", "around", "around", "loop", "around"]
+
+
 def test_one_scan_a_head() -> None:
     """Zamba announces (B, heads, D, N) and scans head by head."""
     heads = [arguments(20, torch.float64, seed) for seed in range(3)]

@@ -1,0 +1,202 @@
+"""Copies between main memory and an accelerator, and the order in which its streams see them.
+
+Copies run on a stream of their own, so that they overlap with what is computed. What they read is written before, what
+reads them waits on the device and never on the host, and memory that one stream allocated and another uses is given to
+nobody else before both are done with it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+# Tensors in one block begin at multiples of this many bytes.
+_ALIGNED = 256
+# Share of a block that may be lost to torch's rounding before another block is opened; and what is never split.
+_LOST, _SMALL_BYTES = 0.125, 64 << 10
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Work that was queued on an accelerator, behind which some tensors hold their values.
+
+    Attributes:
+        device: the accelerator.
+        stream: the one that need not wait for it: it did the work, or has waited.
+        event: at the end of it.
+    """
+
+    device: torch.device
+    stream: Any
+    event: Any
+
+    def reached(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let the current stream wait for it, and keep the memory of these tensors until that stream has read them."""
+        current = _streaming(self.device).current_stream(self.device)
+        if current == self.stream:
+            return
+        current.wait_event(self.event)
+        for tensor in tensors:
+            if tensor.device == self.device:
+                tensor.record_stream(current)
+
+    def wait(self) -> None:
+        """Wait for it, on the host."""
+        self.event.synchronize()
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Copies of tensors on another device, what gives them their values, and the pinned memory that they take."""
+
+    tensors: list[torch.Tensor]
+    behind: tuple[Behind, ...] = ()
+    pinned_bytes: int = 0
+
+
+def queued(tensors: Iterable[torch.Tensor]) -> tuple[Behind, ...]:
+    """What the current streams of the tensors' devices have been told to do so far."""
+    found = []
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        if _streaming(device) is not None:
+            stream = _streaming(device).current_stream(device)
+            found.append(Behind(device, stream, stream.record_event()))
+    return tuple(found)
+
+
+def move(
+    tensors: Sequence[torch.Tensor], target: torch.device, behind: Sequence[Behind], pinned_bytes: int = 0
+) -> Moved:
+    """Copies of tensors of one device on another one.
+
+    Args:
+        tensors: at least one.
+        target: where the copies are to be.
+        behind: what gives the tensors their values.
+        pinned_bytes: of the blocks that they lie in, as an earlier `move` has left them; 0 where they lie in none.
+    """
+    source = tensors[0].device
+    if target.type == "cpu" and _streaming(source) is not None:
+        return _to_host(tensors, source, behind)
+    if source.type == "cpu" and _streaming(target) is not None:
+        return _to_device(tensors, target, behind, bool(pinned_bytes))
+    for work in behind:
+        work.reached(tensors)
+    copies = [tensor.to(target, copy=True) for tensor in tensors]
+    return Moved(copies, queued(copies))
+
+
+def _to_host(tensors: Sequence[torch.Tensor], source: torch.device, behind: Sequence[Behind]) -> Moved:
+    module, stream = _streaming(source), _side_stream(source)
+    stream.wait_stream(module.current_stream(source))
+    for work in behind:
+        stream.wait_event(work.event)
+    copies: dict[int, torch.Tensor] = {}
+    pinned = 0
+    for block in packed([_aligned(tensor.nbytes) for tensor in tensors]):
+        size = sum(_aligned(tensors[index].nbytes) for index in block)
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        pinned += _rounded(size)
+        start = 0
+        for index in block:
+            copies[index] = _cut(memory, start, tensors[index])
+            start += _aligned(tensors[index].nbytes)
+    with module.stream(stream):
+        for index, tensor in enumerate(tensors):
+            copies[index].copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)  # the source may be freed as soon as we return
+    made = Behind(source, stream, stream.record_event())
+    return Moved([copies[index] for index in range(len(tensors))], (made,), pinned)
+
+
+def _to_device(tensors: Sequence[torch.Tensor], target: torch.device, behind: Sequence[Behind], packed: bool) -> Moved:
+    module, stream = _streaming(target), _side_stream(target)
+    current = module.current_stream(target)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.untyped_storage().data_ptr() if packed else index].append(index)
+    copies: dict[int, torch.Tensor] = {}
+    sources = []
+    for group in groups.values():  # allocated where they will be used, and freed, so that no other stream gets them
+        first = tensors[group[0]]
+        memory = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage()) if packed else first
+        place = torch.empty_like(memory, device=target)
+        sources.append((place, memory))
+        for index in group:
+            tensor = tensors[index]
+            start = int(tensor.storage_offset()) * tensor.element_size()
+            copies[index] = _cut(place, start, tensor) if packed else place
+    stream.wait_stream(current)  # their memory may still be read by what was freed before
+    for work in behind:
+        stream.wait_event(work.event)
+    with module.stream(stream):
+        for place, memory in sources:
+            place.copy_(memory, non_blocking=True)
+            place.record_stream(stream)
+    event = stream.record_event()
+    current.wait_event(event)
+    return Moved([copies[index] for index in range(len(tensors))], (Behind(target, current, event),))
+
+
+def _cut(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """The part of a block of bytes, from `start` on, that holds a tensor."""
+    return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def packed(sizes: Sequence[int]) -> list[list[int]]:
+    """Which tensors of these bytes share a block of pinned memory, so that little is lost.
+
+    torch rounds a block up to a power of two: 76 MiB in one block would pin 128, and in three 64 + 8 + 4.
+    """
+    rest = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    blocks = []
+    while rest:
+        total = sum(sizes[index] for index in rest)
+        room = _rounded(total)
+        if room - total > _LOST * total and total > _SMALL_BYTES:
+            room //= 2
+        block: list[int] = []
+        held = 0
+        for index in rest:
+            if held + sizes[index] <= room:
+                block.append(index)
+                held += sizes[index]
+        block = block if held > room // 2 else rest[:1]  # one that fits into no smaller block has its own
+        blocks.append(block)
+        rest = [index for index in rest if index not in set(block)]
+    return blocks
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+def _rounded(size: int) -> int:
+    """The bytes that torch pins for a block of so many."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _streaming(device: torch.device) -> Any:
+    """torch's module for a device that has streams; None for others, where everything happens in order."""
+    if device.type in ("cpu", "meta"):
+        return None
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError:
+        return None
+    return module if all(hasattr(module, name) for name in ("Stream", "current_stream", "stream")) else None
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _side_stream(device: torch.device) -> Any:
+    """One stream a device for copies, so that they overlap with compute."""
+    if device not in _streams:
+        _streams[device] = _streaming(device).Stream(device)
+    return _streams[device]
