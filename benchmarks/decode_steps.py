@@ -10,6 +10,8 @@ import time
 import torch
 from transformers import DynamicCache
 
+from hf_sparse_cache.models.inputs import Prompts
+
 
 def decode(arguments, model, handle, prompts):
     """Times of decoding steps on a live cache over those on the stock cache.
@@ -35,7 +37,7 @@ def steps(model, handle, ids, count, repeat):
     stock = DynamicCache(config=model.config.get_text_config(decoder=True))
     model(input_ids=row, use_cache=True, **{name: stock})
     own = handle.server.live_cache()
-    handle.server.serve(own, row, {"use_cache": True})
+    handle.server.serve(own, Prompts.of(row, {}), {"use_cache": True})
     length = len(ids)
     for step in range(count):
         length += 1

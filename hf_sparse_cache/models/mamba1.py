@@ -213,8 +213,12 @@ def is_kernel(scan: Callable[..., Any]) -> bool | None:
     """Whether a package's kernel stands behind a scan of transformers; None where the scan does not tell."""
     for function in _unwrapped(scan):
         held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        if {"implementation", "torch_function"} <= held.keys():
-            return _held_by(held["implementation"]) is not _held_by(held["torch_function"])
+        # transformers 5.15 holds the reference only as what is wrapped.
+        reference = (
+            _held_by(held["torch_function"]) if "torch_function" in held else getattr(function, "__wrapped__", None)
+        )
+        if "implementation" in held and reference is not None:
+            return _held_by(held["implementation"]) is not reference
     return None
 
 

@@ -1,5 +1,6 @@
 """The Mamba-1 scan resumed from a state equals the scan that never stopped."""
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -88,7 +89,15 @@ def test_in_16_bits_the_state_is_as_exact_as_a_kernel_has_it(dtype: torch.dtype)
 
 
 def test_the_way_is_chosen_by_whether_the_scan_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dispatched(implementation: Any) -> Any:
+        @functools.wraps(STOCK)
+        def call(*inputs: Any, **options: Any) -> Any:
+            return implementation(*inputs, **options)
+
+        return call
+
     assert mamba1.is_kernel(STOCK) is False and mamba1.is_kernel(lambda *inputs, **options: None) is None
+    assert mamba1.is_kernel(dispatched(STOCK)) is False and mamba1.is_kernel(dispatched(torch.add)) is True
     used = []
     monkeypatch.setattr(mamba1, "scan_from", lambda *inputs, **options: used.append("loop"))
     monkeypatch.setattr(mamba1, "around_kernel", lambda stock: lambda *inputs, **options: used.append("around"))
