@@ -9,7 +9,7 @@ import typer
 
 from ..stats import format_bytes
 from . import replicating
-from .options import POLICIES
+from .options import POLICIES, Storage
 from .screen import Screen
 
 
@@ -95,6 +95,7 @@ def serve(
     shared: Shared = None,
     shared_memory: SharedMemory = "100GiB",
     exactness: Exactness = "replayable",
+    storage: Storage = "exact",
     policy: Policy = "learned",
     grid: Grid = None,
     pieces: Pieces = _PIECES,
@@ -125,8 +126,7 @@ def serve(
     from .sources import own_document
 
     tenants = pairs("--api-key", api_key or (), several=True)
-    shares = dict(pairs("--tenant-memory", tenant_memory or ()))
-    _check(tenants, shares, log_level)
+    _check(tenants, dict(pairs("--tenant-memory", tenant_memory or ())), log_level)
     lists = {"api_keys": api_key, "tenant_memory": tenant_memory, "cut_after": cut_after}
     asked |= {name: tuple(given or ()) for name, given in lists.items()}
     asked |= {"chat_template_kwargs": _template_kwargs(chat_template_kwargs), "learn_from": own_document()[0]}

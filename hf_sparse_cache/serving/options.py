@@ -42,7 +42,7 @@ class Options(BaseModel):
         learn_from: text from which the tokenizer of a built-in model learns.
         max_memory: of prefixes beside the model.
         host_memory, disk_memory, disk_dir, shared, shared_memory: the other tiers, as `CheckpointStore` takes them.
-        exactness, policy, grid, cut_after: as `SparseCacheConfig` takes them.
+        exactness, storage, policy, grid, cut_after: as `SparseCacheConfig` takes them.
         pieces: most tokens read at once, in replayable mode.
         api_keys: NAME=KEY of each tenant; default the words of the environment variable HF_SPARSE_CACHE_API_KEYS.
         admin_key: opens what only operators may see and do; default HF_SPARSE_CACHE_ADMIN_KEY.
@@ -68,6 +68,7 @@ class Options(BaseModel):
     shared: str | None = None
     shared_memory: str | None = "100GiB"
     exactness: str = "replayable"
+    storage: str = "exact"
     policy: str = "learned"
     grid: int | None = None
     pieces: int = 1024
@@ -116,6 +117,7 @@ class Options(BaseModel):
         config = SparseCacheConfig(
             self.max_memory,
             exactness=self.exactness,
+            storage=self.storage,
             policy=self.policy,
             grid=self.grid,
             cut_after=self.cut_after,

@@ -75,19 +75,25 @@ def test_the_next_start_answers_the_old_conversation_warm(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_what_one_server_read_another_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "reused"), [("exact", "exact", True), ("bf16", "bf16", True), ("exact", "bf16", False)]
+)
+def test_what_one_server_read_another_resumes_in_the_same_storage(
+    tmp_path: Path, first: str, second: str, reused: bool
+) -> None:
     found = []
-    for name in ("one", "other"):
-        process, url = begin(tmp_path / name, "--shared", str(tmp_path / "shared"))
+    for name, storage in (("one", first), ("other", second)):
+        process, url = begin(tmp_path / name, "--shared", str(tmp_path / "shared"), "--storage", storage)
         try:
             found.append(chat(url))
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=30)
-    first, second = found
-    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 0.9 * first["usage"]["prompt_tokens"]
-    assert second["choices"][0]["message"]["content"] == first["choices"][0]["message"]["content"]
+    before, after = (answer["usage"] for answer in found)
+    assert before["prompt_tokens_details"]["cached_tokens"] == 0
+    assert (after["prompt_tokens_details"]["cached_tokens"] > 0.9 * before["prompt_tokens"]) is reused
+    if first == second:
+        assert found[1]["choices"][0]["message"]["content"] == found[0]["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,7 @@ def test_what_one_server_read_another_resumes(tmp_path: Path) -> None:
         ([NAME, "--chat-template-kwargs", "[]"], "--chat-template-kwargs must be a JSON object"),
         ([NAME, "--log-level", "loud"], "--log-level is 'loud'"),
         ([NAME, "--exactness", "maybe"], "exactness"),
+        ([NAME, "--storage", "tiny"], "storage must be 'exact', 'bf16' or 'int8', not 'tiny'"),
         ([NAME, "--timeout", "-1"], "timeout is -1"),
     ],
 )
