@@ -22,7 +22,7 @@ from .store.seal import VARIABLE, Seal
 
 
 NAME = "sparse_cache.json"
-VERSION = 2  # 1 lists no files
+VERSION = 3  # that of the files: 1 lists none, and up to 2 none is packed
 _MAX_BYTES = 2**28
 # What a caller chooses for a handle, whatever the model; what version 1 counted as part of the fingerprint; and the
 # differences that are named.
@@ -122,8 +122,8 @@ class Manifest:
         if not isinstance(content, dict):
             raise DamagedFileError("it is no JSON object")
         version = content.get("version", 1)
-        if version not in (1, VERSION) or isinstance(version, bool):
-            raise DamagedFileError(f"version is {shown(version)}, and 1 and {VERSION} are read")
+        if version not in range(1, VERSION + 1) or isinstance(version, bool):
+            raise DamagedFileError(f"version is {shown(version)}, and 1 to {VERSION} are read")
         if seal is not None:
             _authenticate(content, seal)
         settings = _settings(content)

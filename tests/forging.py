@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from hf_sparse_cache.errors import DamagedFileError
 from hf_sparse_cache.store import files
+from hf_sparse_cache.store.planes import unpacked
 from hf_sparse_cache.store.seal import Seal
 
 
@@ -36,6 +38,8 @@ class Unit:
 
 
 def taken_apart(data: bytes) -> Unit:
+    with suppress(DamagedFileError):  # else it is no such file
+        data = unpacked(data)
     meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     return Unit(safetensors.torch.load(data), json.loads(meta["unit"]), json.loads(meta.get("payload", "null")))
 

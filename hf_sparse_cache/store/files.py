@@ -1,8 +1,9 @@
 """Files of the disk tier and of saved caches: private, whole or absent, and proved to be ours before they are touched.
 
-Each file is a safetensors file of one unit. Its name ends in the checksum of its bytes, so a file proves itself; what
-it is for stands in its own header, so a folder needs no index that could disagree with it. A folder may hold anything
-else, too: what is not a regular file of our form is neither opened nor changed.
+Each file is a safetensors file of one unit, packed where that makes it smaller (see `planes`). Its name ends in the
+checksum of its bytes, so a file proves itself; what it is for stands in its own header, so a folder needs no index
+that could disagree with it. A folder may hold anything else, too: what is not a regular file of our form is neither
+opened nor changed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import IO, Any
 from ..errors import DamagedFileError as DamagedFileError
 from ..planning.cuts import Tokens
 from .headers import MAX_POSITION, Header, RefusedFileError, header_bytes, tokens_from
+from .planes import unpacked
 from .seal import Seal
 
 
@@ -244,10 +246,10 @@ def _flush_folder(folder: Path) -> None:
 
 
 def read(path: Path, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
-    """Reads a whole file, proves it by the checksum in its name, and decrypts it where it is encrypted.
+    """Reads a whole file, proves it by the checksum in its name, decrypts it where it is encrypted, and unpacks it.
 
     Args:
-        most: bytes; a larger file is not read.
+        most: bytes; a larger file is not read, and none is unpacked to more.
 
     Raises:
         OSError: it cannot be read.
@@ -258,20 +260,23 @@ def read(path: Path, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
         if most is not None and size > most:
             raise DamagedFileError(f"{path} has {size} bytes; what it is for has at most {most}")
         data = file.read(size)
-    return proved(path, data, seal)
+    return proved(path, data, seal, most)
 
 
-def proved(path: Path, data: bytes, seal: Seal = CHECKSUMS) -> bytes:
+def proved(path: Path, data: bytes, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
     """What a file says, whose bytes were read from wherever it lies.
 
+    Args:
+        most: bytes that it may unpack to.
+
     Raises:
-        DamagedFileError: its bytes are not those that were written, or this key does not open it.
+        DamagedFileError: its bytes are not those that were written, it would take more, or this key does not open it.
     """
     if reason := _refusal(data, seal):
         raise RefusedFileError(f"{path} is refused: {reason}")
     if not seal.fits(data, path.name.removesuffix(SUFFIX).rpartition("-")[2]):
         raise DamagedFileError(f"{path} does not match its checksum")
-    return seal.opened(data)
+    return unpacked(seal.opened(data), most)
 
 
 def _refusal(data: bytes, seal: Seal) -> str | None:

@@ -172,9 +172,9 @@ class SharedTier:
             job, until = partial(self._bytes, filed.name, most), time.monotonic() + READ_SECONDS
             data = self._asked(job, until, "reading a state", filed)
             if data is not None:
-                text = Text(self.seal, space, ids[: filed.position])
+                path, text = Path(filed.state), Text(self.seal, space, ids[: filed.position])
                 try:
-                    unit = self._proved(filed, text, space, expected, data)
+                    unit = self._proved(filed, text, space, expected, files.proved(path, data, self.seal, most))
                     return Resumable(unit, text, filed, data, reader)
                 except DamagedFileError as error:
                     self.refuse(filed, filed.state, error, _digest(data))
@@ -196,7 +196,7 @@ class SharedTier:
         def fetch(file: StoredFile, most: int | None) -> bytes:
             nonlocal seen
             if file is found.files.state:
-                return files.proved(file.path, found.data, self.seal)
+                return files.proved(file.path, found.data, self.seal, most)
             try:
                 data = self.hands.wait(coming.pop(file.path.name), until)
             except FileNotFoundError:
@@ -206,7 +206,7 @@ class SharedTier:
             except Exception as error:
                 raise StorageFailedError(_said(error, "reading keys and values")) from error
             seen = file.path.name, data
-            return files.proved(file.path, data, self.seal)
+            return files.proved(file.path, data, self.seal, most)
 
         try:
             unit = replace(found.reader, fetch=fetch).read(found.files, spans)
@@ -380,10 +380,9 @@ class SharedTier:
             raise DamagedFileError(f"it has more than the {most} bytes that what it is for has at most")
         return data
 
-    def _proved(self, filed: Filed, text: Text, space: str, expected: Lineage | None, data: bytes) -> UnitFiles:
+    def _proved(self, filed: Filed, text: Text, space: str, expected: Lineage | None, plain: bytes) -> UnitFiles:
         """What a state's file says of its unit, held against where it was filed and what was asked."""
-        path = Path(filed.state)
-        record = state_record(*files.record_of(files.proved(path, data, self.seal)))
+        record = state_record(*files.record_of(plain))
         lineage = record.lineage
         if record.space != space:
             raise DamagedFileError("it belongs to another model or namespace than its folder says")
@@ -396,7 +395,7 @@ class SharedTier:
         if any(not files.is_name(name, "kv") for _, name in record.kv):
             raise DamagedFileError("it names files that are none of keys and values")
         kv = {span: StoredFile(Path(name), 0) for span, name in record.kv}
-        return UnitFiles(record.space, record.tokens, lineage, record.final, StoredFile(path, len(data)), kv)
+        return UnitFiles(record.space, record.tokens, lineage, record.final, StoredFile(Path(filed.state), 0), kv)
 
 
 def _begin(text: Text, expected: Lineage, end: int) -> str | None:

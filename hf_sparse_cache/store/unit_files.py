@@ -19,15 +19,15 @@ import safetensors.numpy
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..planning.lineage import Lineage, Span
-from . import files
+from . import files, planes
 from .headers import RefusedFileError, StateRecord, canonical, is_count
 from .seal import Seal
 from .tree import Payload
 from .unit import Expected, MovablePayload, Unit, movable
 
 
-FORMAT = 2  # of the files
-READ_FORMATS = (1, 2)  # 1 does not name the space of keys and values, and knows no key
+FORMAT = 3  # of the files
+READ_FORMATS = (1, 2, 3)  # 1 does not name the space of keys and values, and knows no key; up to 2 none is packed
 NO_TOKENS = np.zeros(0, dtype=np.int32)
 _FRAME_BYTES = 2**20  # of a file beyond its tensors and tokens: header, names of keys and values, encryption
 
@@ -69,7 +69,7 @@ class Packing:
     ) -> tuple[str, bytes]:
         record = {"format": FORMAT, **about, **({"keyed": self.seal.keyed} if self.seal.keyed else {})}
         plain = canonical(to_bytes(json.dumps(record), tokens))
-        data = self.seal.closed(plain, record, tokens, self.steady)
+        data = self.seal.closed(planes.packed(plain), record, tokens, self.steady)
         return self.name(kind, data, self.seal), data
 
 

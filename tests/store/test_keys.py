@@ -143,7 +143,9 @@ def test_an_encrypted_save_shows_no_prompt(jamba: PreTrainedModel, tmp_path: Pat
     floats = max((unit.tensors[name] for unit in Saved(plain).of("kv") for name in unit.tensors), key=len)
     for folder, shown in ((plain, True), (hidden, False)):
         data = b"".join(path.read_bytes() for path in folder.iterdir())
-        assert (ids in data) == shown and (floats.numpy().tobytes()[:64] in data or not floats.numel()) == shown
+        # of packed numbers the two bytes that do not shrink lie there as they are
+        low = floats.numpy().view("<u2")[..., ::2].tobytes()[:32]
+        assert (ids in data) == shown and (low in data or not floats.numel()) == shown
         assert (b'"position"' in data) == shown or shown
     first = {path.name for path in hidden.glob("*.safetensors")}
     assert saved(jamba, hidden, key=KEY, encrypt=True) and not first & set(os.listdir(hidden))  # no nonce twice
