@@ -37,7 +37,7 @@ from benchmarks.process_memory import memory
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
 from hf_sparse_cache.bench.upstream import why_wrong
-from hf_sparse_cache.bench.workloads import Asked
+from hf_sparse_cache.bench.workloads import WorkloadRequest
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.stats import table
@@ -53,7 +53,7 @@ def prompts(count, tokens, shared=0, groups=1, seed=0):
     draw = np.random.RandomState(seed)
     heads = [draw.randint(3, VOCABULARY, shared) for _ in range(groups)]
     rows = [np.concatenate([heads[i % groups], draw.randint(3, VOCABULARY, tokens - shared)]) for i in range(count)]
-    return [Asked(str(index % groups), row.astype(np.int32)) for index, row in enumerate(rows)]
+    return [WorkloadRequest(str(index % groups), row.astype(np.int32)) for index, row in enumerate(rows)]
 
 
 def cached(arguments, model, name="learned", **options):
@@ -203,7 +203,7 @@ def big_store(arguments, model):
     runs = []
     for repeat in range(arguments.repeats):
         empty = cached(arguments, model, "empty")
-        new = [Asked(one.group, np.roll(one.ids, repeat + 1)) for one in asked]
+        new = [WorkloadRequest(one.group, np.roll(one.ids, repeat + 1)) for one in asked]
         runs.append(alternate([empty, full], new, start=repeat))
         empty.close()
     full.close()

@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from hf_sparse_cache.bench.contenders import Cached, Contender, DeepCopy, Limit
 from hf_sparse_cache.bench.upstream import why_wrong
-from hf_sparse_cache.bench.workloads import Asked
+from hf_sparse_cache.bench.workloads import WorkloadRequest
 from hf_sparse_cache.exactness import greedy
 from hf_sparse_cache.stats import table
 from hf_sparse_cache.tools.builtin import SIZES, build_model
@@ -77,7 +77,7 @@ def questions(document, count, tokens, draw):
     """Prompts of one document whose questions part at their first token."""
     heads = 3 + draw.permutation(VOCABULARY - 3)[:count]
     tails = [np.concatenate([[head], drawn(draw, tokens - 1)]) for head in heads]
-    return [Asked("document", np.concatenate([document, tail]).astype(np.int32)) for tail in tails]
+    return [WorkloadRequest("document", np.concatenate([document, tail]).astype(np.int32)) for tail in tails]
 
 
 def paired(one, other, prompts, beside=None):
@@ -177,7 +177,7 @@ def measure(arguments, name, exactness):
         own = Cached(model, None, exactness, "learned", max_memory="2GiB", exactness=exactness)
         try:
             ratios = paired(
-                own, Contender(model), [Asked("", drawn(draw, tokens)) for _ in range(arguments.pairs + 1)]
+                own, Contender(model), [WorkloadRequest("", drawn(draw, tokens)) for _ in range(arguments.pairs + 1)]
             )
             found[f"cold / stock, {tokens:,} tokens"] = summary(ratios[1:])  # the first pair warms up
         finally:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from hf_sparse_cache.cli.sources import own_document
-from hf_sparse_cache.routing.digest import Digest, Entry
+from hf_sparse_cache.routing.digest import Digest, DigestEntry
 from hf_sparse_cache.routing.fleet import Fleet
 from hf_sparse_cache.routing.names import Keys, Names
 from hf_sparse_cache.routing.router import PrefixRouter, Rules
@@ -131,7 +131,7 @@ def routing(replicas: int = 100, prefixes: int = 10_000) -> list[dict[str, Any]]
     published = []
     for name in names:
         drawn = (draw.integers(0, 2**63, prefixes).tolist() for _ in range(2))
-        digest = Digest(map(Entry, *drawn, draw.integers(0, 64, prefixes).tolist()))
+        digest = Digest(map(DigestEntry, *drawn, draw.integers(0, 64, prefixes).tolist()))
         published.append(cpu(lambda name=name, digest=digest: router.published(name, digest), 1))
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{replicas} replicas x {prefixes:,} prefixes: {np.mean(published) * 1e3:.1f} ms a digest, {memory:.0f} MiB")

@@ -26,7 +26,7 @@ from transformers import BambaConfig, BambaForCausalLM
 from transformers.utils import logging
 
 from hf_sparse_cache.bench.contenders import Cached, Contender, Limit, Replayed
-from hf_sparse_cache.bench.workloads import Asked
+from hf_sparse_cache.bench.workloads import WorkloadRequest
 from hf_sparse_cache.stats import format_bytes, table
 from hf_sparse_cache.tools.machine import describe_machine
 
@@ -74,7 +74,7 @@ def questions(prefix, count, seed):
     draw = np.random.RandomState(seed)
     head = draw.randint(3, VOCABULARY, prefix)
     tails = [draw.randint(3, VOCABULARY, SUFFIX) for _ in range(count)]
-    return [Asked("prefix", np.concatenate([head, tail]).astype(np.int32)) for tail in tails]
+    return [WorkloadRequest("prefix", np.concatenate([head, tail]).astype(np.int32)) for tail in tails]
 
 
 def measure(model, prefix, arguments):
@@ -82,7 +82,7 @@ def measure(model, prefix, arguments):
     stock = Contender(model)
     own = Cached(model, None, "cache", "learned", max_memory=arguments.max_memory, grid=arguments.grid)
     limit = Limit(own)
-    warm_up = Asked("other", questions(2 * own.handle.grid, 1, arguments.seed + 1)[0].ids)
+    warm_up = WorkloadRequest("other", questions(2 * own.handle.grid, 1, arguments.seed + 1)[0].ids)
     for contender in (stock, own):
         contender.serve(warm_up, 2, False)
     cold = {"stock": stock.serve(first, 1, False), "cache": own.serve(first, 1, False)}

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from benchmarks.bench_planner import peak_bytes
 from hf_sparse_cache.bench.contenders import Cached, EveryCut
-from hf_sparse_cache.bench.workloads import Asked
+from hf_sparse_cache.bench.workloads import WorkloadRequest
 from hf_sparse_cache.tools.builtin import build_model
 
 
@@ -53,7 +53,7 @@ def main():
     contender = Cached(model, None, "memory", policy, max_memory=None, grid=128)
     draw = np.random.RandomState(0)
     for _ in range(arguments.prompts):
-        contender.serve(Asked("", draw.randint(3, VOCABULARY, arguments.tokens).astype(np.int32)), 1, False)
+        contender.serve(WorkloadRequest("", draw.randint(3, VOCABULARY, arguments.tokens).astype(np.int32)), 1, False)
     peak = peak_bytes()
     print(json.dumps({"peak": peak, "stored": contender.peak_bytes(), "held": contender.held_bytes()}))
 

@@ -39,7 +39,7 @@ PUBLIC = (
     ("Planning", "SimulationResult", "simulator", "resume_rate capture_rate recomputed_tokens"),
     ("Planning", "Fleet", "routing.fleet", ""),
     ("Planning", "Arrival", "routing.fleet", ""),
-    ("Planning", "Served", "routing.fleet", ""),
+    ("Planning", "FleetTimes", "routing.fleet", ""),
     ("Planning", "Rules", "routing.router", ""),
     ("Planning", "Shareable", "hub", SHARED),
     ("Exactness", "check_exactness", "exactness", ""),

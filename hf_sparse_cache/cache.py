@@ -392,7 +392,7 @@ class SparsePrefixCache(Handle):
         try:
             if store is None:
                 handle.store.seal = seal
-            persistence.load(handle.server, save_directory, seal, lambda ids: handle.mark(torch.from_numpy(ids)))
+            persistence.load_saved(handle.server, save_directory, seal, lambda ids: handle.mark(torch.from_numpy(ids)))
         except BaseException:
             handle.detach()
             raise

@@ -120,7 +120,7 @@ class Shareable(ABC):
 
             path = Path(hf_hub_download(str(name_or_path), cls.file_name, **kwargs))
         try:
-            content = jsontext.read(path)
+            content = jsontext.read_json(path)
         except ValueError as error:
             raise ValueError(f"{error}. Save the {cls.__name__} again.") from None
         if not isinstance(content, dict):
@@ -136,7 +136,7 @@ def check_own(path: Path) -> None:
     """
     if os.path.lexists(path):
         try:
-            known = path.is_file() and isinstance(before := jsontext.read(path), dict) and VERSION_KEY in before
+            known = path.is_file() and isinstance(before := jsontext.read_json(path), dict) and VERSION_KEY in before
         except (OSError, ValueError):
             known = False
         if not known:

@@ -28,7 +28,7 @@ def parse(text: bytes | str, where: str, *, constants: bool = False) -> Any:
         raise ValueError(f"{where} is not JSON in UTF-8 ({error}); mend it") from error
 
 
-def read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:

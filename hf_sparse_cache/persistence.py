@@ -166,7 +166,7 @@ def settings(save_directory: str | Path, options: dict[str, Any], seal: Seal) ->
     return {**saved, **options}
 
 
-def load(server: Server, save_directory: str | Path, seal: Seal, mark: Callable[[Tokens], None]) -> None:
+def load_saved(server: Server, save_directory: str | Path, seal: Seal, mark: Callable[[Tokens], None]) -> None:
     """Reads what `save` wrote into a handle's store; see `SparsePrefixCache.from_pretrained`.
 
     Args:

@@ -21,7 +21,7 @@ from .planning.policy import check_policy, limited
 from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
 from .request import Request, open_request
-from .routing.fleet import Arrival, Clocks, Fleet, Router, Served, SharedSizes, make_router
+from .routing.fleet import Arrival, Clocks, Fleet, FleetTimes, Router, SharedSizes, make_router
 from .stats import RequestInfo, counted, format_bytes, html_table, parse_bytes
 from .store.answer import Read, open_answer
 from .store.eviction import Eviction
@@ -63,7 +63,7 @@ class SimulationResult:
     evictions: int = 0
     seconds: float = 0.0
     plan_seconds: float = 0.0
-    served: Served | None = None
+    served: FleetTimes | None = None
 
     @property
     def resume_rate(self) -> float:
@@ -306,7 +306,7 @@ class _Together:
         self._clocks.serve(chosen, seconds, counted=self._tally.counting)
         return info
 
-    def served(self) -> Served:
+    def served(self) -> FleetTimes:
         """Times and bytes."""
         return self._clocks.served(self._shared, getattr(self._router, "digest_bytes", 0))
 

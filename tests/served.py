@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 
 from hf_sparse_cache import CheckpointStore, SparseCacheConfig
-from hf_sparse_cache.serving.run import Address, Server
+from hf_sparse_cache.serving.listening import Address, PortServer
 from hf_sparse_cache.serving.service import Service
 from hf_sparse_cache.serving.settings import Settings
 
@@ -25,7 +25,7 @@ class Running:
     """A server that runs."""
 
     service: Service
-    server: Server
+    server: PortServer
     thread: threading.Thread
     url: str
 
@@ -64,7 +64,7 @@ def start(
     config = SparseCacheConfig(exactness=exactness, pieces=64 if exactness == "replayable" else None)
     store = CheckpointStore("200MB") if store is None else store
     service = Service(manager, store, config, Settings(**{"timeout": 60.0, **settings}))
-    server = Server(service, Address(port=0, drain=5))
+    server = PortServer(service, Address(port=0, drain=5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -19,7 +19,7 @@ from hf_sparse_cache.planning.policies import NoCheckpoints
 from hf_sparse_cache.planning.segments import Segmenting
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.store import files
-from hf_sparse_cache.store.storage import Entry, Folder, open_storage
+from hf_sparse_cache.store.storage import Folder, ListedFile, open_storage
 from hf_sparse_cache.store.store import CheckpointStore
 
 
@@ -47,11 +47,11 @@ class Faulty:
         self.rule("put", name)
         self._inner.put(name, data)
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[ListedFile]:
         self.rule("list", folder)
         return self._inner.list(folder)
 
-    def walk(self) -> Iterator[Entry]:
+    def walk(self) -> Iterator[ListedFile]:
         self.rule("walk", "")
         return self._inner.walk()
 

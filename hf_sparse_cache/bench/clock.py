@@ -14,7 +14,7 @@ from ..models import ambient
 
 
 @dataclass
-class Served:
+class Timed:
     """One request, served one way.
 
     Attributes:
@@ -79,7 +79,7 @@ class _Clock(BaseStreamer):
         pass
 
 
-def serve(model: Any, ids: torch.Tensor, max_new_tokens: int, *, logits: bool = False, **options: Any) -> Served:
+def timed(model: Any, ids: torch.Tensor, max_new_tokens: int, *, logits: bool = False, **options: Any) -> Timed:
     """Greedy `generate()` on one prompt of shape `(1, length)`; `options` are its further keywords."""
     clock = _Clock()
     # One token needs no streamer: its time is the wall time of the call.
@@ -93,7 +93,7 @@ def serve(model: Any, ids: torch.Tensor, max_new_tokens: int, *, logits: bool = 
     _finish(ids)
     ended = time.perf_counter()
     tokens = result.sequences[0, ids.shape[1] :].cpu()
-    return Served(
+    return Timed(
         first_token_seconds=(clock.times[1] if streamer else ended) - started,
         total_seconds=ended - started,
         new_tokens=len(tokens),

@@ -28,8 +28,8 @@ from ..planning.lineage import Lineage
 from ..planning.policies import Policy, Prompt
 from ..store.store import CheckpointStore
 from ..store.tree import Checkpoint
-from .clock import Served, serve
-from .workloads import Asked
+from .clock import Timed, timed
+from .workloads import WorkloadRequest
 
 
 class Contender:
@@ -40,14 +40,14 @@ class Contender:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def prepare(self, asked: Asked) -> None:
+    def prepare(self, asked: WorkloadRequest) -> None:
         """Called before every request, for all contenders before any of them serves; not timed."""
 
-    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+    def serve(self, asked: WorkloadRequest, max_new_tokens: int, logits: bool) -> Timed | None:
         """Serves one request; None where this contender has nothing to measure."""
-        return serve(self.model, self.ids(asked), max_new_tokens, logits=logits)
+        return timed(self.model, self.ids(asked), max_new_tokens, logits=logits)
 
-    def ids(self, asked: Asked) -> torch.Tensor:
+    def ids(self, asked: WorkloadRequest) -> torch.Tensor:
         return torch.from_numpy(asked.ids).long()[None].to(self.model.device)
 
     def held_bytes(self) -> int:
@@ -75,11 +75,11 @@ class Chunked(Contender):
         super().__init__(model)
         self.grid = grid
 
-    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+    def serve(self, asked: WorkloadRequest, max_new_tokens: int, logits: bool) -> Timed | None:
         ids = self.ids(asked)
         # One chunk is what stock does, and longer than the prompt is refused by some releases.
         chunk = {"prefill_chunk_size": self.grid} if ids.shape[1] > self.grid else {}
-        return serve(self.model, ids, max_new_tokens, logits=logits, **chunk)
+        return timed(self.model, ids, max_new_tokens, logits=logits, **chunk)
 
 
 class DeepCopy(Contender):
@@ -97,11 +97,11 @@ class DeepCopy(Contender):
         self._caches: dict[str, DynamicCache] = {}
         self._cache_name = cache_name_of(model)
 
-    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+    def serve(self, asked: WorkloadRequest, max_new_tokens: int, logits: bool) -> Timed | None:
         ids = self.ids(asked)
         length = min(self._prefixes.get(asked.group, 0), ids.shape[1] - MIN_SUFFIX_TOKENS)
         if length < 1:
-            return serve(self.model, ids, max_new_tokens, logits=logits)
+            return timed(self.model, ids, max_new_tokens, logits=logits)
         started = time.perf_counter()
         known = asked.group in self._caches
         if not known:
@@ -111,7 +111,7 @@ class DeepCopy(Contender):
             self._caches[asked.group] = cache
         mine = copy.deepcopy(self._caches[asked.group])
         spent = time.perf_counter() - started
-        served = serve(self.model, ids, max_new_tokens, logits=logits, **{self._cache_name: mine})
+        served = timed(self.model, ids, max_new_tokens, logits=logits, **{self._cache_name: mine})
         return replace(
             served,
             first_token_seconds=served.first_token_seconds + spent,
@@ -150,11 +150,11 @@ class Cached(Contender):
         self.handle = SparsePrefixCache(model, tokenizer, policy=policy, **options)
         self._evicting = _timed_eviction(self.handle.store)
 
-    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+    def serve(self, asked: WorkloadRequest, max_new_tokens: int, logits: bool) -> Timed | None:
         # Not `stats()`, which looks at the model's weights: a client that asks a question does not call it.
         recorder, store, name = self.handle.server.recorder, self.handle.store, self.handle.config.namespace
         before, evicted, evicting = recorder.totals(), store.account(name).evictions, self._evicting()
-        served = serve(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self.handle)
+        served = timed(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self.handle)
         after, held, info = recorder.totals(), store.account(name), recorder.last
         assert info is not None
         evicting = self._evicting() - evicting
@@ -211,10 +211,10 @@ class Replayed(Contender):
         self._handle = SparsePrefixCache(follows.model, max_memory=None, policy="none", prove=False)
         self._server = self._handle.server
 
-    def replay(self, asked: Asked, served: Served, max_new_tokens: int) -> Served:
+    def replay(self, asked: WorkloadRequest, served: Timed, max_new_tokens: int) -> Timed:
         """Serves a request once more, cold, and as it was served."""
         self._handle.server = Replay(self._server, Lineage.from_ends(served.segments))
-        return serve(self.model, self.ids(asked), max_new_tokens, logits=True, past_key_values=self._handle)
+        return timed(self.model, self.ids(asked), max_new_tokens, logits=True, past_key_values=self._handle)
 
     def close(self) -> None:
         self._handle.detach()
@@ -238,7 +238,7 @@ class Limit(Contender):
         )
         self._server = self._handle.server = _Ready(self._handle.server)
 
-    def prepare(self, asked: Asked) -> None:
+    def prepare(self, asked: WorkloadRequest) -> None:
         server = self._follows.handle.server
         space, segmenting = server.space.now()[0], server.binding.segmenting
         cuts = segmenting.cuts(asked.ids, server.store.marks.lengths(asked.ids, space))
@@ -255,11 +255,11 @@ class Limit(Contender):
             states.restore(live, state, spans, server.binding.rounding)
             settle(live.layers)
 
-    def serve(self, asked: Asked, max_new_tokens: int, logits: bool) -> Served | None:
+    def serve(self, asked: WorkloadRequest, max_new_tokens: int, logits: bool) -> Timed | None:
         if self._server.ready is None:
             return None
         start = self._server.resumed_tokens
-        served = serve(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self._handle)
+        served = timed(self.model, self.ids(asked), max_new_tokens, logits=logits, past_key_values=self._handle)
         return replace(served, resumed_tokens=start, computed_tokens=len(asked.ids) - start)
 
     def close(self) -> None:

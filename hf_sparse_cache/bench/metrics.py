@@ -18,7 +18,7 @@ COSTS = ("match_seconds", "plan_seconds", "restore_seconds", "capture_seconds", 
 LIMIT, STOCK = "limit", "stock"
 
 
-def measure(rows: pandas.DataFrame, summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summed_up(rows: pandas.DataFrame, summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per model, dataset and contender.
 
     "Again" are the requests of a group that was seen before: later questions, turns, revisions. Ratios are taken
@@ -137,7 +137,7 @@ def verdict(measured: list[dict[str, Any]], policy: str) -> list[str]:
     return sentences
 
 
-def table(measured: list[dict[str, Any]]) -> Table:
+def metrics_table(measured: list[dict[str, Any]]) -> Table:
     """Columns and cells for people."""
     columns = (
         "model",

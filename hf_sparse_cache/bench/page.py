@@ -63,7 +63,7 @@ _COSTS_LEGEND = (
 )
 
 
-def build(
+def report_page(
     config: dict[str, Any], rows: pandas.DataFrame, summaries: list[dict[str, Any]], measured: list[dict[str, Any]]
 ) -> str:
     """The page as text.
@@ -71,7 +71,7 @@ def build(
     Args:
         config: of the run's folder: settings, command, machine.
         rows, summaries: of every unit.
-        measured: by `measure`.
+        measured: by `summed_up`.
     """
     settings = config["settings"]
     policies = list(settings["policies"])
@@ -85,7 +85,7 @@ def build(
         f"<div class='verdict{'' if exact else ' bad'}'>{sentences}</div>",
         _numbers(measured, policies[0]),
         f"<h2>Side by side</h2><p class='small'>{_LEGEND}</p>",
-        _table(*metrics.table(measured), css="text3 cards", main=policies[0]),
+        _table(*metrics.metrics_table(measured), css="text3 cards", main=policies[0]),
         _left_out(summaries),
         f"<h2>Where the seconds went</h2><p class='small'>{_COSTS_LEGEND}</p>",
         _table(*metrics.costs(measured), css="text3 cards", main=policies[0]),

@@ -27,7 +27,7 @@ def draw(rows: pandas.DataFrame, measured: list[dict[str, Any]], policies: list[
 
     Args:
         rows: requests of one model on one dataset.
-        measured: rows of `measure` for them.
+        measured: rows of `summed_up` for them.
         policies: the cache's own contenders; the first one is the one whose overlap and checkpoints are shown.
     """
     first = rows[rows["contender"] == policies[0]]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """Everything that decides what a run measures.
 
     Attributes:
@@ -70,7 +70,7 @@ class Trial:
     summary: dict[str, Any]
 
 
-class Folder:
+class RunFolder:
     """The results of one run.
 
     Args:
@@ -82,14 +82,14 @@ class Folder:
         ValueError: the folder holds a run with other settings, and the message names what differs; or other files.
     """
 
-    def __init__(self, path: Path, settings: Settings, command: str) -> None:
+    def __init__(self, path: Path, settings: RunSettings, command: str) -> None:
         self.path, self.settings = path, settings
         content = json.loads(
             json.dumps({"settings": asdict(settings), "command": command, "machine": describe_machine()})
         )
         known = path / "config.json"
         if known.is_file():
-            before = jsontext.read(known)
+            before = jsontext.read_json(known)
             if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
                 raise ValueError(f"--out {path}: its config.json is not that of a run; give another folder.")
             known_settings = {"exactness": "bitwise", **before["settings"]}  # which older runs do not say
@@ -128,7 +128,7 @@ class Folder:
         import pandas
 
         files = sorted((self.path / "units").glob("*.json"))
-        summaries = [jsontext.read(file) for file in files]
+        summaries = [jsontext.read_json(file) for file in files]
         rows = pandas.concat([pandas.read_parquet(file.with_suffix(".parquet")) for file in files], ignore_index=True)
         rows.to_parquet(self.path / "requests.parquet", index=False)
         return rows, summaries

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from . import metrics, page, plots
-from .results import Folder
+from .results import RunFolder
 from .runner import run_trial
 from .workloads import Workload
 
 
-def run(
-    folder: Folder,
+def run_all(
+    folder: RunFolder,
     load: Callable[[str], Workload],
     *,
     report: Path | None = None,
@@ -44,12 +44,12 @@ def run(
                 trial.summary["dataset"] = name
                 folder.save(trial)
     rows, summaries = folder.finish()
-    measured = metrics.measure(rows, summaries)
+    measured = metrics.summed_up(rows, summaries)
     folder.write("metrics.json", {"measured": measured, "units": summaries})
     _draw(folder.path, rows, measured, list(settings.policies))
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(page.build(folder.config, rows, summaries, measured), encoding="utf-8")
+        report.write_text(page.report_page(folder.config, rows, summaries, measured), encoding="utf-8")
     return measured
 
 

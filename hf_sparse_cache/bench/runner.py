@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 from ..cache import SparsePrefixCache
 from ..tools import builtin
 from ..tools.machine import peak_process_bytes
-from .clock import Served, serve
+from .clock import Timed, timed
 from .contenders import Cached, Chunked, Contender, DeepCopy, EveryCut, Limit, Replayed
-from .results import Settings, Trial
+from .results import RunSettings, Trial
 from .upstream import why_wrong
-from .workloads import Asked, Workload, common_prefixes
+from .workloads import Workload, WorkloadRequest, common_prefixes
 
 
-def run_trial(settings: Settings, name: str, workload: Workload, repeat: int) -> Trial:
+def run_trial(settings: RunSettings, name: str, workload: Workload, repeat: int) -> Trial:
     """Loads a model, serves a workload, and gives the model back.
 
     Args:
@@ -68,7 +68,7 @@ def run_trial(settings: Settings, name: str, workload: Workload, repeat: int) ->
 
 
 def _contenders(
-    settings: Settings, model: Any, tokenizer: Any, requests: list[Asked]
+    settings: RunSettings, model: Any, tokenizer: Any, requests: list[WorkloadRequest]
 ) -> tuple[list[Contender], dict[str, str]]:
     """Those that were asked for and are right on this model, and why the others are left out."""
     options: dict[str, Any] = {"grid": settings.grid, "exactness": settings.exactness}
@@ -98,17 +98,17 @@ def _contenders(
     return [*made, *policies], left_out
 
 
-def _warm_up(model: Any, tokenizer: Any, requests: list[Asked]) -> None:
+def _warm_up(model: Any, tokenizer: Any, requests: list[WorkloadRequest]) -> None:
     """What only the first calls pay: threads, kernels, imports."""
     with SparsePrefixCache(model, tokenizer, max_memory=None, policy="learned") as handle:
         ids = torch.from_numpy(requests[0].ids).long()[None, : handle.grid + 16].to(model.device)
         for _ in range(2):
-            serve(model, ids, 2)
-            serve(model, ids, 2, past_key_values=handle)
+            timed(model, ids, 2)
+            timed(model, ids, 2, past_key_values=handle)
 
 
 def _serve_all(
-    settings: Settings, title: str, contenders: list[Contender], requests: list[Asked], repeat: int
+    settings: RunSettings, title: str, contenders: list[Contender], requests: list[WorkloadRequest], repeat: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     twin = _twin(contenders)
     checked = _checked(requests, settings.checked)
@@ -124,7 +124,7 @@ def _serve_all(
             turn = seen[asked.group] = seen.get(asked.group, -1) + 1
             for contender in contenders:
                 contender.prepare(asked)
-            served: dict[str, Served] = {}
+            served: dict[str, Timed] = {}
             # Each contender is first, last and in between equally often, and follows every other one.
             shift = (index + repeat) % len(contenders)
             for contender in contenders[shift:] + contenders[:shift]:
@@ -149,7 +149,11 @@ def _serve_all(
 
 
 def _compare(
-    asked: Asked, served: dict[str, Served], twin: Replayed | None, max_new_tokens: int, exactness: dict[str, Any]
+    asked: WorkloadRequest,
+    served: dict[str, Timed],
+    twin: Replayed | None,
+    max_new_tokens: int,
+    exactness: dict[str, Any],
 ) -> None:
     """Logits of the first new token: against stock for all, and bit for bit against a cold run where one resumed."""
     stock = served.get("stock")
@@ -174,7 +178,7 @@ def _twin(contenders: list[Contender]) -> Replayed | None:
     return None if first is None else Replayed(first)
 
 
-def _checked(requests: list[Asked], count: int) -> set[int]:
+def _checked(requests: list[WorkloadRequest], count: int) -> set[int]:
     """Requests whose logits are compared: spread over those of a group that has been seen before."""
     seen: set[str] = set()
     later = []

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .clock import serve
+from .clock import timed
 from .contenders import Contender, DeepCopy
-from .workloads import Asked
+from .workloads import WorkloadRequest
 
 
 def why_wrong(model: Any, make: Callable[[], Contender], grid: int) -> str:
@@ -29,8 +29,8 @@ def why_wrong(model: Any, make: Callable[[], Contender], grid: int) -> str:
         contender = make()
         if isinstance(contender, DeepCopy):
             contender._prefixes = {"probe": grid + grid // 2}
-        served = contender.serve(Asked("probe", ids), 2, logits=True)
-        stock = serve(model, contender.ids(Asked("probe", ids)), 2, logits=True)
+        served = contender.serve(WorkloadRequest("probe", ids), 2, logits=True)
+        stock = timed(model, contender.ids(WorkloadRequest("probe", ids)), 2, logits=True)
     except Exception as error:
         return f"it fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     assert served is not None and served.logits is not None and stock.logits is not None

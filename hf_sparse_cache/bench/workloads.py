@@ -22,7 +22,7 @@ _ONE_GROUP = "all in order"
 
 
 @dataclass(frozen=True)
-class Asked:
+class WorkloadRequest:
     """One request: the group it belongs to (a document, a conversation) and its tokens, int32 of shape `(N,)`."""
 
     group: str
@@ -60,7 +60,9 @@ class Workload:
                 kept.append(index)
         return replace(self, data=self.data.select(kept))
 
-    def requests(self, tokenizer: Any, *, seed: int, max_prompt_tokens: int | None, vocabulary: int) -> list[Asked]:
+    def requests(
+        self, tokenizer: Any, *, seed: int, max_prompt_tokens: int | None, vocabulary: int
+    ) -> list[WorkloadRequest]:
         """Tokenized requests in arrival order.
 
         Args:
@@ -78,7 +80,7 @@ class Workload:
             ids = np.asarray(prompts[index], dtype=np.int64)
             if "text" not in rows.column_names:
                 ids = ids % vocabulary
-            asked.append(Asked(str(groups[index]), _shortened(ids.astype(np.int32), max_prompt_tokens)))
+            asked.append(WorkloadRequest(str(groups[index]), _shortened(ids.astype(np.int32), max_prompt_tokens)))
         return asked
 
 
@@ -194,7 +196,7 @@ def _shortened(ids: Tokens, limit: int | None) -> Tokens:
     return np.concatenate([ids[: limit - tail], ids[len(ids) - tail :]])
 
 
-def common_prefixes(requests: Sequence[Asked]) -> dict[str, int]:
+def common_prefixes(requests: Sequence[WorkloadRequest]) -> dict[str, int]:
     """Tokens that all requests of a group share: what a user who knows them all would keep."""
     shared: dict[str, Tokens] = {}
     for asked in requests:

@@ -20,15 +20,15 @@ from ..tools.builtin_sizes import SIZES
 from .benching import bench
 from .evaluating import evaluate
 from .hosting import serve
-from .options import MODELS, POLICIES, Exactness, Grid, Storage
 from .outputs import PNG_MARK, check_output
+from .parameters import ALL_POLICIES, MODELS_HELP, Dtype, Exactness, Grid, StorageMode
 from .screen import Screen, fail
 
 
 app = typer.Typer(
     name="hf-sparse-cache",
     help="Exact prefix reuse for recurrent and hybrid language models in Hugging Face transformers.",
-    epilog=f"{MODELS}\n\n**Policies**, where checkpoints go: {POLICIES}; the default is learned.",
+    epilog=f"{MODELS_HELP}\n\n**Policies**, where checkpoints go: {ALL_POLICIES}; the default is learned.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -62,8 +62,7 @@ ModelName = Annotated[
     str, typer.Argument(help="Built-in model, named below, folder or Hub id.", autocompletion=_model_names)
 ]
 Memory = Annotated[str, typer.Option(help="Bytes that may be stored, such as 500MB or 2GiB.")]
-Policy = Annotated[str | None, typer.Option(help=f"Where checkpoints go: {POLICIES}; default: learned.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
+PolicyName = Annotated[str | None, typer.Option(help=f"Where checkpoints go: {ALL_POLICIES}; default: learned.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 SizesModel = Annotated[
     str | None,
@@ -101,7 +100,7 @@ DemoModels = Annotated[
         autocompletion=_model_names,
     ),
 ]
-Workload = Annotated[
+WorkloadFolder = Annotated[
     Path | None,
     typer.Option(help="Folder with texts.jsonl and requests.jsonl: documents and questions; default: none."),
 ]
@@ -127,17 +126,17 @@ Uncached = Annotated[
 Quick = Annotated[bool, typer.Option("--quick", help=f"{_QUICK_MANUALS} manuals a model, and 1,500 tokens of others.")]
 
 
-@app.command(epilog=MODELS)
+@app.command(epilog=MODELS_HELP)
 def demo(
     model: DemoModels = None,
-    workload: Workload = None,
+    workload: WorkloadFolder = None,
     documents: Documents = None,
     document: Document = None,
     question: Questions = None,
     tokens: ManualTokens = None,
     quick: Quick = False,
     uncached: Uncached = None,
-    policy: Policy = None,
+    policy: PolicyName = None,
     max_memory: Memory = "2GiB",
     grid: Grid = None,
     dtype: Dtype = "auto",
@@ -206,7 +205,7 @@ def _demo_models(asked: list[str] | None, own: bool, quick: bool) -> list[str]:
     return names
 
 
-@app.command(epilog=MODELS)
+@app.command(epilog=MODELS_HELP)
 def verify(
     model: ModelName,
     tokens: Annotated[
@@ -216,10 +215,10 @@ def verify(
     document: Annotated[
         Path | None, typer.Option(help="A text file for the prompts; default: the documentation.")
     ] = None,
-    policy: Policy = None,
+    policy: PolicyName = None,
     exactness: Exactness = "replayable",
     grid: Grid = None,
-    storage: Storage = "exact",
+    storage: StorageMode = "exact",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     json: Json = False,
@@ -243,7 +242,7 @@ def verify(
     raise typer.Exit(0 if report.passed else 1)
 
 
-@app.command(epilog=MODELS)
+@app.command(epilog=MODELS_HELP)
 def tune(
     model: ModelName,
     exactness: Exactness = "replayable",
@@ -272,7 +271,7 @@ def tune(
     screen.emit(tuning.run(loaded, screen, exactness=exactness, tokens=tokens, pairs=pairs, out=folder))
 
 
-@app.command(epilog=MODELS)
+@app.command(epilog=MODELS_HELP)
 def plan(
     trace: Annotated[
         Path | None,
@@ -283,7 +282,7 @@ def plan(
     kv_bytes_per_token: KVBytes = 0,
     max_memory: Memory = "2GiB",
     policy: Annotated[
-        list[str] | None, typer.Option(help=f"Of {POLICIES}; repeat to compare; default: all but none.")
+        list[str] | None, typer.Option(help=f"Of {ALL_POLICIES}; repeat to compare; default: all but none.")
     ] = None,
     max_checkpoints: MaxCheckpoints = None,
     cut_id: Annotated[
@@ -296,7 +295,7 @@ def plan(
     ] = None,
     exactness: Exactness = "bitwise",
     grid: Grid = None,
-    storage: Storage = "exact",
+    storage: StorageMode = "exact",
     warmup: Warmup = 0.0,
     requests: Annotated[
         int | None, typer.Option(help="Only the first so many of the trace; default: all.", min=1)
@@ -326,7 +325,7 @@ def plan(
     cut_ids = tuple(cut_id or ())
     inquiry = Inquiry(
         name=trace.name,
-        trace=advising.prompts_of(trace, requests),
+        trace=advising.trace_of(trace, requests),
         sizes=sizes,
         policies=list(dict.fromkeys(policy or advising.default_policies(cut_ids))),
         max_memory=parse_bytes(max_memory),
@@ -337,11 +336,11 @@ def plan(
     screen.emit({"model": model, **advising.on_trace(inquiry, png, screen)})
 
 
-@app.command(epilog=MODELS)
+@app.command(epilog=MODELS_HELP)
 def simulate(
     trace: Annotated[Path, typer.Argument(help="Workload folder, or .jsonl with one list of token ids a line.")],
     policy: Annotated[
-        list[str] | None, typer.Option(help=f"Of {POLICIES}; repeat to compare; default: learned, dp, block.")
+        list[str] | None, typer.Option(help=f"Of {ALL_POLICIES}; repeat to compare; default: learned, dp, block.")
     ] = None,
     model: SizesModel = None,
     state_bytes: StateBytes = None,
@@ -358,7 +357,7 @@ def simulate(
     Example: `hf-sparse-cache simulate trace.jsonl --max-memory 2GiB --policy learned --policy block`
     """
     from ..tools.traces import load_trace
-    from .estimates import Inquiry, compare
+    from .estimates import Inquiry, compare_policies
 
     screen = Screen(json)
     _quiet()
@@ -371,7 +370,7 @@ def simulate(
         max_checkpoints=max_checkpoints,
         warmup=warmup,
     )
-    screen.emit({"trace": str(trace), "max_memory": max_memory, **compare(inquiry, screen)})
+    screen.emit({"trace": str(trace), "max_memory": max_memory, **compare_policies(inquiry, screen)})
 
 
 @app.command()
@@ -421,8 +420,8 @@ def _quiet() -> None:
         logging.disable_progress_bar()
 
 
-app.command(epilog=MODELS)(bench)
-app.command(epilog=MODELS)(serve)
+app.command(epilog=MODELS_HELP)(bench)
+app.command(epilog=MODELS_HELP)(serve)
 # Its options are those of the harness, help and all.
 app.command(
     "eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}

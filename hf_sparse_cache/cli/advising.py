@@ -14,7 +14,7 @@ from ..simulator import SimulationResult, simulate
 from ..stats import RequestInfo, parse_bytes
 from ..tools.builtin_sizes import SIZES
 from ..tools.traces import Trace, load_trace
-from .drawing import draw
+from .drawing import draw_advice
 from .estimates import TIE, Inquiry, Sizes, placements, show_advice, show_placements, sizes_line
 from .screen import Screen, Steps
 
@@ -41,12 +41,12 @@ def on_trace(inquiry: Inquiry, png: Path | None, screen: Screen) -> dict[str, An
     prompts = f"the requests of {inquiry.name}"
     show_placements(found["plans"], found["max_memory"], prompts, inquiry.sizes.exactness, screen)
     if png is not None:
-        draw(found, png)
+        draw_advice(found, png)
         screen.say(f"Pictures: {png}")
     return found
 
 
-def prompts_of(path: Path, requests: int | None) -> Trace:
+def trace_of(path: Path, requests: int | None) -> Trace:
     """A trace, or its first `requests` prompts.
 
     Raises:

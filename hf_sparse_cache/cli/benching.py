@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from ..stats import parse_bytes
-from .options import POLICIES, Exactness, Grid
 from .outputs import REPORT_MARK, check_folder, check_output
+from .parameters import ALL_POLICIES, Exactness, Grid
 from .screen import Screen
 
 
@@ -24,7 +24,7 @@ OWN = "documentation"
 UNLIMITED = ("requests", "per_group", "max_prompt_tokens")
 QUICK: dict[str, Any] = {"requests": 6, "per_group": 3, "max_prompt_tokens": 1024, "max_new_tokens": 2, "checked": 1}
 MODELS = ("mamba-21m", "jamba-30m", "zamba2-30m")
-FULL: dict[str, Any] = {"requests": 5, "per_group": 5, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
+IN_FULL: dict[str, Any] = {"requests": 5, "per_group": 5, "max_prompt_tokens": 0, "max_new_tokens": 8, "checked": 3}
 
 Datasets = Annotated[
     list[str] | None,
@@ -36,7 +36,7 @@ Datasets = Annotated[
 
 
 def _default(name: str) -> str:
-    full, quick = (str(sizes[name]) if sizes[name] else "all" for sizes in (FULL, QUICK))
+    full, quick = (str(sizes[name]) if sizes[name] else "all" for sizes in (IN_FULL, QUICK))
     return f"default: {full}" if full == quick else f"default: {full}, with --quick {quick}"
 
 
@@ -48,7 +48,7 @@ TaskFile = Annotated[
     Path | None,
     typer.Option(help="File or folder of questions with choices, in place of the workloads; default: none."),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")]
+QuickBench = Annotated[bool, typer.Option("--quick", help="Few and short prompts: minutes instead of half an hour.")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder of the results, where an interrupted run goes on; default: bench-runs/…")
 ]
@@ -61,7 +61,7 @@ Models = Annotated[
 Columns = Annotated[
     str, typer.Option(help="Columns that make up a prompt, such as article,question; default: what is found.")
 ]
-Policies = Annotated[list[str] | None, typer.Option(help=f"Of {POLICIES}; repeat for more; default: learned.")]
+Policies = Annotated[list[str] | None, typer.Option(help=f"Of {ALL_POLICIES}; repeat for more; default: learned.")]
 NewTokens = Annotated[
     int | None, typer.Option(help=f"Tokens to decode after each prompt; {_default('max_new_tokens')}.", min=1)
 ]
@@ -104,7 +104,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     seed: Seed = 42,
-    quick: Quick = False,
+    quick: QuickBench = False,
     out: Out = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report; default: none.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")] = False,
@@ -114,10 +114,10 @@ def bench(
     Example: `hf-sparse-cache bench --model jamba-30m --quick --report report.html`
     """
     _require_packages()
-    from ..bench.results import Settings
+    from ..bench.results import RunSettings
 
     screen = Screen(json)
-    settings = Settings(
+    settings = RunSettings(
         models=tuple(model or MODELS),
         datasets=tuple(dataset or (OWN,)),
         columns=tuple(part.strip() for part in columns.split(",") if part.strip()),
@@ -159,8 +159,8 @@ def _require_packages() -> None:
 
 
 def _sizes(quick: bool, given: Sequence[int | None]) -> dict[str, Any]:
-    """What was asked for, in the order of `FULL`, and the rest of it from there, or from `QUICK`; None is no limit."""
-    defaults = QUICK if quick else FULL
+    """What was asked for, in the order of `IN_FULL`, the rest of it from there or from `QUICK`; None is no limit."""
+    defaults = QUICK if quick else IN_FULL
     sizes = {
         name: default if value is None else value
         for (name, default), value in zip(defaults.items(), given, strict=True)
@@ -171,8 +171,8 @@ def _sizes(quick: bool, given: Sequence[int | None]) -> dict[str, Any]:
 def _measure(settings: Any, screen: Screen, out: Path | None, report: Path | None) -> bool:
     """Run, and show what came out; whether every resumed request that was checked was exact."""
     from ..bench import metrics
-    from ..bench.results import Folder
-    from ..bench.run import run
+    from ..bench.results import RunFolder
+    from ..bench.run import run_all
 
     parse_bytes(settings.max_memory)
     folder = out or Path("bench-runs") / _digest(asdict(settings))
@@ -181,10 +181,10 @@ def _measure(settings: Any, screen: Screen, out: Path | None, report: Path | Non
         check_output(report, "--report", REPORT_MARK)
     command = shlex.join(["hf-sparse-cache", *sys.argv[1:]])
     screen.say(f"Results go to {folder}; the same command goes on there if it is interrupted.\n")
-    results = Folder(folder, settings, command)
-    measured = run(results, lambda name: _load(name, settings), report=report, say=screen.say)
+    results = RunFolder(folder, settings, command)
+    measured = run_all(results, lambda name: _load(name, settings), report=report, say=screen.say)
     screen.say()
-    screen.table(*metrics.table(measured))
+    screen.table(*metrics.metrics_table(measured))
     screen.table(*metrics.costs(measured))
     for sentence in metrics.verdict(measured, settings.policies[0]):
         screen.say(sentence)

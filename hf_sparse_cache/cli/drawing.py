@@ -24,7 +24,7 @@ def check_installed() -> None:
         raise ImportError("--png needs matplotlib: pip install 'hf_sparse_cache[bench]'") from None
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw_advice(found: dict[str, Any], path: Path) -> None:
     """Draw what `advise` found: policies side by side, where prompts part, and memory against recomputation."""
     import matplotlib
     from matplotlib.figure import Figure

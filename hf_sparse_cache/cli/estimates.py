@@ -321,7 +321,7 @@ def _short(positions: list[int]) -> str:
     return " · ".join(shown if len(shown) <= 5 else [*shown[:2], "…", *shown[-2:]])
 
 
-def compare(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
+def compare_policies(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
     """Serve a trace without a model, once with each policy, and write what each would have reused."""
     budget, sizes = inquiry.max_memory, inquiry.sizes
     results = {

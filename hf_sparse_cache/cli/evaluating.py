@@ -25,7 +25,7 @@ def evaluate(
         given = given[1:] if given[:1] == ["run"] else given
         named = any(option.partition("=")[0] in ("--model", "-M") for option in given)
         asked = {"-h", "--help"} & set(given)
-        given = ["run", *given] if named or asked else ["run", "--model", harness.NAME, *given]
+        given = ["run", *given] if named or asked else ["run", "--model", harness.MODEL_NAME, *given]
     called, sys.argv = sys.argv, ["hf-sparse-cache eval", *given]
     try:
         cli_evaluate()

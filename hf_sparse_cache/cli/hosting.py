@@ -9,7 +9,7 @@ import typer
 
 from ..stats import format_bytes
 from . import replicating
-from .options import POLICIES, Storage
+from .parameters import ALL_POLICIES, Dtype, Exactness, Grid, StorageMode
 from .screen import Screen
 
 
@@ -57,9 +57,7 @@ Shared = Annotated[
     typer.Option(help="A folder or fsspec URL that other servers read and write, such as s3://…; default: none."),
 ]
 SharedMemory = Annotated[str, typer.Option(help="Most bytes there.")]
-Exactness = Annotated[str, typer.Option(help="replayable, or bitwise.")]
-Policy = Annotated[str, typer.Option(help=f"Where checkpoints go: {POLICIES}.")]
-Grid = Annotated[int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2)]
+ServerPolicy = Annotated[str, typer.Option(help=f"Where checkpoints go: {ALL_POLICIES}.")]
 Pieces = Annotated[int, typer.Option(help="Most tokens read at once: how long one who left keeps the model.", min=2)]
 CutAfter = Annotated[
     list[str] | None, typer.Option(help="Cut prompts behind this text; repeat; default: special tokens.")
@@ -68,8 +66,7 @@ MostWaiting = Annotated[int, typer.Option(help="Requests that may wait; more are
 Timeout = Annotated[float, typer.Option(help="Seconds from a request's arrival to its end; 0 for no limit.")]
 Drain = Annotated[float, typer.Option(help="Seconds for running requests when told to stop.", min=0)]
 MaxBody = Annotated[str, typer.Option(help="Most bytes of a request.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]
+ServerDevice = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 AttnImplementation = Annotated[
     str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...; default: the model's.")
 ]
@@ -95,8 +92,8 @@ def serve(
     shared: Shared = None,
     shared_memory: SharedMemory = "100GiB",
     exactness: Exactness = "replayable",
-    storage: Storage = "exact",
-    policy: Policy = "learned",
+    storage: StorageMode = "exact",
+    policy: ServerPolicy = "learned",
     grid: Grid = None,
     pieces: Pieces = _PIECES,
     cut_after: CutAfter = None,
@@ -104,7 +101,7 @@ def serve(
     timeout: Timeout = 600,
     drain: Drain = 30,
     max_body: MaxBody = "16MiB",
-    device: Device = "auto",
+    device: ServerDevice = "auto",
     dtype: Dtype = "auto",
     attn_implementation: AttnImplementation = None,
     quantization: Quantization = None,
@@ -120,8 +117,8 @@ def serve(
     """
     asked = dict(locals())
     _need_packages()
+    from ..serving.listening import Address, PortServer
     from ..serving.options import Options, pairs
-    from ..serving.run import Address, Server
     from ..serving.settings import LOOPBACK
     from .sources import own_document
 
@@ -137,7 +134,7 @@ def serve(
     _greet(service, f"{model} on {service.model.device}, {exactness} mode", f"http://{host}:{port}")
     if host not in LOOPBACK and not tenants:
         Screen().say("Anybody who reaches this address may ask: there is no --api-key.", style="bold")
-    Server(service, Address(host, port, drain), log_level).run()
+    PortServer(service, Address(host, port, drain), log_level).run()
 
 
 def _greet(service: "Service", served: str, url: str) -> None:

@@ -52,7 +52,7 @@ class Stored:
     folder: Path
 
 
-def read(folder: Path | str) -> list[Stored]:
+def stored_in(folder: Path | str) -> list[Stored]:
     """Every checkpoint of a saved cache, of a disk tier with its folder for each model, or of a shared store by its
     folder or URL; a path before its branches.
 
@@ -150,7 +150,7 @@ def run(folder: Path | str, tokenizer: Any, tree: bool, screen: Screen) -> dict[
     Returns:
         The same as plain values.
     """
-    stored = read(folder)
+    stored = stored_in(folder)
     models = []
     for space in dict.fromkeys(item.space for item in stored):
         own = [item for item in stored if item.space == space]

@@ -1,14 +1,14 @@
 """What the trained models are asked: manuals of their own, with questions whose answers are known."""
 
 from ..tools import recall
-from .sources import Task
+from .sources import DocumentQuestion
 
 
 TOKENS_A_LINE = 7.7
 SEED = 2_000  # none of the seeds that the models were trained or measured with
 
 
-def manuals(name: str, count: int, tokens: int | None) -> list[Task]:
+def manuals(name: str, count: int, tokens: int | None) -> list[DocumentQuestion]:
     """Questions about manuals of the kind that a trained model knows, one manual after the other.
 
     Args:
@@ -30,7 +30,7 @@ def manuals(name: str, count: int, tokens: int | None) -> list[Task]:
             "tokens each."
         ) from error
     return [
-        Task(f"manual {index + 1}", question.text, manual.text + question.text, question.code)
+        DocumentQuestion(f"manual {index + 1}", question.text, manual.text + question.text, question.code)
         for index, manual in enumerate(written)
         for question in manual.questions
     ]

@@ -13,10 +13,10 @@ from ..cache import SparsePrefixCache
 from ..exactness import check_exactness
 from ..tools import recall
 from ..tools.recall.asking import lose_states
-from .answers import Answered, Result, Wiped, show
 from .screen import Screen, Steps
-from .sources import NamedModel, Task, check_length
+from .sources import DocumentQuestion, NamedModel, check_length
 from .timing import Asker, Reply
+from .verdicts import Answered, Result, Wiped, show
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,19 @@ class _Question:
         uncached: whether it is also timed without the cache.
     """
 
-    task: Task
+    task: DocumentQuestion
     ids: torch.Tensor
     uncached: bool
 
 
 def run(
-    loaded: NamedModel, tasks: list[Task], screen: Screen, *, uncached: int = 3, checked: int = 2, **options: Any
+    loaded: NamedModel,
+    tasks: list[DocumentQuestion],
+    screen: Screen,
+    *,
+    uncached: int = 3,
+    checked: int = 2,
+    **options: Any,
 ) -> Result:
     """Ask every question of one model and write what happened.
 
@@ -102,7 +108,7 @@ def _ask(asker: Asker, cache: SparsePrefixCache, question: _Question, steps: Ste
 
 
 def _wiped(
-    name: str, asker: Asker, tasks: list[Task], prompts: list[torch.Tensor], options: dict[str, Any]
+    name: str, asker: Asker, tasks: list[DocumentQuestion], prompts: list[torch.Tensor], options: dict[str, Any]
 ) -> Wiped | None:
     """Ask about the first document of a cache that lost its states; None where it had stored none."""
     about = [index for index, task in enumerate(tasks) if task.document == tasks[0].document]

@@ -26,12 +26,12 @@ def run(asked: Mapping[str, Any]) -> None:
     import ray
     from ray import serve
 
-    from ..serving.ray_app import Fleet, build
+    from ..serving.ray_app import RayOptions, build
 
-    fleet = Fleet(
+    fleet = RayOptions(
         # As many as the machine has, in equal parts: a replica that asks for more than there is would never start.
         cpus=min(1.0, (os.cpu_count() or 1) / (asked["replicas"] + 1)),
-        **{name: value for name, value in asked.items() if name in Fleet.model_fields},
+        **{name: value for name, value in asked.items() if name in RayOptions.model_fields},
     )
     screen, url = Screen(), f"http://{asked['host']}:{asked['port']}"
     ended = threading.Event()

@@ -27,7 +27,7 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True)
-class Task:
+class DocumentQuestion:
     """One question about one document; `prompt` is what the model reads.
 
     `answer` is what is right, a token a character; "" where nobody knows.
@@ -40,16 +40,16 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Material:
     """What is to be read: the texts, for a tokenizer to learn from, and the tasks once there is a tokenizer."""
 
     texts: list[str]
-    tasks: Callable[[Any], list[Task]]
+    tasks: Callable[[Any], list[DocumentQuestion]]
 
 
 def reading(
     workload: Path | None, documents: int, document: Path | None, questions: Sequence[str], tokens: int
-) -> Reading:
+) -> Material:
     """A workload, or a document with questions, or else the first `tokens` tokens of the project's own document.
 
     Raises:
@@ -59,7 +59,7 @@ def reading(
         raise ValueError("--workload and --document are both given; choose one.")
     if workload is not None:
         tasks = read_workload(workload, documents)
-        return Reading([task.prompt for task in tasks], lambda tokenizer: tasks)
+        return Material([task.prompt for task in tasks], lambda tokenizer: tasks)
     if questions and document is None:
         raise ValueError("--question is about a --document of yours; give both, or neither.")
     if document is not None:
@@ -68,9 +68,9 @@ def reading(
         for question in questions:
             checked_text("--question", question, "give text in UTF-8")
         tasks = about(read_document(document), questions, document.name)
-        return Reading([task.prompt for task in tasks], lambda tokenizer: tasks)
+        return Material([task.prompt for task in tasks], lambda tokenizer: tasks)
     text, name = own_document()
-    return Reading([text], lambda tokenizer: about(shorten(text, tokenizer, tokens), QUESTIONS, name))
+    return Material([text], lambda tokenizer: about(shorten(text, tokenizer, tokens), QUESTIONS, name))
 
 
 def read_document(path: Path) -> str:
@@ -98,12 +98,12 @@ def own_document() -> tuple[str, str]:
     return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in files), name
 
 
-def about(document: str, questions: Sequence[str], name: str) -> list[Task]:
+def about(document: str, questions: Sequence[str], name: str) -> list[DocumentQuestion]:
     """Tasks that share their document."""
-    return [Task(name, question, f"{document}\n\nQuestion: {question}\nAnswer:") for question in questions]
+    return [DocumentQuestion(name, question, f"{document}\n\nQuestion: {question}\nAnswer:") for question in questions]
 
 
-def read_workload(folder: Path, groups: int) -> list[Task]:
+def read_workload(folder: Path, groups: int) -> list[DocumentQuestion]:
     """The first groups of a workload of documents and questions.
 
     Args:
@@ -117,7 +117,7 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
     missing = [name for name in ("texts.jsonl", "requests.jsonl") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"--workload {folder}: no {' and no '.join(missing)} there; give a folder that has both.")
-    tasks: list[Task] = []
+    tasks: list[DocumentQuestion] = []
     seen: dict[str, None] = {}
     try:
         for asked in read_requests(folder):
@@ -126,7 +126,7 @@ def read_workload(folder: Path, groups: int) -> list[Task]:
                 break
             *before, question = (segment["text"] for segment in asked.segments)
             said = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
-            tasks.append(Task(f"{folder.name}/{asked.group}", said, "".join(before) + question))
+            tasks.append(DocumentQuestion(f"{folder.name}/{asked.group}", said, "".join(before) + question))
     except ValueError as error:
         raise ValueError(f"--workload {folder}: {error}") from error
     if not tasks:

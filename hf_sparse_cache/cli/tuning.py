@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..bench.clock import serve
+from ..bench.clock import timed
 from ..cache import SparsePrefixCache
 from ..checks import shown
 from ..config import CONFIG_NAME, SparseCacheConfig
@@ -206,11 +206,11 @@ def _cold(
     """Time of `generate()` for one token of prompts that share nothing, with a cache over without."""
     ratios = []
     with SparsePrefixCache(model, tokenizer, config=replace(config, max_memory=None)) as cache:
-        serve(model, _random_ids(model, length, seed=1)[None], 1, past_key_values=cache)  # which reads all weights
+        timed(model, _random_ids(model, length, seed=1)[None], 1, past_key_values=cache)  # which reads all weights
         for index in range(2 * pairs):
             ids = _random_ids(model, length, seed=2 + index)[None]
             ways: list[dict[str, Any]] = [{"past_key_values": cache}, {}]
-            seconds = [serve(model, ids, 1, **way).first_token_seconds for way in ways[:: 1 if index % 2 else -1]]
+            seconds = [timed(model, ids, 1, **way).first_token_seconds for way in ways[:: 1 if index % 2 else -1]]
             ratios.append(seconds[0] / seconds[1] if index % 2 else seconds[1] / seconds[0])
             done()
     return Cost.of(ratios)

@@ -20,10 +20,10 @@ from ..models.pairs import windows
 
 # Rows of a forward where the harness is asked to find a batch size by itself; what does not fit is halved.
 AUTOMATIC_ROWS = 64
-NAME = "hf-sparse"
+MODEL_NAME = "hf-sparse"
 
 
-@register_model(NAME)
+@register_model(MODEL_NAME)
 class SparseLM(HFLM):  # type: ignore[misc]
     """`HFLM` with a `SparsePrefixCache`.
 

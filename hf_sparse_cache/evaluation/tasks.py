@@ -21,7 +21,7 @@ from ..checks import is_whole, shown, text
 from ..models.binding import Binding
 from ..models.inputs import input_device
 from ..models.pairs import Pair, read_pairs
-from ..models.scores import Rows
+from ..models.scores import LogitRows
 
 
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -202,6 +202,6 @@ def plain(binding: Binding, pairs: Sequence[Pair], batch_size: int) -> list[tupl
         logits = binding.model(input_ids=ids, use_cache=False).logits
         for index, row in zip(chunk, logits, strict=True):
             pair = pairs[index]
-            values, likeliest = Rows(row[pair.start - 1 : len(pair.read)]).scored(pair.tokens[pair.start :])
+            values, likeliest = LogitRows(row[pair.start - 1 : len(pair.read)]).scored(pair.tokens[pair.start :])
             found[index] = float(values.sum()), bool(likeliest.all())
     return [found[index] for index in range(len(pairs))]

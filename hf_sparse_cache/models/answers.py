@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 # Logits of decoded tokens may differ from a prefill's by this much; or in the mean by two roundings of 16 bits, where
 # honest models stay below 1.6 and Zamba2, whose clamp shows there as well, is at 2.1 to 2.4; or, where every piece is
 # rounded by a scale of its own, by twice what a prefill in two pieces differs by.
-TOLERANCE = 1e-4
+DECODING_TOLERANCE = 1e-4
 _ROUNDINGS, _NOISE = 2.0, 2.0
 # For each model object, by what it is proved by.
 _measured: weakref.WeakKeyDictionary[Any, dict[str, Decoding]] = weakref.WeakKeyDictionary()
@@ -178,8 +178,10 @@ def _on_prompt(binding: Binding, ids: torch.Tensor) -> Decoding:
     whole, pieces, steps = (_logits(binding, ids, ends) for ends in ([end], [end - kept, end], _single(end, kept)))
     info = torch.finfo(next(weight.dtype for weight in binding.model.parameters() if weight.is_floating_point()))
     if info.bits < 32:
-        return Decoding(_rms(steps - whole), max(TOLERANCE, _ROUNDINGS * info.eps * _rms(whole)))
-    return Decoding(float((steps - whole).abs().max()), max(TOLERANCE, _NOISE * float((pieces - whole).abs().max())))
+        return Decoding(_rms(steps - whole), max(DECODING_TOLERANCE, _ROUNDINGS * info.eps * _rms(whole)))
+    return Decoding(
+        float((steps - whole).abs().max()), max(DECODING_TOLERANCE, _NOISE * float((pieces - whole).abs().max()))
+    )
 
 
 def _rms(values: torch.Tensor) -> float:

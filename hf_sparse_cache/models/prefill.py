@@ -78,7 +78,7 @@ def prefill_row(
     Returns:
         The model's output for the last segment, and what resuming and capturing cost.
     """
-    restore_seconds = restore(binding, live, request)
+    restore_seconds = resume_live(binding, live, request)
     capture_seconds = 0.0
     if not request.segments:  # the same prompt was read to its end before
         assert request.checkpoint is not None
@@ -98,7 +98,7 @@ def prefill_row(
         if kept or end in request.junctions or end == len(row):
             check()
         clock = time.perf_counter()
-        rounded = round_off(binding, live, end) if request.rounds_at(end) else None
+        rounded = round_off_live(binding, live, end) if request.rounds_at(end) else None
         if kept or end in request.junctions:
             try:
                 state = states.capture_state(live, binding.rounding) if rounded is None else rounded
@@ -124,7 +124,7 @@ def _kv_of(binding: Binding, live: LiveCache) -> Callable[[int, int], LayerTenso
     return cache(partial(states.capture_kv, live, rounding=binding.rounding))
 
 
-def round_off(binding: Binding, live: LiveCache, end: int) -> LayerTensors:
+def round_off_live(binding: Binding, live: LiveCache, end: int) -> LayerTensors:
     """Go on from rounded values at the end of a segment; returns the state as it is kept.
 
     Raises:
@@ -138,7 +138,7 @@ def round_off(binding: Binding, live: LiveCache, end: int) -> LayerTensors:
     return kept
 
 
-def restore(binding: Binding, live: LiveCache, request: Request) -> float:
+def resume_live(binding: Binding, live: LiveCache, request: Request) -> float:
     """Bring a fresh live cache to where a request resumes; returns the seconds that it took."""
     clock = time.perf_counter()
     if request.checkpoint is not None:
@@ -158,7 +158,7 @@ def replay(binding: Binding, live: LiveCache, row: Row, lineage: Lineage) -> Any
     output = None
     for step in lineage.steps():
         if step.rounds:
-            round_off(binding, live, step.end)
+            round_off_live(binding, live, step.end)
             continue
         for end in range(step.start + 1, step.end + 1) if step.decoded else (step.end,):
             output = segment(binding, live, row, end)

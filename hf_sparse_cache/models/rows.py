@@ -118,7 +118,7 @@ class Rows:
             key = id(sitting.request.checkpoint)
             if key not in ready:
                 ready[key] = binding.live_cache()
-                prefill.restore(binding, ready[key], sitting.request)
+                prefill.resume_live(binding, ready[key], sitting.request)
         asked = [sitting.asked for sitting in sittings.values()]
         lives = [ready[id(sitting.request.checkpoint)] for sitting in sittings.values()]
         timing = Timing(0.0, (time.perf_counter() - clock) / len(asked))

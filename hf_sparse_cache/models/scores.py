@@ -23,7 +23,7 @@ def most_rows(vocabulary: int, chunk: int) -> int:
     return max(chunk, 64, MOST_LOGIT_BYTES // (4 * vocabulary)) // chunk * chunk
 
 
-class Rows:
+class LogitRows:
     """Logits of some tokens, of which any next token may be scored.
 
     Args:
@@ -58,7 +58,7 @@ class Reading:
         self._first = self._next = 0  # the tokens whose logits are known
         self._scores = np.empty(0)
         self._likeliest = np.empty(0, dtype=np.bool_)
-        self.last: Rows | None = None
+        self.last: LogitRows | None = None
 
     def begin(self, tokens: Tokens, first: int, shared: int) -> int | None:
         """Goes on to a text, int32 `(N,)`.
@@ -96,10 +96,10 @@ class Reading:
         inner = min(end, length - 1)
         if inner > first:
             found = slice(first, inner)
-            rows = Rows(kept[: inner - first])
+            rows = LogitRows(kept[: inner - first])
             self._scores[found], self._likeliest[found] = rows.scored(self._tokens[first + 1 : inner + 1])
         if end == length:
-            self.last = Rows(kept[-1:].clone())
+            self.last = LogitRows(kept[-1:].clone())
         self._next = end
 
     def of(self, start: int, target: int) -> Score:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..errors import out_of_memory
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
-from ..planning.foresight import Foreseen, Foresight, Turn, turns
+from ..planning.foresight import Foreseen, Foresight, TextInTurn, turns
 from ..planning.policy import limited
 from ..stats import Cause, Reason
 from ..store.holding import Holding
@@ -27,7 +27,7 @@ from . import mamba1, prefill, rope, states
 from .inputs import Prompts, Row, input_device, why_uncached
 from .live import LiveCache
 from .pairs import Pair
-from .scores import Reading, Rows, most_rows
+from .scores import LogitRows, Reading, most_rows
 from .server import Server
 from .sitting import Asked, Served, Way, serve_alone
 from .watch import ChangedPrefillError, ModelChangedError
@@ -127,7 +127,7 @@ class Scoring:
 
     # -- one stem -----------------------------------------------------------------------------------------------------
 
-    def _stem(self, stem: _Stem, turn: Turn, place: int) -> None:
+    def _stem(self, stem: _Stem, turn: TextInTurn, place: int) -> None:
         longest = max(len(self._pairs[index].read) for index in stem.pairs)
         ids = torch.from_numpy(stem.tokens).long().to(self._device)
         why, found = self._server.look(longest)
@@ -142,7 +142,7 @@ class Scoring:
         for index in stem.pairs:
             self._found[index] = self._uncached(self._pairs[index], why)
 
-    def _served(self, stem: _Stem, turn: Turn, place: int, ids: torch.Tensor, found: Identity) -> None:
+    def _served(self, stem: _Stem, turn: TextInTurn, place: int, ids: torch.Tensor, found: Identity) -> None:
         """Scores the pairs of a stem; once more where the model changes meanwhile."""
         shared = 0 if self._alone else turn.shared
         if str(found) != self._scored_by:
@@ -156,7 +156,7 @@ class Scoring:
             self._scored(stem, turn, place, ids, most, found)
 
     def _scored(
-        self, stem: _Stem, turn: Turn, place: int, ids: torch.Tensor, most: int | None, found: Identity
+        self, stem: _Stem, turn: TextInTurn, place: int, ids: torch.Tensor, most: int | None, found: Identity
     ) -> None:
         server, live = self._server, self._server.live_cache()
         live.found = found
@@ -217,7 +217,7 @@ class Scoring:
 
     def _read(
         self, stem: _Stem, live: LiveCache, ids: torch.Tensor
-    ) -> Iterator[tuple[_Tail, Rows, int | tuple[int, int, int]]]:
+    ) -> Iterator[tuple[_Tail, LogitRows, int | tuple[int, int, int]]]:
         """Runs what is behind a stem: each row with the logits of its tokens, and the end of its segment."""
         waiting, size = self._rows(stem), self._batch_size
         while waiting:
@@ -238,7 +238,7 @@ class Scoring:
             for row, found in zip(chunk, logits, strict=True):
                 end = len(ids) + len(row.tokens)
                 together = len(chunk) > 1 or width > len(row.tokens)
-                yield row, Rows(found[: len(row.tokens)]), (len(ids), end, len(chunk)) if together else end
+                yield row, LogitRows(found[: len(row.tokens)]), (len(ids), end, len(chunk)) if together else end
             waiting = waiting[len(chunk) :]
 
     def _forward(self, chunk: list[_Tail], width: int, live: LiveCache, ids: torch.Tensor) -> torch.Tensor:
@@ -262,5 +262,5 @@ class Scoring:
         rope.as_loaded(model)
         ids = torch.from_numpy(pair.read).long().to(self._device)[None]
         logits = model(input_ids=ids, use_cache=False, **self._binding.logits_to_keep(behind)).logits[0, -behind:]
-        values, likeliest = Rows(logits).scored(pair.tokens[pair.start :])
+        values, likeliest = LogitRows(logits).scored(pair.tokens[pair.start :])
         return float(values.sum()), bool(likeliest.all())

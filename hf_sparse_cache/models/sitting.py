@@ -22,7 +22,7 @@ from ..request import Handover, Request, open_request
 from ..stats import Cause, Reason, RequestInfo, format_bytes
 from ..store.answer import Read
 from ..store.holding import Holding
-from ..store.promises import Promise, Terms
+from ..store.promises import Promise, WaitTerms
 from ..store.store import CheckpointStore
 from . import prefill
 from .answers import Turn
@@ -36,7 +36,7 @@ from .weights import Identity, identity, unchanged
 
 
 logger = logging.get_logger(__name__)
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class Sitting:
         means.store.promises.wait(self._space, self._look, self._terms)
 
     @property
-    def _terms(self) -> Terms:
-        return Terms(self._means.binding.segmenting, self._means.binding.prefill_cost)
+    def _terms(self) -> WaitTerms:
+        return WaitTerms(self._means.binding.segmenting, self._means.binding.prefill_cost)
 
     @property
     def _look(self) -> Callable[[], Member]:
@@ -263,7 +263,7 @@ def _serve_alone(means: Means, live: LiveCache, asked: Asked) -> Served:
     return sitting.told(*with_room(means, live, attempt))
 
 
-def with_room(means: Means, live: LiveCache, attempt: Callable[[bool], T]) -> T:
+def with_room(means: Means, live: LiveCache, attempt: Callable[[bool], _T]) -> _T:
     """What `attempt` returns; where memory runs out, what is stored goes, and it is tried once more.
 
     Args:

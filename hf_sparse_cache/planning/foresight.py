@@ -21,7 +21,7 @@ from .segments import Segmenting
 
 
 @dataclass
-class Turn:
+class TextInTurn:
     """One text of a call, in its turn.
 
     Attributes:
@@ -39,7 +39,7 @@ class Turn:
     keep: dict[int, int] = field(default_factory=dict)
 
 
-def turns(texts: Sequence[Tokens], firsts: Sequence[int], share: bool = True) -> list[Turn]:
+def turns(texts: Sequence[Tokens], firsts: Sequence[int], share: bool = True) -> list[TextInTurn]:
     """The order in which shared prefixes are computed once, with what to keep on the way.
 
     Args:
@@ -48,7 +48,7 @@ def turns(texts: Sequence[Tokens], firsts: Sequence[int], share: bool = True) ->
         share: whether logits of a shared prefix serve every text that shares it.
     """
     order = sorted(range(len(texts)), key=lambda index: (texts[index].astype(">i4").tobytes(), firsts[index]))
-    found = [Turn(index, texts[index], firsts[index]) for index in order]
+    found = [TextInTurn(index, texts[index], firsts[index]) for index in order]
     for before, turn in pairwise(found):
         turn.shared = common(before.tokens, turn.tokens)
     if share:
@@ -67,7 +67,7 @@ def common(one: Tokens, other: Tokens) -> int:
     return first if length and differ[first] else length
 
 
-def _keep(found: list[Turn]) -> None:
+def _keep(found: list[TextInTurn]) -> None:
     """Notes at each text where later ones will leave it, as far as they resume there."""
     # Texts at which the path grew beyond what they share with the text before, nearest to the root first.
     grew, depths = [0], [-1]
@@ -161,7 +161,7 @@ class Foresight(Policy):
 
     Args:
         policy: the handle's own, which is asked and learns as in any other request.
-        keep: where the text or later ones leave the path, and the place of the last that does (see `Turn`).
+        keep: where the text or later ones leave the path, and the place of the last that does (see `TextInTurn`).
         turn: the place of the text.
         staying: of the position that the prompt resumes at, where it would resume if nothing were kept for the call.
 

@@ -21,7 +21,7 @@ MOST_ENTRIES = 16_384
 _ROW = np.dtype([("name", "<u8"), ("anchor", "<u8"), ("tail", "u1")])
 
 
-class Entry(NamedTuple):
+class DigestEntry(NamedTuple):
     """One checkpoint: the name of its prefix, that of the anchor before it, and the tokens between the two."""
 
     name: int
@@ -36,7 +36,7 @@ class Digest:
         entries: in any order.
     """
 
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+    def __init__(self, entries: Iterable[DigestEntry] = ()) -> None:
         rows = np.asarray(list(entries), dtype=_ROW)
         _, first = np.unique(rows["name"], return_index=True)  # sorted: equal trees give equal bytes
         self._rows: NDArray[np.void] = rows[first]
@@ -44,8 +44,8 @@ class Digest:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return map(Entry._make, self._rows.tolist())
+    def __iter__(self) -> Iterator[DigestEntry]:
+        return map(DigestEntry._make, self._rows.tolist())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Digest) and self.to_bytes() == other.to_bytes()
@@ -53,10 +53,10 @@ class Digest:
     def __hash__(self) -> int:
         return hash(self.to_bytes())
 
-    def without(self, other: Digest) -> Iterator[Entry]:
+    def without(self, other: Digest) -> Iterator[DigestEntry]:
         """The entries that another digest does not have."""
         new = ~np.isin(self._rows["name"], other._rows["name"], assume_unique=True)
-        return map(Entry._make, self._rows[new].tolist())
+        return map(DigestEntry._make, self._rows[new].tolist())
 
     def to_bytes(self) -> bytes:
         """17 bytes for each entry."""
@@ -87,7 +87,7 @@ class Publisher:
 
     def __init__(self, store: CheckpointStore, keys: Keys, most: int = MOST_ENTRIES) -> None:
         self._store, self._keys, self._most = store, keys, most
-        self._named: weakref.WeakKeyDictionary[Checkpoint, Entry] = weakref.WeakKeyDictionary()
+        self._named: weakref.WeakKeyDictionary[Checkpoint, DigestEntry] = weakref.WeakKeyDictionary()
 
     def digest(self) -> Digest:
         """What is stored now. Requests run meanwhile, and wait for one checkpoint to be found at most."""
@@ -96,7 +96,7 @@ class Publisher:
             found.sort(key=lambda item: -item[0].last_used)
         return Digest(entry for one in found[: self._most] if (entry := self._entry(*one)) is not None)
 
-    def _entry(self, checkpoint: Checkpoint, tier: Tier) -> Entry | None:
+    def _entry(self, checkpoint: Checkpoint, tier: Tier) -> DigestEntry | None:
         entry = self._named.get(checkpoint)
         if entry is not None:
             return entry
@@ -106,5 +106,5 @@ class Publisher:
             ids, space = checkpoint.node.path_tokens()[: checkpoint.position], checkpoint.node.tree.space
         names = Names(self._keys, namespace_of(space), ids)
         block, tail = divmod(checkpoint.position, self._keys.block)
-        entry = self._named[checkpoint] = Entry(names.at(checkpoint.position), names.anchors[block], tail)
+        entry = self._named[checkpoint] = DigestEntry(names.at(checkpoint.position), names.anchors[block], tail)
         return entry

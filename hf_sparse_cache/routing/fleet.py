@@ -25,7 +25,7 @@ from ..store.store import CheckpointStore
 from ..store.tier import Tier
 from ..store.unit import Unit, unit_of
 from .digest import Publisher
-from .names import BLOCK, Keys, Names
+from .names import ANCHOR_TOKENS, Keys, Names
 from .router import PrefixRouter, Rules
 
 
@@ -65,7 +65,7 @@ class Fleet:
     publish_seconds: float = 1.0
     sessions: Sequence[Hashable] | None = None
     rules: Rules = field(default_factory=Rules)
-    block: int = BLOCK
+    block: int = ANCHOR_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ Router = Callable[[Arrival], int]
 
 
 @dataclass(frozen=True)
-class Served:
+class FleetTimes:
     """What became of the requests of a fleet: times of the counted ones, bytes of all.
 
     Attributes:
@@ -223,10 +223,10 @@ class Clocks:
         if counted:
             self._first.append(begun + first_seconds - self.now)
 
-    def served(self, shared: SharedSizes | None, digest_bytes: int) -> Served:
+    def served(self, shared: SharedSizes | None, digest_bytes: int) -> FleetTimes:
         """All of it."""
         first, whole = np.asarray(self._first or [0.0]), max(self._free)
-        return Served(
+        return FleetTimes(
             requests=tuple(self.requests),
             mean_seconds=float(first.mean()),
             median_seconds=float(np.median(first)),

@@ -1,8 +1,8 @@
 """Names of prefixes: keyed hashes, so that who routes can tell which replica holds a prefix, and nothing else.
 
-A prompt is hashed once, from left to right, and named at each multiple of `BLOCK` tokens: these names are **anchors**.
-A prefix that ends between two anchors is named by the tokens behind the last one as well. Each namespace has a key of
-its own, so that the same tokens have other names for another tenant.
+A prompt is hashed once, from left to right, and named at each multiple of `ANCHOR_TOKENS` tokens: these names are
+**anchors**. A prefix that ends between two anchors is named by the tokens behind the last one as well. Each namespace
+has a key of its own, so that the same tokens have other names for another tenant.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..planning.cuts import Tokens
 
 
 # Anchors lie so many tokens apart. A tail behind one is shorter, and fits a byte.
-BLOCK = 64
+ANCHOR_TOKENS = 64
 _NAME_BYTES = 8
 _LEAST_SECRET = 16
 
@@ -33,7 +33,7 @@ class Keys:
         ValueError: the secret is too short to be one, or `block` is out of range.
     """
 
-    def __init__(self, secret: bytes | None = None, block: int = BLOCK) -> None:
+    def __init__(self, secret: bytes | None = None, block: int = ANCHOR_TOKENS) -> None:
         secret = secrets.token_bytes(32) if secret is None else secret
         if len(secret) < _LEAST_SECRET:
             raise ValueError(f"secret has {len(secret)} bytes; give at least {_LEAST_SECRET}, drawn at random")

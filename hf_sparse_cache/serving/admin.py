@@ -13,10 +13,10 @@ from pydantic import Field
 
 from ..cache import SparsePrefixCache
 from . import gate
-from .errors import ApiError
-from .requests import Message, Salt, Strict, Text, Tool, read
+from .refusals import ApiError
+from .requests import Message, Salt, Strict, Tool, Utf8Text, checked_request
 from .service import Service
-from .settings import namespace_of
+from .settings import salted_namespace
 
 
 class _Whose(Strict):
@@ -26,7 +26,7 @@ class _Whose(Strict):
         tenant: the name of its key; "" on an open server.
     """
 
-    tenant: Text = ""
+    tenant: Utf8Text = ""
     cache_salt: Salt = ""
 
     def refuse_unsupported(self) -> None:
@@ -36,7 +36,7 @@ class _Whose(Strict):
 class _Prefix(_Whose):
     """A prompt, or how prompts begin: a text, or a chat."""
 
-    prompt: Text | None = None
+    prompt: Utf8Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -61,7 +61,7 @@ class Admin:
     def _verb(self, kind: type[Any], work: Callable[[Any], dict[str, Any]]) -> Callable[[Request], Any]:
         async def verb(request: Request) -> JSONResponse:
             gate.require_admin(request, self._service.settings)
-            asked = read(kind, await gate.body_of(request, self._service.settings))
+            asked = checked_request(kind, await gate.body_of(request, self._service.settings))
             with self._service.line.place():
                 return JSONResponse(await self._service.generation.call(work, asked))
 
@@ -105,7 +105,7 @@ class Admin:
         if asked.tenant not in known and (known or asked.tenant):
             names = ", ".join(repr(name) for name in dict.fromkeys(known)) or "'' on a server without API keys"
             raise ApiError(400, f"tenant: {asked.tenant[:60]!a} has no key here; give {names}", "tenant")
-        return self._service.tenants.handle(namespace_of(asked.tenant, asked.cache_salt))
+        return self._service.tenants.handle(salted_namespace(asked.tenant, asked.cache_salt))
 
     def _ids(self, asked: _Prefix, answering: bool) -> torch.Tensor:
         """The prompt, `(1, length)`, as a request for an answer would have it; or how such prompts begin."""

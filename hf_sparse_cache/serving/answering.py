@@ -17,32 +17,32 @@ from starlette.types import Receive, Scope, Send
 from transformers.utils import logging
 
 from . import gate, replies
-from .errors import ApiError
-from .requests import Asked, read
+from .refusals import ApiError
+from .requests import ApiRequest, checked_request
 from .service import Endpoint, Service
-from .settings import namespace_of
+from .settings import salted_namespace
 from .tickets import Cancelled, Ticket, working_for
 
 
 logger = logging.get_logger(__name__)
-T = TypeVar("T")
+_T = TypeVar("_T")
 _LEFT = "the client left"
 # What a chat template, or a tokenizer, says of messages that it cannot use.
 _UNUSABLE = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-async def answer(service: Service, endpoint: Endpoint, request: Request) -> Response:
+async def respond(service: Service, endpoint: Endpoint, request: Request) -> Response:
     """Answer one request.
 
     Raises:
         ApiError: It is not to be answered; says why.
     """
     tenant = gate.tenant_of(request, service.settings)
-    asked = read(endpoint.kind, await gate.body_of(request, service.settings))
+    asked = checked_request(endpoint.kind, await gate.body_of(request, service.settings))
     service.check_model(asked.model)
     with ExitStack() as stack:
         stack.enter_context(service.line.place())
-        job = Job(service, endpoint, asked, namespace_of(tenant, asked.cache_salt or ""))
+        job = Job(service, endpoint, asked, salted_namespace(tenant, asked.cache_salt or ""))
         stack.callback(job.close)
         if not asked.stream:
             return JSONResponse(await job.waited_for(request, job.whole()))
@@ -60,7 +60,7 @@ class Job:
         namespace: whose prefixes it may use.
     """
 
-    def __init__(self, service: Service, endpoint: Endpoint, asked: Asked, namespace: str) -> None:
+    def __init__(self, service: Service, endpoint: Endpoint, asked: ApiRequest, namespace: str) -> None:
         self._service, self._endpoint, self._asked, self._namespace = service, endpoint, asked, namespace
         seconds = service.settings.timeout
         self.deadline = float("inf") if seconds is None else time.monotonic() + seconds
@@ -68,7 +68,7 @@ class Job:
         self._first: StreamingResponse | None = None
         self._created = int(time.time())
 
-    async def waited_for(self, request: Request, work: Awaitable[T]) -> T:
+    async def waited_for(self, request: Request, work: Awaitable[_T]) -> _T:
         """The result of some work, which ends when the client leaves or the time is over.
 
         Raises:

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from . import gate
 from .admin import Admin
-from .answering import answer
-from .errors import ApiError
-from .page import page
+from .answering import respond
+from .overview import overview_page
+from .refusals import ApiError
 from .service import Endpoint, Service
 
 
@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 REQUEST_ID = b"x-request-id"
 
 
-def build(service: Service) -> FastAPI:
+def application(service: Service) -> FastAPI:
     """The application of a service, which it closes when it ends."""
 
     @asynccontextmanager
@@ -48,7 +48,7 @@ def build(service: Service) -> FastAPI:
 
 def _asks(service: Service, endpoint: Endpoint) -> Any:
     async def asked(request: Request) -> Response:
-        return await answer(service, endpoint, request)
+        return await respond(service, endpoint, request)
 
     return asked
 
@@ -79,7 +79,8 @@ def _looks(app: FastAPI, service: Service) -> None:
     def overview(request: Request, every: str = "") -> Response:
         gate.require_admin(request, service.settings)
         seconds = min(3600, int(every)) if every.isascii() and every.isdecimal() and len(every) < 6 else 0
-        return Response(page(service, seconds or None), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+        html = overview_page(service, seconds or None)
+        return Response(html, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
 
 # The page holds what clients wrote: nothing of it may run, or be framed.

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from .errors import ApiError
+from .refusals import ApiError
 from .settings import LOOPBACK, Settings
 
 

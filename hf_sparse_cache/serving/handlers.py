@@ -10,7 +10,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 
-from .errors import ApiError
+from .refusals import ApiError
 
 
 _COLDEST = 1e-3  # below, logits divided by it are no longer finite

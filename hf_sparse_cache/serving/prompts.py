@@ -11,11 +11,11 @@ from transformers.cli.serving.utils import BaseHandler, Modality
 
 from ..planning.cuts import Tokens
 from .handlers import Responses
-from .requests import ChatRequest, CompletionRequest, ResponsesRequest, read
-from .settings import namespace_of
+from .requests import ChatRequest, CompletionRequest, ResponsesRequest, checked_request
+from .settings import salted_namespace
 
 
-class Prompts:
+class PromptReader:
     """Reads prompts as the server of a model would, without the model.
 
     Args:
@@ -39,14 +39,14 @@ class Prompts:
             tenant = plain.get("tenant", "")
             ids = self._chat(plain) if "messages" in plain else self._text(plain["prompt"])
         elif path == "/v1/completions":
-            ids = self._text(read(CompletionRequest, plain).prompt)
+            ids = self._text(checked_request(CompletionRequest, plain).prompt)
         elif path == "/v1/responses":
-            asked = read(ResponsesRequest, plain).upstream()
+            asked = checked_request(ResponsesRequest, plain).upstream()
             tools = Responses._normalize_tools(asked.get("tools"))
             ids = self._chat({**asked, "messages": Responses._normalize_input(asked), "tools": tools})
         else:
-            ids = self._chat(read(ChatRequest, plain).upstream())
-        namespace = namespace_of(tenant, plain.get("cache_salt") or "")
+            ids = self._chat(checked_request(ChatRequest, plain).upstream())
+        namespace = salted_namespace(tenant, plain.get("cache_salt") or "")
         session = plain.get("prompt_cache_key")
         return namespace, np.asarray(ids, dtype=np.int32).reshape(-1), session if isinstance(session, str) else ""
 

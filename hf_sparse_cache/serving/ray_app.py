@@ -28,12 +28,12 @@ from ..routing.digest import Publisher
 from ..routing.names import Keys, Names
 from ..routing.router import Rules
 from . import gate
-from .app import build as application
-from .errors import ApiError
+from .app import application
 from .options import Options
-from .prompts import Prompts
+from .prompts import PromptReader
 from .ray_router import PrefixRequestRouter
-from .relay import Answered, Call, Relayed, Way, joined, messages
+from .refusals import ApiError
+from .relay import Destination, HttpCall, Relayed, WholeAnswer, joint_response, messages
 from .settings import Settings
 
 
@@ -47,7 +47,7 @@ _TO_ALL = ("/cache/mark", "/cache/clear", "/metrics")
 _SESSION = "x-session-id"
 
 
-class Fleet(Options):
+class RayOptions(Options):
     """A server of several replicas: `Options` of each, and how they stand together.
 
     Attributes:
@@ -77,11 +77,11 @@ class Fleet(Options):
         return Options(**{name: getattr(self, name) for name in Options.model_fields})
 
 
-def build(args: Fleet) -> Application:
+def build(args: RayOptions) -> Application:
     """The application of a fleet, for `serve run`, a config file of Ray Serve, or `serve.run`.
 
     Args:
-        args: a `Fleet`, or its fields by name.
+        args: a `RayOptions`, or its fields by name.
     """
     router = RequestRouterConfig(
         request_router_class=PrefixRequestRouter,
@@ -134,12 +134,12 @@ class Replica:
         self._publisher = Publisher(self._service.store, _keys(options), _MOST_ENTRIES)
         self._running: set[asyncio.Task[None]] = set()
 
-    async def answer(self, call: Call, way: Way) -> AsyncIterator[Message]:
+    async def answer(self, call: HttpCall, way: Destination) -> AsyncIterator[Message]:
         """A request, answered in the messages of ASGI."""
         async for message in messages(self._app, call, self._running):
             yield message
 
-    async def whole(self, call: Call) -> list[Message]:
+    async def whole(self, call: HttpCall) -> list[Message]:
         """The same at once."""
         return [message async for message in messages(self._app, call, self._running)]
 
@@ -163,7 +163,7 @@ class Front:
     def __init__(self, options: Options, replicas: DeploymentHandle[Any]) -> None:
         self._settings: Settings = options.settings()
         self._keys = _keys(options)
-        self._prompts = Prompts(options.loading().processor(), dict(options.chat_template_kwargs))
+        self._prompts = PromptReader(options.loading().processor(), dict(options.chat_template_kwargs))
         self._replicas = replicas
         self._answers = replicas.answer.options(stream=True)
 
@@ -174,7 +174,7 @@ class Front:
         except ApiError as error:
             return error.response()
         client = request.client
-        call = Call(
+        call = HttpCall(
             request.method,
             request.scope["path"],
             request.scope["query_string"],
@@ -184,24 +184,24 @@ class Front:
         )
         if call.path in _TO_ALL:
             return await self._all(call)
-        way = Way()
+        way = Destination()
         if call.method == "POST" and call.path in _BY_PROMPT:
             way = await asyncio.to_thread(self._way, request, call)
         return Relayed(lambda: self._asked(call, way), RayActorError, call.path)
 
-    def _way(self, request: Request, call: Call) -> Way:
+    def _way(self, request: Request, call: HttpCall) -> Destination:
         """Where a request wants to go. What is wrong with it is for the replica to say."""
         try:
             tenant = "" if call.path.startswith("/cache/") else gate.tenant_of(request, self._settings)
             namespace, ids, session = self._prompts.read(call.path, call.body, tenant)
         except Exception as error:
             logger.info(f"The prompt of a request is not known to the router: {type(error).__name__}")
-            return Way()
+            return Destination()
         session = request.headers.get(_SESSION, session)
         named = self._keys.session(namespace, session) if session else None
-        return Way(Names(self._keys, namespace, ids), named)
+        return Destination(Names(self._keys, namespace, ids), named)
 
-    async def _asked(self, call: Call, way: Way) -> AsyncIterator[Message]:
+    async def _asked(self, call: HttpCall, way: Destination) -> AsyncIterator[Message]:
         """The messages of one replica.
 
         Raises:
@@ -214,7 +214,7 @@ class Front:
         finally:
             answers.cancel()
 
-    async def _all(self, call: Call) -> Response:
+    async def _all(self, call: HttpCall) -> Response:
         """Every replica is asked, and what they say put together."""
         found = await asyncio.to_thread(self._replicas.broadcast("whole", call).results)
-        return joined(call.path, [Answered.of(said) for said in found])
+        return joint_response(call.path, [WholeAnswer.of(said) for said in found])

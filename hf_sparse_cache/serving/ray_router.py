@@ -9,7 +9,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from ..routing.digest import Digest
 from ..routing.router import PrefixRouter, Rules
-from .relay import Way
+from .relay import Destination
 
 
 class PrefixRequestRouter(RequestRouter):  # type: ignore[misc]  # ray has no types
@@ -76,7 +76,7 @@ class PrefixRequestRouter(RequestRouter):  # type: ignore[misc]  # ray has no ty
                 self._prefixes.published(name, Digest.from_bytes(data))
 
 
-def _way(pending: PendingRequest | None) -> Way:
+def _way(pending: PendingRequest | None) -> Destination:
     """What a call says for the router."""
-    found = [] if pending is None else [arg for arg in pending.args if isinstance(arg, Way)]
-    return found[0] if found else Way()
+    found = [] if pending is None else [arg for arg in pending.args if isinstance(arg, Destination)]
+    return found[0] if found else Destination()

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..routing.names import Names
 from . import replies
-from .errors import ApiError
+from .refusals import ApiError
 
 
 logger = logging.get_logger(__name__)
@@ -26,7 +26,7 @@ _PAUSE = 0.1
 
 
 @dataclass(frozen=True)
-class Call:
+class HttpCall:
     """A request with its whole body.
 
     Attributes:
@@ -60,7 +60,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Way:
+class Destination:
     """What the router looks at. None of it leaves the process: the replica has no use for it.
 
     Attributes:
@@ -72,10 +72,10 @@ class Way:
     session: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Way, ())
+        return (Destination, ())
 
 
-async def messages(app: ASGIApp, call: Call, running: set[asyncio.Task[None]]) -> AsyncIterator[Message]:
+async def messages(app: ASGIApp, call: HttpCall, running: set[asyncio.Task[None]]) -> AsyncIterator[Message]:
     """What an application answers. Who stops listening has left, and the application is told.
 
     Args:
@@ -118,7 +118,7 @@ async def _ended(work: Any, said: asyncio.Queue[Message | None]) -> None:
 
 
 @dataclass(frozen=True)
-class Answered:
+class WholeAnswer:
     """A whole answer."""
 
     status: int
@@ -126,7 +126,7 @@ class Answered:
     body: bytes
 
     @classmethod
-    def of(cls, said: Iterable[Message]) -> Answered:
+    def of(cls, said: Iterable[Message]) -> WholeAnswer:
         """The messages of one, put together."""
         start, *rest = said
         body = b"".join(message.get("body", b"") for message in rest)
@@ -150,7 +150,7 @@ class Relayed(Response):
     def __init__(self, ask: Callable[[], AsyncIterator[Message]], lost: type[Exception], path: str) -> None:
         super().__init__()
         self._ask, self._lost, self._path = ask, lost, path
-        self._out = Out()
+        self._out = SentParts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:
@@ -209,7 +209,7 @@ class Diverged(Exception):
     """Another replica writes another answer."""
 
 
-class Out:
+class SentParts:
     """The parts of a stream that are out, so that an answer that is written again goes on behind them.
 
     Attributes:
@@ -247,7 +247,7 @@ class Out:
 _ID, _TIME = re.compile(rb"[0-9a-f]{32}"), re.compile(rb'"created(_at)?": ?[0-9.]+')
 
 
-def joined(path: str, answers: Sequence[Answered]) -> Response:
+def joint_response(path: str, answers: Sequence[WholeAnswer]) -> Response:
     """What every replica said, as one answer: the first refusal, or all of it together."""
     refused = [answer for answer in answers if answer.status >= 400]
     if not answers:

@@ -6,13 +6,13 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from .errors import ApiError
-from .requests import Asked
+from .refusals import ApiError
+from .requests import ApiRequest
 from .stops import first_stop
 from .tickets import Cancelled, Ticket
 
 
-Json = dict[str, Any]
+JsonObject = dict[str, Any]
 _DONE = "data: [DONE]\n\n"
 OVER = "its time is over"
 
@@ -34,9 +34,9 @@ def cancelled(why: str) -> ApiError:
     return ApiError(503, f"the request was ended: {why}", code="ended", headers={"Retry-After": "10"})
 
 
-def completed(response: Any, ticket: Ticket, asked: Asked, token_text: Callable[[int], str]) -> Json:
+def completed(response: Any, ticket: Ticket, asked: ApiRequest, token_text: Callable[[int], str]) -> JsonObject:
     """An answer that is not streamed, whole."""
-    body: Json = json.loads(response.body)
+    body: JsonObject = json.loads(response.body)
     usage = body["usage"]
     if "prompt_tokens" in usage:
         usage["prompt_tokens_details"] = _details(usage, "prompt_tokens_details", ticket)
@@ -50,7 +50,7 @@ def completed(response: Any, ticket: Ticket, asked: Asked, token_text: Callable[
     return body
 
 
-def joined(bodies: list[Json]) -> Json:
+def joined(bodies: list[JsonObject]) -> JsonObject:
     """Several answers to one prompt as the choices of one."""
     first = bodies[0]
     first["choices"] = [{**body["choices"][0], "index": index} for index, body in enumerate(bodies)]
@@ -68,9 +68,9 @@ class Stream:
         name: the answer's id.
     """
 
-    def __init__(self, asked: Asked, name: str) -> None:
+    def __init__(self, asked: ApiRequest, name: str) -> None:
         self._asked, self._name = asked, name
-        self._usage: Json | None = None
+        self._usage: JsonObject | None = None
 
     async def choice(self, events: AsyncIterator[Any], ticket: Ticket, index: int) -> AsyncIterator[str]:
         """Pass the events of one choice on.
@@ -85,7 +85,7 @@ class Stream:
                     raise failure(ticket)
                 yield _sse(self._event(event, ticket, index))
 
-    def _event(self, event: Json, ticket: Ticket, index: int) -> Json:
+    def _event(self, event: JsonObject, ticket: Ticket, index: int) -> JsonObject:
         if "choices" not in event:  # of the endpoint of responses
             usage = (event.get("response") or {}).get("usage")
             if usage:
@@ -105,7 +105,7 @@ class Stream:
                 event["usage"] = self._usage
         return event
 
-    def _add(self, usage: Json, ticket: Ticket) -> None:
+    def _add(self, usage: JsonObject, ticket: Ticket) -> None:
         known = self._usage
         if known is None:
             self._usage = {**usage, "prompt_tokens_details": _details(usage, "prompt_tokens_details", ticket)}
@@ -130,12 +130,12 @@ def failed_stream(error: ApiError, responses: bool) -> list[str]:
     return [_sse(error.body), _DONE]
 
 
-def _details(usage: Json, name: str, ticket: Ticket) -> Json:
+def _details(usage: JsonObject, name: str, ticket: Ticket) -> JsonObject:
     return {**(usage.get(name) or {}), "cached_tokens": ticket.cached_tokens}
 
 
-def _end_at_stop(choice: Json, ticket: Ticket, asked: Asked) -> None:
-    holder: Json = choice.get("message", choice)
+def _end_at_stop(choice: JsonObject, ticket: Ticket, asked: ApiRequest) -> None:
+    holder: JsonObject = choice.get("message", choice)
     name = "content" if "message" in choice else "text"
     text = holder.get(name) or ""
     cut = first_stop(text, asked.stop_strings)
@@ -146,8 +146,8 @@ def _end_at_stop(choice: Json, ticket: Ticket, asked: Asked) -> None:
     ticket.stopped = cut is not None
 
 
-def _chat_logprobs(found: list[Any], text: Callable[[int], str]) -> Json:
-    def entry(token: int, logprob: float) -> Json:
+def _chat_logprobs(found: list[Any], text: Callable[[int], str]) -> JsonObject:
+    def entry(token: int, logprob: float) -> JsonObject:
         shown = text(token)
         return {"token": shown, "logprob": logprob, "bytes": list(shown.encode("utf-8", "replace"))}
 
@@ -158,7 +158,7 @@ def _chat_logprobs(found: list[Any], text: Callable[[int], str]) -> Json:
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(found: list[Any], text: Callable[[int], str]) -> Json:
+def _text_logprobs(found: list[Any], text: Callable[[int], str]) -> JsonObject:
     tokens = [text(token) for token, _, _ in found]
     ends = [0]
     for token in tokens:
@@ -171,9 +171,9 @@ def _text_logprobs(found: list[Any], text: Callable[[int], str]) -> Json:
     }
 
 
-def _by_text(likely: list[tuple[int, float]], text: Callable[[int], str]) -> Json:
+def _by_text(likely: list[tuple[int, float]], text: Callable[[int], str]) -> JsonObject:
     """Log-probabilities by their tokens' text, or by the id of one whose text another has, too."""
-    found: Json = {}
+    found: JsonObject = {}
     for token, value in likely:
         shown = text(token)
         found[shown if shown and shown not in found else f"token_id:{token}"] = value
@@ -186,6 +186,6 @@ def _events(text: Any) -> list[str]:
     return [part.removeprefix("data: ") for part in plain.split("\n\n") if part.startswith("data: ")]
 
 
-def _sse(event: Json) -> str:
+def _sse(event: JsonObject) -> str:
     kind = f"event: {event['type']}\n" if "type" in event and "choices" not in event else ""
     return f"{kind}data: {json.dumps(event, ensure_ascii=False)}\n\n"

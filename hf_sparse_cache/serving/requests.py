@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import ApiError, not_honoured
+from .refusals import ApiError, not_honoured
 
 
 def _encodable(text: str) -> str:
@@ -32,12 +32,12 @@ def _json_object(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
-Arguments = Annotated[Text, AfterValidator(_json_object)]
-Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Utf8Text = Annotated[str, AfterValidator(_encodable)]
+Arguments = Annotated[Utf8Text, AfterValidator(_json_object)]
+Stop = Annotated[Utf8Text, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Salt = Annotated[Text, Field(max_length=256)]
+Salt = Annotated[Utf8Text, Field(max_length=256)]
 MOST_STOPS, MOST_CHOICES, MOST_LOGPROBS = 16, 16, 20
 
 
@@ -53,16 +53,16 @@ class _Lenient(BaseModel):
 
 class TextPart(_Lenient):
     type: Literal["text", "input_text", "output_text"]
-    text: Text
+    text: Utf8Text
 
 
 class _Called(_Lenient):
-    name: Text
+    name: Utf8Text
     arguments: Arguments
 
 
 class _ToolCall(_Lenient):
-    id: Text | None = None
+    id: Utf8Text | None = None
     type: Literal["function"] = "function"
     function: _Called
 
@@ -71,9 +71,9 @@ class Message(_Lenient):
     """A message of a chat; `developer` is what newer clients call `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Utf8Text | list[TextPart] | None = None
     tool_calls: list[_ToolCall] | None = None
-    tool_call_id: Text | None = None
+    tool_call_id: Utf8Text | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -90,8 +90,8 @@ class Message(_Lenient):
 
 
 class _Function(_Lenient):
-    name: Text
-    description: Text | None = None
+    name: Utf8Text
+    description: Utf8Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -109,16 +109,16 @@ class _StreamOptions(_Lenient):
     include_usage: bool | None = None
 
 
-class Asked(Strict):
+class ApiRequest(Strict):
     """What every endpoint takes."""
 
-    model: Text | None = None
+    model: Utf8Text | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     cache_salt: Salt | None = None
-    generation_config: Text | None = None
+    generation_config: Utf8Text | None = None
     # Nothing that an answer depends on.
     user: Any = None
     metadata: Any = None
@@ -165,7 +165,7 @@ class Asked(Strict):
         return False
 
 
-class _Completing(Asked):
+class _Completing(ApiRequest):
     """What both endpoints of completions take."""
 
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -267,8 +267,8 @@ class ChatRequest(_Completing):
 class CompletionRequest(_Completing):
     """`POST /v1/completions`."""
 
-    prompt: Text
-    suffix: Text | None = None
+    prompt: Utf8Text
+    suffix: Utf8Text | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -297,7 +297,7 @@ class CompletionRequest(_Completing):
 class _InputMessage(_Lenient):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Utf8Text | list[TextPart]
 
     def plain(self) -> dict[str, Any]:
         content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
@@ -306,8 +306,8 @@ class _InputMessage(_Lenient):
 
 class _FunctionCall(_Lenient):
     type: Literal["function_call"]
-    call_id: Text
-    name: Text
+    call_id: Utf8Text
+    name: Utf8Text
     arguments: Arguments
 
     def plain(self) -> dict[str, Any]:
@@ -316,15 +316,15 @@ class _FunctionCall(_Lenient):
 
 class _FunctionOutput(_Lenient):
     type: Literal["function_call_output"]
-    call_id: Text
-    output: Text
+    call_id: Utf8Text
+    output: Utf8Text
 
     def plain(self) -> dict[str, Any]:
         return self.model_dump()
 
 
 class _ReasoningPart(_Lenient):
-    text: Text
+    text: Utf8Text
 
 
 class _Reasoning(_Lenient):
@@ -335,11 +335,13 @@ class _Reasoning(_Lenient):
         return self.model_dump()
 
 
-class ResponsesRequest(Asked):
+class ResponsesRequest(ApiRequest):
     """`POST /v1/responses`."""
 
-    input: Text | Annotated[list[_InputMessage | _FunctionCall | _FunctionOutput | _Reasoning], Field(min_length=1)]
-    instructions: Text | None = None
+    input: (
+        Utf8Text | Annotated[list[_InputMessage | _FunctionCall | _FunctionOutput | _Reasoning], Field(min_length=1)]
+    )
+    instructions: Utf8Text | None = None
     max_output_tokens: Count | None = None
     tools: list[FlatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -396,7 +398,7 @@ class ResponsesRequest(Asked):
             raise not_honoured("include", "for log-probabilities use /v1/chat/completions")
 
 
-def read(kind: type[Asked], body: Any) -> Any:
+def checked_request(kind: type[ApiRequest], body: Any) -> Any:
     """A body as a request of this kind, all of whose fields are honoured.
 
     Raises:

@@ -12,13 +12,13 @@ from transformers.cli.serving.model_manager import ModelManager
 from ..cache import SparsePrefixCache
 from ..config import SparseCacheConfig
 from ..store.store import CheckpointStore
-from .errors import ApiError
 from .gate import Line
-from .generation import Generation, State
 from .handlers import Chat, Completion, Responses
-from .metrics import Metrics
+from .inference import Generation, State
 from .model import loaded
-from .requests import Asked, ChatRequest, CompletionRequest, ResponsesRequest
+from .prometheus import Metrics
+from .refusals import ApiError
+from .requests import ApiRequest, ChatRequest, CompletionRequest, ResponsesRequest
 from .settings import Settings
 from .tenants import Tenants
 from .tickets import Ticket
@@ -37,7 +37,7 @@ class Endpoint:
     """
 
     path: str
-    kind: type[Asked]
+    kind: type[ApiRequest]
     handler: Any
     prefix: str = ""
     part: str = ""

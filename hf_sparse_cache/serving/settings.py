@@ -43,7 +43,7 @@ class Settings:
             raise ValueError("the admin key is a client's key, too; give operators one of their own")
 
 
-def namespace_of(tenant: str, salt: str) -> str:
+def salted_namespace(tenant: str, salt: str) -> str:
     """The namespace of a tenant's requests with one salt. No two pairs share one, whatever they are called.
 
     Args:

@@ -54,7 +54,7 @@ class Filed:
 
 
 @dataclass(frozen=True)
-class Found:
+class PlaceContents:
     """What lies in one place: units, and the blocks above it at which others lie."""
 
     block: int
@@ -150,7 +150,7 @@ def namespace_folder(seal: Seal, namespace: str) -> str:
     return f"about/{found.hexdigest()}"
 
 
-def read_place(block: int, names: dict[str, int]) -> Found:
+def read_place(block: int, names: dict[str, int]) -> PlaceContents:
     """What the names in a place say, and their sizes; all that is not ours is left out."""
     units, above = [], set[int]()
     for name, nbytes in names.items():
@@ -160,7 +160,7 @@ def read_place(block: int, names: dict[str, int]) -> Found:
             units.append(Filed(name, position, unit[2] == "f", unit[3], unit[4], nbytes))
         elif (note := _NOTE.fullmatch(own)) is not None and is_note(name) and note[2] is not None:
             above.add(int(note[2]))
-    return Found(block, tuple(units), frozenset(above), frozenset(names))
+    return PlaceContents(block, tuple(units), frozenset(above), frozenset(names))
 
 
 def is_note(name: str) -> bool:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 
@@ -37,13 +37,13 @@ class Hands:
         self._threads = self._open = 0
         self._stalled = False
 
-    def begin(self, job: Callable[[], T]) -> Future[T]:
+    def begin(self, job: Callable[[], _T]) -> Future[_T]:
         """Starts a job; its result, or what it raised, comes through the future.
 
         Raises:
             BusyError: earlier jobs were given up, and none of them has come to an end since.
         """
-        future: Future[T] = Future()
+        future: Future[_T] = Future()
         with self._lock:
             if self._stalled and self._open >= self._most:
                 raise BusyError(f"{self._open} earlier calls have not come back")
@@ -54,7 +54,7 @@ class Hands:
         self._jobs.put((future, job))
         return future
 
-    def wait(self, future: Future[T], until: float) -> T:
+    def wait(self, future: Future[_T], until: float) -> _T:
         """The result of a job, if it comes before `until` (of `time.monotonic`).
 
         Raises:

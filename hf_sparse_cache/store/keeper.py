@@ -22,7 +22,7 @@ from . import files
 from .addresses import BLOCK, Text, file_of, is_note, is_unit, traces
 from .headers import RefusedFileError, parse_json
 from .seal import Seal
-from .storage import Entry, Storage
+from .storage import ListedFile, Storage
 from .unit_files import state_record
 
 
@@ -60,12 +60,12 @@ class _Census:
 
     now: float
     total: int = 0
-    units: dict[str, Entry] = field(default_factory=dict)
-    kv: dict[str, Entry] = field(default_factory=dict)
-    notes: dict[str, Entry] = field(default_factory=dict)
-    leases: list[Entry] = field(default_factory=list)
-    quarantine: list[Entry] = field(default_factory=list)
-    unfinished: list[Entry] = field(default_factory=list)
+    units: dict[str, ListedFile] = field(default_factory=dict)
+    kv: dict[str, ListedFile] = field(default_factory=dict)
+    notes: dict[str, ListedFile] = field(default_factory=dict)
+    leases: list[ListedFile] = field(default_factory=list)
+    quarantine: list[ListedFile] = field(default_factory=list)
+    unfinished: list[ListedFile] = field(default_factory=list)
     used: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
@@ -139,7 +139,7 @@ class Keeper:
         if self.budget is not None:
             self._room = self.budget - census.total
 
-    def _remove(self, entry: Entry, census: _Census) -> None:
+    def _remove(self, entry: ListedFile, census: _Census) -> None:
         self._storage.remove(entry.name)
         census.total -= entry.nbytes
         self.deleted += 1
@@ -148,7 +148,7 @@ class Keeper:
         found = _Census(0.0)
         for entry in self._storage.walk():
             place, own = entry.name.partition("/")[0], entry.name.rpartition("/")[2]
-            kind: dict[str, Entry] | list[Entry] | None = None
+            kind: dict[str, ListedFile] | list[ListedFile] | None = None
             if place == "leases" and _is_lease(own):
                 kind = found.leases
             elif place == "quarantine" and files.proves_itself(file_of(own.removesuffix(".reason"))):
@@ -172,7 +172,7 @@ class Keeper:
             self._read_lease(lease, found)
         return found
 
-    def _read_lease(self, lease: Entry, found: _Census) -> None:
+    def _read_lease(self, lease: ListedFile, found: _Census) -> None:
         with suppress(OSError, DamagedFileError):
             said = parse_json(self._storage.read(lease.name, 0, 2**20))
             used = said.get("used") if isinstance(said, dict) else None
@@ -183,7 +183,7 @@ class Keeper:
                 when = lease.modified - max(0.0, float(value[0]))
                 found.used[state] = max(last, when), count + max(0, int(value[1]))
 
-    def _stale(self, census: _Census) -> Iterator[Entry]:
+    def _stale(self, census: _Census) -> Iterator[ListedFile]:
         """What stays for a time only."""
         for kind, entries in (("leases", census.leases), ("quarantine", census.quarantine)):
             yield from (entry for entry in entries if census.now - entry.modified > KEPT_DAYS[kind] * DAY)
@@ -198,7 +198,7 @@ class Keeper:
                     if room < 0 and not needed and age <= KEPT_DAYS[kind] * DAY:
                         yield entry
 
-    def _victims(self, census: _Census) -> list[Entry]:
+    def _victims(self, census: _Census) -> list[ListedFile]:
         """Units of least worth, until the rest fits; what they alone need counts as theirs."""
         assert self.budget is not None
         # Asked once: a file that could not be read, or was replaced meanwhile, would say something else.
@@ -207,7 +207,7 @@ class Keeper:
         worth = {name: _worth(entry, needs[name], census, needed) for name, entry in census.units.items()}
         missing = census.total - EASED * self.budget
         missing -= sum(entry.nbytes for entry in self._loose(census, needed))
-        doomed: list[Entry] = []
+        doomed: list[ListedFile] = []
         for name in sorted(worth, key=lambda name: (worth[name], name)):
             if missing <= 0:
                 break
@@ -226,7 +226,7 @@ class Keeper:
         freed = [census.kv.pop(name) for name in order if not needed[name] and name in census.kv]
         return [*doomed, *freed]
 
-    def _orphans(self, census: _Census) -> Iterator[Entry]:
+    def _orphans(self, census: _Census) -> Iterator[ListedFile]:
         """Keys and values, and notes, that no unit needs, once they are old enough to belong to nobody."""
         needs = [self._needs_of(entry) for entry in census.units.values()]
         kv = {name for item in needs for name in item.kv}
@@ -243,7 +243,7 @@ class Keeper:
         known = {file_of(name) for name in census.units}
         self._needs = {name: item for name, item in self._needs.items() if name in known}
 
-    def _loose(self, census: _Census, needed: Container[str]) -> list[Entry]:
+    def _loose(self, census: _Census, needed: Container[str]) -> list[ListedFile]:
         """Keys and values that no unit needs, as far as what the units of their space need can be read."""
         foreign = self._foreign(census)
         found = [entry for name, entry in census.kv.items() if name not in needed and _space(name) not in foreign]
@@ -252,7 +252,7 @@ class Keeper:
     def _foreign(self, census: _Census) -> set[str]:
         return {_space(name) for name, entry in census.units.items() if self._needs_of(entry) is _FOREIGN}
 
-    def _needs_of(self, entry: Entry) -> _Needs:
+    def _needs_of(self, entry: ListedFile) -> _Needs:
         """What a unit needs, from its header."""
         state = file_of(entry.name)
         if state not in self._needs:
@@ -281,7 +281,7 @@ class Keeper:
         return self._needs[state]
 
 
-def _worth(entry: Entry, needs: _Needs, census: _Census, needed: Mapping[str, int]) -> float:
+def _worth(entry: ListedFile, needs: _Needs, census: _Census, needed: Mapping[str, int]) -> float:
     """Tokens that a unit saves for each byte, times how often it was used lately."""
     last, count = census.used.get(file_of(entry.name), (0.0, 0))
     shared = sum(census.kv[name].nbytes / needed[name] for name in needs.kv if name in census.kv)
@@ -293,7 +293,7 @@ def _space(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _old(entry: Entry, census: _Census) -> bool:
+def _old(entry: ListedFile, census: _Census) -> bool:
     return census.now - entry.modified > GRACE_SECONDS
 
 

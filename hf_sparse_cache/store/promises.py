@@ -29,7 +29,7 @@ MOST_WAITS = 2  # of one prompt: what was promised may not have been stored
 
 
 @dataclass(frozen=True)
-class Terms:
+class WaitTerms:
     """What a wait costs and saves.
 
     Attributes:
@@ -122,7 +122,7 @@ class Promises:
             self.changed.notify_all()
 
     @contextmanager
-    def given(self, ids: Tokens, space: str, look: Callable[[], Member], terms: Terms) -> Iterator[Promise]:
+    def given(self, ids: Tokens, space: str, look: Callable[[], Member], terms: WaitTerms) -> Iterator[Promise]:
         """Waits where that pays, and promises what a prompt is going to store, until the end of the block.
 
         Args:
@@ -145,7 +145,7 @@ class Promises:
                 self.pace = (time.monotonic() - started) / spent if spent else self.pace
                 self.changed.notify_all()
 
-    def wait(self, space: str, look: Callable[[], Member], terms: Terms, then: Promise | None = None) -> None:
+    def wait(self, space: str, look: Callable[[], Member], terms: WaitTerms, then: Promise | None = None) -> None:
         """Waits where that pays; the moment when nothing is waited for any more, `then` is given."""
         tried: list[Promise] = []
         while True:
@@ -170,7 +170,7 @@ class Promises:
                     self._patience(terms.between(promise.done, target)),
                 )
 
-    def _best(self, member: Member, found: list[Promise], terms: Terms) -> tuple[Promise, int] | None:
+    def _best(self, member: Member, found: list[Promise], terms: WaitTerms) -> tuple[Promise, int] | None:
         """Whom to wait for, and until where: what saves most, and is sooner there than one would be oneself."""
         best, most = None, terms.least
         for promise in found:
@@ -180,7 +180,7 @@ class Promises:
                 best, most = (promise, target), saved
         return best
 
-    def _met(self, member: Member, found: list[Promise], terms: Terms) -> set[int]:
+    def _met(self, member: Member, found: list[Promise], terms: WaitTerms) -> set[int]:
         """Where a prompt parts from those in flight that cannot be waited for: others will part there as well."""
         meetings = {promise.meeting(member, terms.segmenting) for promise in found}
         return {position for position in meetings if terms.between(member.stored, position) > terms.least}

@@ -39,7 +39,7 @@ from .unit_files import StoredFile, UnitFiles, UnitReader, state_record
 
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+_T = TypeVar("_T")
 LOOK_SECONDS = 2.0  # that a request waits for what there is
 READ_SECONDS = 10.0  # and for what it resumes from
 FIRST = 5  # times as long, until the storage has answered once: it may have to connect
@@ -342,7 +342,7 @@ class SharedTier:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _asked(self, job: Callable[[], T], until: float, what: str, filed: Filed | None = None) -> T | None:
+    def _asked(self, job: Callable[[], _T], until: float, what: str, filed: Filed | None = None) -> _T | None:
         """What the storage answers in time; None, with the reason counted, when it does not."""
         if not self.trust.holds:
             self.count("not asked, as it failed lately")
@@ -405,7 +405,7 @@ def _begin(text: Text, expected: Lineage, end: int) -> str | None:
         return None
 
 
-def _remember(kept: OrderedDict[str, T], name: str, value: T) -> None:
+def _remember(kept: OrderedDict[str, _T], name: str, value: _T) -> None:
     kept.pop(name, None)
     kept[name] = value
     while len(kept) > _MOST_BAD:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from ..planning.lineage import Lineage
-from .addresses import BLOCK, Filed, Found, Text, read_place, traces
+from .addresses import BLOCK, Filed, PlaceContents, Text, read_place, traces
 from .storage import Storage
 
 
@@ -33,9 +33,9 @@ class Shelf:
         self.looks = 0
         self._lock = threading.Lock()
         self._surveyed: OrderedDict[str, float] = OrderedDict()
-        self._there: OrderedDict[str, tuple[float, Found]] = OrderedDict()
+        self._there: OrderedDict[str, tuple[float, PlaceContents]] = OrderedDict()
 
-    def look(self, text: Text, block: int) -> Found:
+    def look(self, text: Text, block: int) -> PlaceContents:
         """What lies at one place."""
         self.looks += 1
         folder = text.folder(block)
@@ -48,12 +48,12 @@ class Shelf:
                     self._there.popitem(last=False)
         return found
 
-    def way(self, text: Text) -> list[Found]:
+    def way(self, text: Text) -> list[PlaceContents]:
         """The places that a search for the end of a text passes, shallow to deep; those that are there.
 
         One that was there a moment ago is passed without a look, unless the way ends there.
         """
-        found: list[Found] = []
+        found: list[PlaceContents] = []
         reached, remembered = 0, False
         for step in text.steps():
             if reached + step <= text.blocks:
@@ -94,7 +94,7 @@ class Shelf:
         named = max((unit.position // BLOCK for unit in found), default=-1)
         return found, last is not None and named < last.block
 
-    def post(self, text: Text, lineage: Lineage, already: list[Found]) -> int:
+    def post(self, text: Text, lineage: Lineage, already: list[PlaceContents]) -> int:
         """Leaves the traces of a unit that was filed; returns how many files that took."""
         block = lineage.end // BLOCK
         places = {place.block: place for place in already}

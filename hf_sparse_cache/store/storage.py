@@ -18,7 +18,7 @@ from ..errors import DamagedFileError
 from . import files
 
 
-class Entry(NamedTuple):
+class ListedFile(NamedTuple):
     """One file: its name from the root, its bytes, and when it was written, in seconds, by the storage's clock."""
 
     name: str
@@ -43,10 +43,10 @@ class Storage(Protocol):
     def put(self, name: str, data: bytes) -> None:
         """Makes or replaces a file."""
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[ListedFile]:
         """The files that lie in one folder itself; none where there is no such folder."""
 
-    def walk(self) -> Iterator[Entry]:
+    def walk(self) -> Iterator[ListedFile]:
         """Every file."""
 
     def size(self, name: str) -> int | None:
@@ -99,21 +99,21 @@ class Folder:
             with suppress(FileExistsError):
                 (self.root / part).mkdir(mode=mode)
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[ListedFile]:
         """See `Storage`."""
-        return [entry for entry in self._scan(folder) if entry is not None and isinstance(entry, Entry)]
+        return [entry for entry in self._scan(folder) if entry is not None and isinstance(entry, ListedFile)]
 
-    def walk(self) -> Iterator[Entry]:
+    def walk(self) -> Iterator[ListedFile]:
         """See `Storage`; links are not followed."""
         waiting = [""]
         while waiting:
             for entry in self._scan(waiting.pop()):
-                if isinstance(entry, Entry):
+                if isinstance(entry, ListedFile):
                     yield entry
                 else:
                     waiting.append(entry)
 
-    def _scan(self, folder: str) -> Iterator[Entry | str]:
+    def _scan(self, folder: str) -> Iterator[ListedFile | str]:
         """Files and, as strings, folders in one folder."""
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as found:
             for item in found:
@@ -123,7 +123,7 @@ class Folder:
                 elif item.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):
                         about = item.stat(follow_symlinks=False)
-                        yield Entry(name, about.st_size, about.st_mtime)
+                        yield ListedFile(name, about.st_size, about.st_mtime)
 
     def size(self, name: str) -> int | None:
         """See `Storage`."""
@@ -191,7 +191,7 @@ class Objects:
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         fs.pipe_file(path, data)
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[ListedFile]:
         """See `Storage`."""
         fs, path = self._at(folder)
         try:
@@ -200,7 +200,7 @@ class Objects:
             return []
         return [entry for item in found if (entry := self._entry(item)) is not None and entry.name != folder]
 
-    def walk(self) -> Iterator[Entry]:
+    def walk(self) -> Iterator[ListedFile]:
         """See `Storage`."""
         fs, path = self._at("")
         try:
@@ -209,14 +209,14 @@ class Objects:
             return
         yield from (entry for item in found.values() if (entry := self._entry(item)) is not None)
 
-    def _entry(self, item: dict[str, Any]) -> Entry | None:
+    def _entry(self, item: dict[str, Any]) -> ListedFile | None:
         root = self._root.strip("/")
         name = str(item["name"]).strip("/")
         if item.get("type") != "file" or not name.startswith(f"{root}/" if root else ""):
             return None
         when = next((item[key] for key in ("LastModified", "mtime", "last_modified", "created") if key in item), 0.0)
         seconds = when.timestamp() if hasattr(when, "timestamp") else float(when or 0.0)
-        return Entry(name[len(root) + 1 if root else 0 :], int(item.get("size") or 0), seconds)
+        return ListedFile(name[len(root) + 1 if root else 0 :], int(item.get("size") or 0), seconds)
 
     def size(self, name: str) -> int | None:
         """See `Storage`."""

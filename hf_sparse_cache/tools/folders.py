@@ -117,7 +117,7 @@ def _meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"trace={str(folder)!r} has no meta.json; give a workload folder or a .jsonl file")
-    found = jsontext.read(path)
+    found = jsontext.read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {shown(found)}; give an object with 'template'")
     return found

@@ -16,7 +16,7 @@ pandas = pytest.importorskip("pandas")
 
 from hf_sparse_cache import __version__, cli  # noqa: E402
 from hf_sparse_cache.bench import metrics, page, workloads  # noqa: E402
-from hf_sparse_cache.bench.results import Folder, Settings  # noqa: E402
+from hf_sparse_cache.bench.results import RunFolder, RunSettings  # noqa: E402
 from hf_sparse_cache.tools.builtin import build_tokenizer  # noqa: E402
 
 
@@ -86,7 +86,7 @@ def test_metrics_and_exactness(done: Path) -> None:
     assert summary["random_weights"] and summary["left_out"] == {} and summary["grid"] == 128
     assert learned["mode"] == summary["mode"] == "replayable"
     assert all(row["mode"] is None for row in content["measured"] if row["contender"] in ("stock", "limit"))
-    for columns, cells in (metrics.table(content["measured"]), metrics.costs(content["measured"])):
+    for columns, cells in (metrics.metrics_table(content["measured"]), metrics.costs(content["measured"])):
         shown = [row[columns.index("mode")] for row in cells if row[2] in ("learned", "dense")]
         assert shown == ["replayable"] * 2
     assert ", replayable mode: " in metrics.verdict(content["measured"], "learned")[0]
@@ -124,10 +124,10 @@ def test_a_histogram_that_models_share_stands_once_and_names_them(done: Path) ->
     summaries = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((done / "units").glob("*.json"))]
     twin = [{**summary, "model": "twin"} for summary in summaries]
     both = pandas.concat([rows, rows.assign(model="twin")], ignore_index=True)
-    written = page.build(config, both, [*summaries, *twin], metrics.measure(both, [*summaries, *twin]))
+    written = page.report_page(config, both, [*summaries, *twin], metrics.summed_up(both, [*summaries, *twin]))
     assert written.count("<svg") == 7 and written.count("the same for twin") == 1
     other = pandas.concat([rows, rows.assign(model="twin", overlap_tokens=7)], ignore_index=True)
-    written = page.build(config, other, [*summaries, *twin], metrics.measure(other, [*summaries, *twin]))
+    written = page.report_page(config, other, [*summaries, *twin], metrics.summed_up(other, [*summaries, *twin]))
     assert written.count("<svg") == 8 and "the same for" not in written
 
 
@@ -229,6 +229,6 @@ def test_a_failed_check_shows_in_the_verdict() -> None:
 
 
 def test_settings_that_differ_are_named(tmp_path: Path) -> None:
-    Folder(tmp_path, Settings(("m",), ("d",)), "bench")
+    RunFolder(tmp_path, RunSettings(("m",), ("d",)), "bench")
     with pytest.raises(ValueError, match="max_memory, repeats"):
-        Folder(tmp_path, Settings(("m",), ("d",), max_memory="1GiB", repeats=2), "bench")
+        RunFolder(tmp_path, RunSettings(("m",), ("d",), max_memory="1GiB", repeats=2), "bench")

@@ -17,7 +17,7 @@ import typer
 from commands import Run
 
 from hf_sparse_cache import SparsePrefixCache, __version__, cli, exactness
-from hf_sparse_cache.cli import answers, questions, sources, timing, verifying
+from hf_sparse_cache.cli import questions, sources, timing, verdicts, verifying
 from hf_sparse_cache.cli.screen import Screen
 from hf_sparse_cache.config import POLICY_NAMES
 from hf_sparse_cache.planning.policies import POLICIES, Block
@@ -280,9 +280,9 @@ def test_a_terminal_gets_a_drawn_table_without_colour_when_asked(run: Run, monke
 def test_one_figure_is_not_a_range(capsys: pytest.CaptureFixture[str]) -> None:
     report = exactness.ExactnessReport((exactness.ExactnessRow(600, 512, True, True, 0.0, True, "resumed"),), 1e-4)
     rows = [
-        answers.Answered("d", "q", 600, 512, 512, 88, 1.0, seconds, 1, 1000, "resumed") for seconds in (3.31, 3.33)
+        verdicts.Answered("d", "q", 600, 512, 512, 88, 1.0, seconds, 1, 1000, "resumed") for seconds in (3.31, 3.33)
     ]
-    answers.show(answers.Result("m", 256, tuple(rows), report, CacheStats()), Screen())
+    verdicts.show(verdicts.Result("m", 256, tuple(rows), report, CacheStats()), Screen())
     out = capsys.readouterr().out
     assert "came 3.3× sooner" in out and "EXACT: 1 prompt run" in out
 
@@ -358,8 +358,8 @@ def test_trained_models_read_manuals_only(run: Run, arguments: tuple[str, ...], 
 
 def test_a_busy_machine_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     report = exactness.ExactnessReport((exactness.ExactnessRow(600, 512, True, True, 0.0, True, "resumed"),), 1e-4)
-    rows = (answers.Answered("d", "q", 600, 512, 512, 88, 1.0, 3.3, 1, 1000, "resumed"),)
+    rows = (verdicts.Answered("d", "q", 600, 512, 512, 88, 1.0, 3.3, 1, 1000, "resumed"),)
     for share, busy in ((0.4, True), (0.95, False)):
-        result = answers.Result("m", 256, rows, report, CacheStats(), cpu_share=share)
-        answers.show(result, Screen())
+        result = verdicts.Result("m", 256, rows, report, CacheStats(), cpu_share=share)
+        verdicts.show(result, Screen())
         assert ("THE MACHINE WAS BUSY" in capsys.readouterr().out) == busy == result.to_dict()["busy"]

@@ -14,7 +14,7 @@ from tiny_models import build, random_ids
 from torch import Tensor
 
 from hf_sparse_cache import SparseCacheConfig, SparsePrefixCache, check_exactness
-from hf_sparse_cache.bench.clock import serve
+from hf_sparse_cache.bench.clock import timed
 from hf_sparse_cache.models import ambient
 
 
@@ -54,7 +54,7 @@ def test_runs_to_compare_with_never_use_it(cache: SparsePrefixCache) -> None:
     assert report.passed and cache.stats().requests == 2  # warm, twice
     with SparsePrefixCache(cache.model) as other:
         assert check_exactness(cache.model, [random_ids(150, seed=5)], cache=other).passed
-    serve(cache.model, PROMPT, 2)
+    timed(cache.model, PROMPT, 2)
     with ambient.off():
         ask(cache.model)
     assert cache.stats().requests == 2

@@ -1,6 +1,10 @@
-"""The house keeps its size: few modules at the top, no function longer than a screen, few parameters."""
+"""The house keeps its size and its names: few modules at the top, no function longer than a screen, few parameters,
+and no name of a file, or of what a module offers, that stands for two things.
+"""
 
 import ast
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -37,7 +41,17 @@ MANY_PARAMETERS = {
     "evaluation/harness.py: SparseLM.__init__": "public: lm_eval's model_args are keywords",
     "models/mamba1.py: scan_from": _UPSTREAM,
     "models/mamba1.py: around_kernel.resume": _UPSTREAM,
-    "serving/generation.py: Generation.generate_streaming": _UPSTREAM,
+    "serving/inference.py: Generation.generate_streaming": _UPSTREAM,
+}
+# Names that several modules may use, and why one thing is meant.
+SHARED_NAMES = {
+    "logger": "each module's own, as logging has it",
+    "run": "the work of a command, which has a module of its own in cli/",
+    "simulate": "the command, and the function that it is the command of",
+}
+SHARED_FILES = {
+    "__init__.py": "Python's",
+    "__main__.py": "Python's: -m hf_sparse_cache, and -m hf_sparse_cache.cli, which brings no torch",
 }
 
 
@@ -112,3 +126,55 @@ def test_many_parameters_are_noticed() -> None:
             f"  async def inner({plain}): pass\n"
         )
         assert overloaded(source) == ["A.g", "A.h", "A.h.inner", "f"] * (count > MOST_PARAMETERS)
+
+
+def offered(source: str) -> Iterator[str]:
+    """The public names that a module itself defines at its top."""
+    for node in ast.parse(source).body:
+        names: list[ast.expr | str] = []
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [part for target in node.targets for part in getattr(target, "elts", [target])]
+        elif isinstance(node, ast.AnnAssign):
+            names = [node.target]
+        for name in names:
+            text = name.id if isinstance(name, ast.Name) else name
+            if isinstance(text, str) and not text.startswith("_"):
+                yield text
+
+
+def doubles(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names that more than one module offers, with those modules."""
+    homes: dict[str, list[str]] = defaultdict(list)
+    for module, source in sources.items():
+        for name in dict.fromkeys(offered(source)):
+            homes[name].append(module)
+    return {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
+def test_one_thing_has_one_name() -> None:
+    """Else the less known of the two is called what it is; what may be shared is listed no longer than it is."""
+    sources = {module.relative_to(PACKAGE).as_posix(): module.read_text(encoding="utf-8") for module in MODULES}
+    found = doubles(sources)
+    assert {name: modules for name, modules in found.items() if name not in SHARED_NAMES} == {}
+    assert sorted(SHARED_NAMES.keys() - found.keys()) == [], "no longer needs to be listed"
+    assert [module for module in found["run"] if not module.startswith("cli/")] == []
+    assert found["simulate"] == ["cli/__init__.py", "simulator.py"]
+
+
+def test_files_have_names_of_their_own() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for module in MODULES:
+        homes[module.name].append(module.relative_to(PACKAGE).as_posix())
+    found = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert {name: modules for name, modules in found.items() if name not in SHARED_FILES} == {}
+    assert sorted(SHARED_FILES.keys() - found.keys()) == [], "no longer needs to be listed"
+
+
+def test_a_second_name_is_noticed() -> None:
+    one = "import a\nfrom b import Taken\nclass Unit: pass\n_private = 1\nLEFT, right = 1, 2\nif a:\n hidden = 1\n"
+    two = "def Unit(): Taken = 1\n_private = 1\nTaken: int = 1\nasync def right(): pass\nhidden = 1\n"
+    assert doubles({"one": one, "two": two}) == {"Unit": ["one", "two"], "right": ["one", "two"]}
+    assert doubles({"one": one, "two": one.replace("LEFT", "Left")}).keys() == {"Unit", "right"}
+    assert doubles({"one": one}) == {}

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hf_sparse_cache.planning.cuts import Tokens
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import open_request
-from hf_sparse_cache.routing.digest import Digest, Entry, Publisher
+from hf_sparse_cache.routing.digest import Digest, DigestEntry, Publisher
 from hf_sparse_cache.routing.index import Index
 from hf_sparse_cache.routing.names import Keys, Names
 from hf_sparse_cache.routing.router import PrefixRouter, Rules
@@ -31,9 +31,9 @@ def names(ids: Tokens, namespace: str = "", keys: Keys = KEYS) -> Names:
     return Names(keys, namespace, ids)
 
 
-def entry(ids: Tokens, position: int) -> Entry:
+def entry(ids: Tokens, position: int) -> DigestEntry:
     named, (block, tail) = names(ids), divmod(position, BLOCK)
-    return Entry(named.at(position), named.anchors[block], tail)
+    return DigestEntry(named.at(position), named.anchors[block], tail)
 
 
 def usable(prefix: Tokens, ids: Tokens) -> bool:

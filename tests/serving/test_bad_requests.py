@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from served import Running, messages
 
-from hf_sparse_cache.serving.errors import ApiError
-from hf_sparse_cache.serving.requests import ChatRequest, CompletionRequest, ResponsesRequest, read
+from hf_sparse_cache.serving.refusals import ApiError
+from hf_sparse_cache.serving.requests import ChatRequest, CompletionRequest, ResponsesRequest, checked_request
 
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -120,22 +120,22 @@ def test_every_wrong_field_is_refused_by_name(served: Running) -> None:
 def test_good_requests_are_taken() -> None:
     """Twin: what official clients send passes."""
     for path, body in GOOD.items():
-        read(KINDS[path], body)
+        checked_request(KINDS[path], body)
         everything = {"user": "u", "metadata": {"a": "b"}, "store": False, "temperature": 0.5, "seed": 1, "top_p": 1}
-        read(KINDS[path], {**body, **everything, "cache_salt": "s", "model": "m"})
+        checked_request(KINDS[path], {**body, **everything, "cache_salt": "s", "model": "m"})
     sent_back = {
         "role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "function_call": None,
         "tool_calls": [{"id": "1", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}],
     }  # fmt: skip
     tool = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "5"}]}
-    chat = read(ChatRequest, {"messages": [GOOD[CHAT]["messages"][0], sent_back, tool]}).upstream()
+    chat = checked_request(ChatRequest, {"messages": [GOOD[CHAT]["messages"][0], sent_back, tool]}).upstream()
     assert chat["messages"][1]["tool_calls"][0]["function"]["arguments"] == "{}"
-    read(
+    checked_request(
         ChatRequest,
         {**GOOD[CHAT], "stream": True, "stream_options": {"include_usage": True}, "response_format": {"type": "text"}},
     )
     settings = '{"temperature": 0.7, "do_sample": true, "transformers_version": "5.24.0", "num_beams": 1}'
-    read(ChatRequest, {**GOOD[CHAT], "generation_config": settings})
+    checked_request(ChatRequest, {**GOOD[CHAT], "generation_config": settings})
 
 
 RAW: dict[str, tuple[dict[str, str], bytes]] = {
@@ -223,9 +223,9 @@ def test_paths_and_methods(served: Running, method: str, path: str, status: int)
 
 def test_errors_name_the_value_and_the_remedy() -> None:
     with pytest.raises(ApiError, match="messages.0.content.0.type: 'image_url' cannot be used") as refused:
-        read(ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})
+        checked_request(ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})
     assert refused.value.param == "messages.0.content.0.type"
     with pytest.raises(ApiError, match="messages is missing"):
-        read(ChatRequest, {})
+        checked_request(ChatRequest, {})
     with pytest.raises(ApiError, match="top_logprobs needs logprobs=true"):
-        read(ChatRequest, {"messages": messages("x"), "top_logprobs": 2})
+        checked_request(ChatRequest, {"messages": messages("x"), "top_logprobs": 2})

@@ -25,8 +25,8 @@ ray = pytest.importorskip("ray")
 from ray import serve  # noqa: E402
 from served import NAME, WORDS, messages  # noqa: E402
 
-from hf_sparse_cache.serving.ray_app import Fleet, build  # noqa: E402
-from hf_sparse_cache.serving.run import Address, Server  # noqa: E402
+from hf_sparse_cache.serving.listening import Address, PortServer  # noqa: E402
+from hf_sparse_cache.serving.ray_app import RayOptions, build  # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own making, in every one of its threads
@@ -71,7 +71,7 @@ class Cluster:
                 continue
 
     def run(self, **settings: Any) -> None:
-        serve.run(build(Fleet(**{**SETTINGS, **FLEET, **settings})))
+        serve.run(build(RayOptions(**{**SETTINGS, **FLEET, **settings})))
         self.wait(lambda: self.health() == 200)
 
     def health(self) -> int:
@@ -116,8 +116,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def alone() -> Iterator[str]:
     """One server with all the traffic, as `hf-sparse-cache serve` is one."""
-    options = Fleet(**SETTINGS).of_each()
-    server = Server(options.service(), Address(port=0, drain=5))
+    options = RayOptions(**SETTINGS).of_each()
+    server = PortServer(options.service(), Address(port=0, drain=5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from served import Running, messages
 
-from hf_sparse_cache.serving.settings import Settings, namespace_of
+from hf_sparse_cache.serving.settings import Settings, salted_namespace
 
 
 CHAT = "/v1/chat/completions"
@@ -65,7 +65,7 @@ def test_what_one_tenant_asked_serves_no_other(guarded: Running) -> None:
 
 def test_no_two_pairs_of_tenant_and_salt_share_a_namespace() -> None:
     pairs = [(tenant, salt) for tenant in ("", "a", "a#", "#a", "a#b") for salt in ("", "a", "b", "#", "#a")]
-    assert len({namespace_of(*pair) for pair in pairs}) == len(pairs)
+    assert len({salted_namespace(*pair) for pair in pairs}) == len(pairs)
 
 
 def test_operators_alone_see_and_change(guarded: Running) -> None:

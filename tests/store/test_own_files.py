@@ -314,7 +314,7 @@ def test_blobs_are_ours() -> None:
 
 
 def test_a_picture_or_a_report_takes_the_place_of_ours_alone(tmp_path: Path) -> None:
-    from hf_sparse_cache.bench.results import Folder, Settings
+    from hf_sparse_cache.bench.results import RunFolder, RunSettings
     from hf_sparse_cache.cli.outputs import PNG_MARK, REPORT_MARK, check_output
 
     for mark, ours in ((PNG_MARK, b"\x89PNG..Software\0hf-sparse-cache.."), (REPORT_MARK, b"<html>" + REPORT_MARK)):
@@ -330,5 +330,5 @@ def test_a_picture_or_a_report_takes_the_place_of_ours_alone(tmp_path: Path) -> 
         path.unlink()
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(ValueError, match="holds files of something else"):
-        Folder(tmp_path, Settings(("m",), ("d",)), "")
+        RunFolder(tmp_path, RunSettings(("m",), ("d",)), "")
     assert os.listdir(tmp_path) == ["report.html"]

@@ -20,7 +20,7 @@ from hf_sparse_cache.planning.policies import Junction, NoCheckpoints, Policy
 from hf_sparse_cache.planning.segments import Replayable, Segmenting
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.store import promises as module
-from hf_sparse_cache.store.promises import Promises, Terms
+from hf_sparse_cache.store.promises import Promises, WaitTerms
 from hf_sparse_cache.store.store import CheckpointStore
 
 
@@ -42,7 +42,7 @@ def prompt(own: int, length: int = 20, shared: Tokens = SHARED) -> Tokens:
 def promised(
     store: CheckpointStore, ids: Tokens, segmenting: Segmenting, policy: Policy | None = None, space: str = ""
 ) -> Iterator[Request]:
-    terms = Terms(segmenting, lambda positions: positions)
+    terms = WaitTerms(segmenting, lambda positions: positions)
     look: Callable[[], Any] = lambda: store.foretell(ids, segmenting, space)  # noqa: E731
     with (
         store.promises.given(ids, space, look, terms) as promise,

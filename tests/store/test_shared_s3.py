@@ -158,4 +158,4 @@ def test_inspect_reads_a_bucket(bucket: str) -> None:
 
     serve(store := opened(bucket), prompt(1, 1300), (512, 1024))
     written(store)
-    assert sorted(len(item.tokens) for item in inspecting.read(bucket)) == [512, 1024]
+    assert sorted(len(item.tokens) for item in inspecting.stored_in(bucket)) == [512, 1024]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .manual import CODE_DIGITS
 from .manual import Manual as Manual
-from .manual import Question as Question
+from .manual import ManualQuestion as ManualQuestion
 from .manual import write_manual as write_manual
 
 

@@ -64,7 +64,7 @@ _FILLERS = (
 
 
 @dataclass(frozen=True)
-class Question:
+class ManualQuestion:
     """What follows a manual, such as "The code of room 17 is", and the code that is right there, such as "482"."""
 
     text: str
@@ -81,7 +81,7 @@ class Manual:
     """
 
     text: str
-    questions: tuple[Question, ...]
+    questions: tuple[ManualQuestion, ...]
 
 
 @dataclass(frozen=True)
@@ -178,4 +178,4 @@ def write_manual(seed: int, lines: int, places: int, rooms: int, tail: int = 40)
     here = rng.choice(list(house.codes))
     told = [line for place in house.codes for line in house.told(place)]
     text = "".join([*mixed(rng, told, spare), arrival(here), *(filler(rng) for _ in range(tail))])
-    return Manual(text, tuple(Question(question(room), code) for room, code in house.codes[here].items()))
+    return Manual(text, tuple(ManualQuestion(question(room), code) for room, code in house.codes[here].items()))

@@ -11,11 +11,11 @@ from ..tools.builtin_sizes import SIZES
 
 
 # What stands below the help of every command that takes a model.
-MODELS = (
+MODELS_HELP = (
     f"**Built-in models**, which need no download. Trained, to answer questions about manuals: "
     f"{', '.join(recall.MANUALS)}. With random weights, to show time, memory and exactness: {', '.join(SIZES)}."
 )
-POLICIES = f"{', '.join(POLICY_NAMES[:-1])} or {POLICY_NAMES[-1]}"
+ALL_POLICIES = f"{', '.join(POLICY_NAMES[:-1])} or {POLICY_NAMES[-1]}"
 
 
 def _mode(value: str) -> str:
@@ -25,7 +25,7 @@ def _mode(value: str) -> str:
 Exactness = Annotated[
     str, typer.Option(help=f"Mode of exactness: {' or '.join(EXACTNESS)}.", callback=_mode, show_default=True)
 ]
-Storage = Annotated[
+StorageMode = Annotated[
     str,
     typer.Option(
         help=f"How states are kept: {', '.join(STORAGES[:-1])} or {STORAGES[-1]}.",
@@ -36,3 +36,4 @@ Storage = Annotated[
 Grid = Annotated[
     int | None, typer.Option(help="Tokens between cuts; default: what suits the model.", min=2, max=MOST_ID)
 ]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")]

@@ -23,7 +23,7 @@ from .tickets import Ticket
 _MOST_TREES, _MOST_LIVE = 8, 50
 
 
-def page(service: Service, every: int | None = None) -> str:
+def overview_page(service: Service, every: int | None = None) -> str:
     """The page as HTML.
 
     Args:

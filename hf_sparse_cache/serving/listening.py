@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 
-from .app import build
+from .app import application
 from .service import Service
 
 
@@ -29,7 +29,7 @@ class Address:
     drain: float = 30.0
 
 
-class Server(uvicorn.Server):
+class PortServer(uvicorn.Server):
     """Told to stop, it takes nobody in, lets running requests end for `drain` seconds, ends the others, and flushes.
 
     Args:
@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
         self._service, self._drain = service, address.drain
         super().__init__(
             uvicorn.Config(
-                build(service),
+                application(service),
                 host=address.host,
                 port=address.port,
                 log_level=log_level,

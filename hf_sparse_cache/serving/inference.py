@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..cache import SparsePrefixCache
 from ..models.interrupts import interruptible
-from .errors import ApiError
+from .refusals import ApiError
 from .stops import StopFilter
 from .tickets import Cancelled, Ticket, current
 
