@@ -268,7 +268,7 @@ def tune(
     _quiet()
     folder = tuning.output_folder(model, out)
     loaded = NamedModel.load(model, [""], dtype, device)
-    screen.emit(tuning.run(loaded, screen, exactness=exactness, tokens=tokens, pairs=pairs, out=folder))
+    screen.emit(tuning.run(loaded, tuning.Trials(exactness, tokens, pairs), folder, screen))
 
 
 @app.command(epilog=MODELS_HELP)

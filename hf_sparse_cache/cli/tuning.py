@@ -66,49 +66,87 @@ def output_folder(model: str, out: Path | None) -> Path:
     return folder
 
 
-def run(
-    loaded: NamedModel, screen: Screen, *, exactness: str, tokens: int | None, pairs: int, out: Path
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trials:
+    """How it is measured.
+
+    Attributes:
+        exactness: the mode that the settings are for.
+        tokens: of the prompts; None for what suits the device.
+        pairs: how often each way is run beside its rival.
+    """
+
+    exactness: str
+    tokens: int | None
+    pairs: int
+
+    def length(self, device: torch.device) -> int:
+        """Tokens of a prompt on a device."""
+        return self.tokens or (CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured.
+
+    Attributes:
+        tokens: of the prompts.
+        pieces: time of a prompt in pieces over that in one shot, by the tokens of a piece.
+        config: the settings that follow; its `cut_tokens` are measured.
+        cold: time of a cold prompt with these settings over that of stock `generate()`.
+    """
+
+    tokens: int
+    pieces: dict[int, Cost]
+    config: SparseCacheConfig
+    cold: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "tokens": self.tokens,
+            "pieces": {str(size): vars(cost) for size, cost in self.pieces.items()},
+            "cut_tokens": self.config.cut_tokens,
+            "cold_over_stock": vars(self.cold),
+            "config": self.config.to_dict(),
+        }
+
+
+def run(loaded: NamedModel, trials: Trials, out: Path, screen: Screen) -> dict[str, Any]:
     """Measure, write what was found, and save the settings that follow from it.
 
     Args:
         loaded: the model.
-        exactness: the mode that the settings are for.
-        tokens: of the prompts; None for what suits the device.
-        pairs: how often each way is run beside its rival.
+        trials: how it is measured.
         out: the folder of the settings.
 
     Raises:
         ValueError: The prompts are too short for two pieces, or too long for the model.
     """
-    name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
-    device = input_device(model)
-    length = tokens or (CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS)
+    device = input_device(loaded.model)
+    length = trials.length(device)
     screen.say(loaded.line, style="bold")
-    plain = SparseCacheConfig(exactness=exactness, policy="none")
-    with SparsePrefixCache(model, tokenizer, config=plain) as handle:
+    plain = SparseCacheConfig(exactness=trials.exactness, policy="none")
+    with SparsePrefixCache(loaded.model, loaded.tokenizer, config=plain) as handle:
         binding = handle.server.binding
         sizes = _sizes(binding, length)
-        rounds = pairs * (len(sizes) + 4)
-        with screen.progress(rounds, name) as steps:
+        rounds = trials.pairs * (len(sizes) + 4)
+        with screen.progress(rounds, loaded.name) as steps:
             timer = _Timer(binding, length, lambda: steps.done(1))
-            pieces = _against_one_shot(timer, sizes, pairs)
+            pieces = _against_one_shot(timer, sizes, trials.pairs)
             best = min(pieces, key=lambda size: pieces[size].median)
-            cut_tokens = _cut_tokens(timer, best if pieces[best].median < WORTH else length, pairs)
-            config = _settings(binding, exactness, length, pieces, cut_tokens)
+            cut_tokens = _cut_tokens(timer, best if pieces[best].median < WORTH else length, trials.pairs)
+            config = _settings(binding, trials.exactness, length, pieces, cut_tokens)
             handle.detach()  # a handle of its own is timed, and stock is
-            cold = _cold(model, tokenizer, config, length, pairs, lambda: steps.done(1))
+            cold = _cold(loaded, config, length, trials.pairs, lambda: steps.done(1))
     config.save_pretrained(out)
-    _show(binding, config, length, pieces, cold, out, screen)
+    findings = Findings(length, pieces, config, cold)
+    _show(loaded.model, findings, out, screen)
     return {
-        "model": name,
-        "exactness": exactness,
+        "model": loaded.name,
+        "exactness": trials.exactness,
         "device": str(device),
-        "tokens": length,
-        "pieces": {str(size): vars(cost) for size, cost in pieces.items()},
-        "cut_tokens": cut_tokens,
-        "cold_over_stock": vars(cold),
-        "config": config.to_dict(),
+        **findings.to_dict(),
         "out": str(out),
         "machine": describe_machine(),
     }
@@ -200,12 +238,10 @@ def _settings(
     return SparseCacheConfig(exactness=exactness, pieces=fastest if worth else None, cut_tokens=cut_tokens)
 
 
-def _cold(
-    model: Any, tokenizer: Any, config: SparseCacheConfig, length: int, pairs: int, done: Callable[[], None]
-) -> Cost:
+def _cold(loaded: NamedModel, config: SparseCacheConfig, length: int, pairs: int, done: Callable[[], None]) -> Cost:
     """Time of `generate()` for one token of prompts that share nothing, with a cache over without."""
-    ratios = []
-    with SparsePrefixCache(model, tokenizer, config=replace(config, max_memory=None)) as cache:
+    model, ratios = loaded.model, []
+    with SparsePrefixCache(model, loaded.tokenizer, config=replace(config, max_memory=None)) as cache:
         timed(model, _random_ids(model, length, seed=1)[None], 1, past_key_values=cache)  # which reads all weights
         for index in range(2 * pairs):
             ids = _random_ids(model, length, seed=2 + index)[None]
@@ -228,25 +264,20 @@ def _finish(ids: torch.Tensor) -> None:
         torch.cuda.synchronize(ids.device)
 
 
-def _show(
-    binding: Binding,
-    config: SparseCacheConfig,
-    length: int,
-    pieces: dict[int, Cost],
-    cold: Cost,
-    out: Path,
-    screen: Screen,
-) -> None:
+def _show(model: Any, findings: Findings, out: Path, screen: Screen) -> None:
     """Write the figures, what follows from them, and how to use it."""
-    where, model = describe_machine(), binding.model
+    where, config = describe_machine(), findings.config
+    measured = [(f"{size:,}", str(cost)) for size, cost in findings.pieces.items()]
     screen.say(
         f"{model.dtype} on {input_device(model)}; {where['cpu']}, {where['threads']} threads; torch {where['torch']}, "
-        f"transformers {where['transformers']}. Prompts of {length:,} tokens; ratios are medians of pairs run side by "
-        "side, with their middle half.\n"
+        f"transformers {where['transformers']}. Prompts of {findings.tokens:,} tokens; ratios are medians of pairs "
+        "run side by side, with their middle half.\n"
     )
-    screen.table(("tokens a piece", "time over one shot"), [(f"{size:,}", str(cost)) for size, cost in pieces.items()])
+    screen.table(("tokens a piece", "time over one shot"), measured)
     screen.say(f"One more cut costs as much as {config.cut_tokens:,.1f} tokens of prefill.")
-    screen.say(f"A cold prompt takes {cold} of stock generate(), in {config.exactness} mode with these settings:\n")
+    screen.say(
+        f"A cold prompt takes {findings.cold} of stock generate(), in {config.exactness} mode with these settings:\n"
+    )
     shown_names = ("exactness", "grid", "pieces", "cut_tokens")
     screen.table(("setting", "value"), [(name, shown(getattr(config, name))) for name in shown_names])
     screen.say(

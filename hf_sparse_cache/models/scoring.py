@@ -87,8 +87,8 @@ class Scoring:
         order = turns([stem.tokens for stem in stems], [stem.first for stem in stems], share=not self._alone)
         try:
             with mamba1.held(self._binding.model):
-                for place, turn in enumerate(order):
-                    self._stem(stems[turn.index], turn, place)
+                for turn in order:
+                    self._stem(stems[turn.index], turn)
                     self._done(len(stems[turn.index].pairs))
         finally:
             self._holding.close()
@@ -127,14 +127,14 @@ class Scoring:
 
     # -- one stem -----------------------------------------------------------------------------------------------------
 
-    def _stem(self, stem: _Stem, turn: TextInTurn, place: int) -> None:
+    def _stem(self, stem: _Stem, turn: TextInTurn) -> None:
         longest = max(len(self._pairs[index].read) for index in stem.pairs)
         ids = torch.from_numpy(stem.tokens).long().to(self._device)
         why, found = self._server.look(longest)
         why = why_uncached(self._binding.model, Prompts.of(ids[None], {}), None, {}) or why
         if not why:
             try:
-                self._served(stem, turn, place, ids, found)
+                self._served(stem, turn, ids, found)
                 return
             except ChangedPrefillError as error:
                 why = str(error)
@@ -142,27 +142,25 @@ class Scoring:
         for index in stem.pairs:
             self._found[index] = self._uncached(self._pairs[index], why)
 
-    def _served(self, stem: _Stem, turn: TextInTurn, place: int, ids: torch.Tensor, found: Identity) -> None:
+    def _served(self, stem: _Stem, turn: TextInTurn, ids: torch.Tensor, found: Identity) -> None:
         """Scores the pairs of a stem; once more where the model changes meanwhile."""
         shared = 0 if self._alone else turn.shared
         if str(found) != self._scored_by:
             shared, self._scored_by = 0, str(found)
         most = self._reading.begin(stem.tokens, turn.first, shared)
         try:
-            self._scored(stem, turn, place, ids, most, found)
+            self._scored(stem, turn, ids, most, found)
         except ModelChangedError:
             found = identity(self._binding.model)
             most, self._scored_by = self._reading.begin(stem.tokens, turn.first, 0), str(found)
-            self._scored(stem, turn, place, ids, most, found)
+            self._scored(stem, turn, ids, most, found)
 
-    def _scored(
-        self, stem: _Stem, turn: TextInTurn, place: int, ids: torch.Tensor, most: int | None, found: Identity
-    ) -> None:
+    def _scored(self, stem: _Stem, turn: TextInTurn, ids: torch.Tensor, most: int | None, found: Identity) -> None:
         server, live = self._server, self._server.live_cache()
         live.found = found
         policy = limited(server.policy, self._binding.config.max_checkpoints)
-        foresight = Foresight(policy, turn.keep, place, self._holding.staying)
-        self._holding.begin(foresight, place)
+        foresight = Foresight(policy, turn.keep, turn.place, self._holding.staying)
+        self._holding.begin(foresight, turn.place)
         base = self._binding.segmenting
         segmenting = Foreseen(base.rule, base, tuple(sorted(turn.keep)), turn.first, self._most, rounds=base.rounds)
         row, last = Row(ids, {"use_cache": True}, reader=self._reading), 1 if most is None else len(ids) - most

@@ -26,6 +26,7 @@ class TextInTurn:
 
     Attributes:
         index: which of the texts it is, as they were given.
+        place: in the order of the call.
         tokens: the text, int32 `(N,)`.
         first: the first token whose logits are wanted, of this text or of a later one that shares it.
         shared: tokens that it shares with the text before it; the most that it shares with any earlier one.
@@ -33,6 +34,7 @@ class TextInTurn:
     """
 
     index: int
+    place: int
     tokens: Tokens
     first: int
     shared: int = 0
@@ -48,7 +50,7 @@ def turns(texts: Sequence[Tokens], firsts: Sequence[int], share: bool = True) ->
         share: whether logits of a shared prefix serve every text that shares it.
     """
     order = sorted(range(len(texts)), key=lambda index: (texts[index].astype(">i4").tobytes(), firsts[index]))
-    found = [TextInTurn(index, texts[index], firsts[index]) for index in order]
+    found = [TextInTurn(index, place, texts[index], firsts[index]) for place, index in enumerate(order)]
     for before, turn in pairwise(found):
         turn.shared = common(before.tokens, turn.tokens)
     if share:

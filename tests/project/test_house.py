@@ -21,7 +21,6 @@ MOST_PARAMETERS = 5
 _CONTRACT = "public: users give settings by keyword"
 _COMMAND = "typer makes an option of each parameter"
 _UPSTREAM = "takes the place of upstream's function, whose parameters these are"
-_OPEN = "nobody has found the object yet; no new function may be listed for this reason"
 MANY_PARAMETERS = {
     "cache.py: SparsePrefixCache.__init__": _CONTRACT,
     "simulator.py: simulate": _CONTRACT,
@@ -34,10 +33,6 @@ MANY_PARAMETERS = {
     "cli/benching.py: bench": _COMMAND,
     "cli/hosting.py: serve": _COMMAND,
     "cli/__init__.py: tune": _COMMAND,
-    "cli/tuning.py: run": _OPEN,
-    "cli/tuning.py: _cold": _OPEN,
-    "cli/tuning.py: _show": _OPEN,
-    "models/scoring.py: Scoring._scored": _OPEN,
     "evaluation/harness.py: SparseLM.__init__": "public: lm_eval's model_args are keywords",
     "models/mamba1.py: scan_from": _UPSTREAM,
     "models/mamba1.py: around_kernel.resume": _UPSTREAM,
