@@ -95,14 +95,19 @@ def test_the_architecture_names_what_is_there() -> None:
     for room in re.findall(r"^ (\w+)/ ", page, re.MULTILINE):
         assert (package / room).is_dir(), room
     named = 0
+    placed: set[str] = set()
     for row in re.findall(r"^\|.*\|$", page.split("## The way of a prompt")[1], re.MULTILINE):
         files = re.findall(r"`((?!tests)[\w/]+\.py)`", row)
+        placed.update(files)
         source = "\n".join((package / file).read_text(encoding="utf-8") for file in files)
         for name in re.findall(r"`((?!\S+\.py`)[A-Za-z_.]+)`", row) if files else ():
             for part in name.split("."):
-                assert re.search(rf"^ *(def|class) {part}\b|^{part}\b.* = ", source, re.MULTILINE), (name, row)
+                defined = rf"^ *(async )?(def|class) {part}\b|^{part}\b.* = "
+                assert re.search(defined, source, re.MULTILINE), (name, row)
                 named += 1
-    assert named > 60
+    assert named > 200
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.stem[0] != "_"}
+    assert sorted(modules - placed) == [], "has no place on the page"
 
 
 def test_the_architecture_leads_to_what_is_looked_for() -> None:
