@@ -98,7 +98,7 @@ def _to_host(tensors: Sequence[torch.Tensor], source: torch.device, behind: Sequ
         stream.wait_event(work.event)
     copies: dict[int, torch.Tensor] = {}
     pinned = 0
-    for block in packed([_aligned(tensor.nbytes) for tensor in tensors]):
+    for block in blocks_of([_aligned(tensor.nbytes) for tensor in tensors]):
         size = sum(_aligned(tensors[index].nbytes) for index in block)
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         pinned += _rounded(size)
@@ -148,7 +148,7 @@ def _cut(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
     return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def packed(sizes: Sequence[int]) -> list[list[int]]:
+def blocks_of(sizes: Sequence[int]) -> list[list[int]]:
     """Which tensors of these bytes share a block of pinned memory, so that little is lost.
 
     torch rounds a block up to a power of two: 76 MiB in one block would pin 128, and in three 64 + 8 + 4.

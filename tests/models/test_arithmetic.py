@@ -84,7 +84,7 @@ def test_libraries_and_driver_are_named_where_a_gpu_computes(monkeypatch: pytest
 
 @given(st.lists(st.integers(0, 1 << 24), min_size=1, max_size=90))
 def test_every_tensor_is_in_one_block_and_little_is_pinned_in_vain(sizes: list[int]) -> None:
-    blocks = streams.packed(sizes)
+    blocks = streams.blocks_of(sizes)
     assert sorted(index for block in blocks for index in block) == list(range(len(sizes)))
     total = sum(sizes)
     pinned = sum(streams._rounded(sum(sizes[index] for index in block)) for block in blocks)
@@ -95,5 +95,5 @@ def test_every_tensor_is_in_one_block_and_little_is_pinned_in_vain(sizes: list[i
 
 def test_layers_of_one_size_lose_nothing() -> None:
     sizes = [2 << 20] * 38
-    pinned = [streams._rounded(sum(sizes[index] for index in block)) >> 20 for block in streams.packed(sizes)]
+    pinned = [streams._rounded(sum(sizes[index] for index in block)) >> 20 for block in streams.blocks_of(sizes)]
     assert pinned == [64, 8, 4]
