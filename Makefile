@@ -116,6 +116,13 @@ clean:  ## Remove the virtual environment and everything that was built
 	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-ray .venv-space .venv-triton .venv-dist build dist *.egg-info _planner.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# In a virtual environment of its own, a suite sees what .venv has, behind what it has itself.
+define see_dev
+$(1)/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
+    rest = str(there).replace("$(1)", ".venv"); \
+    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+endef
+
 # torch first, by itself: then no other package decides which build of it is taken.
 .venv/base: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, \
@@ -135,62 +142,50 @@ clean:  ## Remove the virtual environment and everything that was built
 	@touch .venv/core $@
 
 .venv/mutants: .venv/dev
-	$(PIP_INSTALL) 'cosmic-ray>=8.7'
+	$(PIP_INSTALL) 'cosmic-ray>=8.7' 'pytest-cov>=7'
 	@touch $@
 
-# An older transformers and what it needs older; torch and all the rest are those of .venv, seen through a .pth file.
+# An older transformers and what it needs older; torch and all the rest are those of .venv.
 .venv-floor/ready: .venv/dev constraints-floor.txt
 	$(PYTHON) -m venv --clear .venv-floor
 	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venv-floor/constraints.txt
 	.venv-floor/bin/python -m pip --disable-pip-version-check install --quiet \
 	    --constraint .venv-floor/constraints.txt --requirement constraints-floor.txt
-	.venv-floor/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
-	    newest = str(there).replace(".venv-floor", ".venv"); \
-	    (there / "newest.pth").write_text(f"import site; site.addsitedir({newest!r})\n")'
+	$(call see_dev,.venv-floor)
 	@touch $@
 
-# s3fs wants an fsspec of its own age, and moto the boto3 that goes with it: all else is that of .venv, through a .pth file.
+# s3fs wants an fsspec of its own age, and moto the boto3 that goes with it: all else is that of .venv.
 .venv-s3/ready: .venv/dev constraints-s3.txt
 	$(PYTHON) -m venv --clear .venv-s3
 	.venv-s3/bin/python -m pip --disable-pip-version-check install --quiet --requirement constraints-s3.txt
-	.venv-s3/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
-	    newest = str(there).replace(".venv-s3", ".venv"); \
-	    (there / "newest.pth").write_text(f"import site; site.addsitedir({newest!r})\n")'
+	$(call see_dev,.venv-s3)
 	@touch $@
 
-# Gradio and a driver for the browser; they want a pillow of their own, all the rest is that of .venv, through a .pth file.
+# Gradio and a driver for the browser; they want a pillow of their own, all the rest is that of .venv.
 .venv-space/ready: .venv/dev
 	$(PYTHON) -m venv --clear .venv-space
-	.venv-space/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
-	    rest = str(there).replace(".venv-space", ".venv"); \
-	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	$(call see_dev,.venv-space)
 	.venv-space/bin/python -m pip --disable-pip-version-check install --quiet 'gradio>=6' playwright
 	@touch $@
 
-# lm-evaluation-harness and what only it needs; all the rest is that of .venv, seen through a .pth file.
+# lm-evaluation-harness and what only it needs; all the rest is that of .venv.
 .venv-eval/ready: .venv/dev
 	$(PYTHON) -m venv --clear .venv-eval
-	.venv-eval/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
-	    rest = str(there).replace(".venv-eval", ".venv"); \
-	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	$(call see_dev,.venv-eval)
 	.venv-eval/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt 'lm-eval>=0.4.13'
 	@touch $@
 
-# Ray and what only it needs (250 MB); all the rest is that of .venv, seen through a .pth file.
+# Ray and what only it needs (250 MB); all the rest is that of .venv.
 .venv-ray/ready: .venv/dev
 	$(PYTHON) -m venv --clear .venv-ray
-	.venv-ray/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
-	    rest = str(there).replace(".venv-ray", ".venv"); \
-	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	$(call see_dev,.venv-ray)
 	.venv-ray/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt 'ray[serve]>=2.60'
 	@touch $@
 
-# Kernels in Triton without their compiled parts, which need a GPU; all the rest is that of .venv, through a .pth file.
+# Kernels in Triton without their compiled parts, which need a GPU; all the rest is that of .venv.
 .venv-triton/ready: .venv/dev constraints-triton.txt
 	$(PYTHON) -m venv --clear .venv-triton
-	.venv-triton/bin/python -c 'import sysconfig, pathlib; there = pathlib.Path(sysconfig.get_path("purelib")); \
-	    rest = str(there).replace(".venv-triton", ".venv"); \
-	    (there / "rest.pth").write_text(f"import site; site.addsitedir({rest!r})\n")'
+	$(call see_dev,.venv-triton)
 	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-triton.txt wheel
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv-triton/bin/python -m pip --disable-pip-version-check install --quiet \
 	    --no-deps --no-build-isolation --requirement constraints-triton.txt

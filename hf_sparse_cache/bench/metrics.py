@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -234,14 +233,6 @@ def seconds(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def spread(ratio: dict[str, Any] | None) -> str:
-    """A ratio with the range of its repetitions."""
-    if not ratio:
-        return ""
-    repeats = ratio["repeats"]
-    return f"{statistics.median(repeats):.2f} ({ranged(min(repeats), max(repeats), '.2f')}, {len(repeats)} repeats)"
 
 
 def _percent(part: float, whole: float) -> str:

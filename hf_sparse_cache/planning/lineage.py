@@ -153,11 +153,6 @@ class Lineage:
         return ends
 
     @property
-    def has_decoded(self) -> bool:
-        """Whether any part of it was decoded token by token."""
-        return bool((self._ends < 0).any())
-
-    @property
     def ends(self) -> tuple[int | tuple[int, int], ...]:
         """Ends as numbers, runs of decoded tokens as `(start, end)`, roundings as such a run of no tokens."""
         return tuple((step.start, step.end) if step.decoded or step.rounds else step.end for step in self.steps())

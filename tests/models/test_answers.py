@@ -75,6 +75,11 @@ def test_other_precisions_replay_bit_for_bit(family: str, dtype: torch.dtype) ->
         assert cache.last_request.computed_tokens == 21 and len(kept(cache)) == 2 and not differing(cache)
 
 
+def answer_of(cache: SparsePrefixCache) -> Any:
+    """A stored state that an answer left: some of its tokens were decoded."""
+    return next(item for item in cache.store.stored() if any(step.decoded for step in item.lineage.steps()))
+
+
 @pytest.mark.parametrize("family", CORE)
 def test_wrong_states_are_noticed(family: str) -> None:
     """The twins: the state wiped, that of another text, and one token off."""
@@ -99,7 +104,7 @@ def test_wrong_states_are_noticed(family: str) -> None:
             replace_tensors(checkpoint, other)
 
     def replace_tensors(checkpoint: Any, other: SparsePrefixCache) -> None:
-        given = next(item for item in other.store.stored() if item.lineage.has_decoded)
+        given = answer_of(other)
         pairs = [(checkpoint.state, given.state)]
         pairs += [(one.payload, two.payload) for one, two in zip(checkpoint.chain(), given.chain(), strict=False)]
         for mine, theirs in pairs:
@@ -111,7 +116,7 @@ def test_wrong_states_are_noticed(family: str) -> None:
     for spoil in (wiped, of_another_text, one_token_off):
         with SparsePrefixCache(build(family)) as cache:
             text = ask(cache, SYSTEM)
-            spoil(cache, next(item for item in cache.store.stored() if item.lineage.has_decoded))
+            spoil(cache, answer_of(cache))
             assert differing(cache)
             assert not check_exactness(cache.model, [next_turn(text)], cache=cache, max_new_tokens=3).passed, spoil
 
