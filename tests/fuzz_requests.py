@@ -28,7 +28,8 @@ from tiny_models import build, random_ids
 from torch import Tensor
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.config import EXACTNESS
+from hf_sparse_cache.config import EXACTNESS, STORAGES
+from hf_sparse_cache.errors import UnsupportedModelError
 from hf_sparse_cache.exactness import Replay
 from hf_sparse_cache.models import rounding, states
 from hf_sparse_cache.planning.lineage import Lineage
@@ -78,16 +79,19 @@ class World:
         self.policy = "balanced" if sabotage else self.draw.choice(self.policies)
         self.model = build(self.family, self.dtype, seed=seed % 7)
         self.prompts: list[Tensor] = []
-        self.steps: list[str] = [f"{self.family} {self.dtype} {self.mode} grid {self.grid} {self.policy}"]
         self.folder = Path(tempfile.mkdtemp(prefix="fuzz-")) if self.draw.random() < 0.3 else None
-        with SparsePrefixCache(self.model, grid=self.grid, policy="none", exactness=self.mode) as probe:
+        self.storage = "exact" if sabotage else self.kept()
+        with self.make(policy="none") as probe:
             one = probe.size.state_bytes + 2 * self.grid * probe.size.kv_bytes_per_token
         self.budget = None if sabotage else self.draw.choice((None, one, 2 * one, 4 * one, 9 * one))
         self.eviction = self.draw.choice(("learned", "lru", "fifo"))
         self.handles: dict[str, SparsePrefixCache] = {}
+        drawn = self.family, self.dtype, self.mode, "grid", self.grid, self.policy, self.storage, self.budget
+        self.steps: list[str] = [" ".join(map(str, drawn))]
         self.open_store()
         tally[self.family] += 1
         tally[self.mode] += 1
+        tally[f"storage: {self.storage}"] += 1
 
     # -- what a world is made of --------------------------------------------------------------------------------------
 
@@ -103,9 +107,20 @@ class World:
         self.handles = {name: self.make(store=self.store, namespace=name) for name in names}
 
     def make(self, **options: Any) -> SparsePrefixCache:
-        return SparsePrefixCache(
-            self.model, **{"grid": self.grid, "policy": self.policy, "exactness": self.mode, **options}
-        )
+        settings = {"grid": self.grid, "policy": self.policy, "exactness": self.mode, "storage": self.storage}
+        return SparsePrefixCache(self.model, **{**settings, **options})
+
+    def kept(self) -> str:
+        """How states are kept; a family that refuses 8 bits keeps 16."""
+        self.storage = self.draw.choice(("exact", "exact", *STORAGES))
+        with suppress(UnsupportedModelError), self.make():
+            return self.storage
+        return "bf16"
+
+    @property
+    def near_stock(self) -> bool:
+        """Whether nothing is between a run and stock but the order of sums."""
+        return self.dtype in TOLERANCE and self.storage == "exact"
 
     @property
     def handle(self) -> SparsePrefixCache:
@@ -203,7 +218,7 @@ class World:
         elif cache is not None and infos:
             for index, info in enumerate(infos):
                 self.compare_row(ids[index : index + 1, mask[index].bool()], warm[0][0, index], info, cache)
-        if self.dtype in TOLERANCE:
+        if self.near_stock:
             stock, _ = self.generate(ids, mask, None, steps)
             # From the first step at which a token differs, the runs read different texts.
             same = warm[0].argmax(-1) == stock.argmax(-1)
@@ -262,11 +277,12 @@ class World:
         ids, cache = self.prompt(), self.handle
         tail = self.draw.randint(1, min(5, ids.shape[1]))
         given = cache.prefill(ids, logits_to_keep=tail)
-        grown = torch.cat([ids, random_ids(self.draw.randint(1, 9), self.draw.randrange(1 << 30))], dim=1)
+        # Two tokens or more: one would be a step of decoding, which is further from a prefill in some families.
+        grown = torch.cat([ids, random_ids(self.draw.randint(2, 9), self.draw.randrange(1 << 30))], dim=1)
         self.note(f"prefill {ids.shape[1]} with {tail} logits, continued to {grown.shape[1]}")
         with torch.no_grad():
             stock = self.model(ids).logits[:, -tail:]
-        if self.dtype in TOLERANCE:
+        if self.near_stock:
             apart = (given.logits - stock).abs().max()
             self.expect(bool(apart <= TOLERANCE[self.dtype]), f"logits of a prefill are {apart:.1e} from stock")
         mask = torch.ones_like(grown)
@@ -342,8 +358,11 @@ class World:
         calls, at, own = itertools.count(1), self.draw.randint(1, 3), type(self.model).forward
 
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            number = next(calls)  # of this call, whatever other threads call meanwhile
             output = own(model, *args, **kwargs)
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if ids is not None and ids.shape[1] == 1:
+                return output  # a step of decoding is upstream's own, and nobody repeats it
+            number = next(calls)  # of this call, whatever other threads call meanwhile
             if number == at or (kind == "forward twice" and number > at):
                 if kind == "interrupted":
                     raise Planted
