@@ -75,6 +75,16 @@ def keep(binding: Binding, recorder: Recorder, turn: Turn, result: Any) -> None:
         turn: the prompt.
         result: what `generate()` returned.
     """
+    try:
+        _keep(binding, recorder, turn, result)
+    except Exception as error:
+        # Whatever it was needed for, the proof of decoding among it: the answer itself is there, and stays.
+        if not (out_of_memory(error) or isinstance(error, NotRoundableError)):
+            raise
+        logger.warning_once(f"An answer is not kept for the next turn: {error}")
+
+
+def _keep(binding: Binding, recorder: Recorder, turn: Turn, result: Any) -> None:
     answer = _answer_in(result, turn.read)
     if answer is None:
         return
@@ -85,19 +95,15 @@ def keep(binding: Binding, recorder: Recorder, turn: Turn, result: Any) -> None:
     opened = open_answer(turn.read, answer)
     if opened is None:
         return
-    live = turn.live
-    with opened:
-        for position in opened.planned:
-            try:
-                kept = binding.rounding
+    live, kept = turn.live, binding.rounding
+    try:
+        with opened:
+            for position in opened.planned:
                 kv = partial(states.capture_kv, live, rounding=kept) if live.full_attention_layers else None
                 opened.add(position, states.capture_state(live, kept), kv)
-            except Exception as error:
-                if not (out_of_memory(error) or isinstance(error, NotRoundableError)):
-                    raise
-                logger.warning_once(f"An answer is not kept for the next turn: {error}")
-    if opened.captured:
-        recorder.amend(turn.info, replace(turn.info, captured=(*turn.info.captured, *opened.captured)))
+    finally:
+        if opened.captured:
+            recorder.amend(turn.info, replace(turn.info, captured=(*turn.info.captured, *opened.captured)))
 
 
 def _answer_in(result: Any, read: Read) -> Any:
@@ -152,7 +158,7 @@ class Decoding(NamedTuple):
         if self.gap <= self.bound:
             return ""
         return (
-            f"one-token steps of {name} are {self.gap:.1e} from its prefill, more than {self.bound:.0e}. In idle time "
+            f"one-token steps of {name} are {self.gap:.2g} from its prefill, more than {self.bound:.2g}. In idle time "
             "cache.prefill(conversation) reads it ahead"
         )
 

@@ -256,6 +256,27 @@ def test_a_cache_that_holds_other_tokens_than_were_returned(family: str) -> None
         assert lives and not kept(cache)
 
 
+@pytest.mark.parametrize("where", ["_measure", "states.capture_state"])
+def test_memory_that_runs_out_behind_an_answer_costs_the_next_turn_and_no_answer(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("Jamba")
+    answers._measured.pop(model, None)
+    stock = model.generate(SYSTEM, attention_mask=torch.ones_like(SYSTEM), **OPTIONS)
+
+    def allocate(*_: Any) -> None:
+        torch.empty(1 << 55)
+
+    with SparsePrefixCache(model, policy="last") as cache, monkeypatch.context() as patch:
+        patch.setattr(answers.states if "." in where else answers, where.rpartition(".")[2], allocate)
+        text = ask(cache, SYSTEM)
+        assert torch.equal(text, stock) and not kept(cache)
+        cache.store.verify()
+        patch.undo()
+        ask(cache, next_turn(text))
+        assert len(kept(cache)) == 1 and not differing(cache)
+
+
 @pytest.mark.parametrize("family", ["Mamba", "Jamba"])
 def test_nothing_is_pinned_while_it_decodes(family: str) -> None:
     seen: list[bool] = []
