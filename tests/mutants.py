@@ -90,17 +90,20 @@ class Coverage:
         contexts = {context for line in range(first, last + 1) for context in by_line.get(line, ())}
         if contexts == {""}:
             contexts = {context for found in by_line.values() for context in found}
-        return self._quick({context.rpartition("|")[0] for context in contexts}, most_seconds)
-
-    def _quick(self, tests: Iterable[str], most_seconds: float) -> list[str]:
         chosen: list[str] = []
-        known = [test for test in tests if test in self.seconds]
-        for test in sorted(known, key=lambda test: (self.seconds[test], test)):
+        for test in self._sorted({context.rpartition("|")[0] for context in contexts}):
             most_seconds -= self.seconds[test]
             if chosen and most_seconds < 0:
                 break
             chosen.append(test)
         return chosen
+
+    def quickest(self, count: int) -> list[str]:
+        """Some tests of the room."""
+        return self._sorted(self.seconds)[:count]
+
+    def _sorted(self, tests: Iterable[str]) -> list[str]:
+        return sorted((test for test in tests if test in self.seconds), key=lambda test: (self.seconds[test], test))
 
 
 def _statement(tree: ast.AST, item: WorkItem) -> tuple[int, int]:
@@ -190,6 +193,8 @@ def main() -> None:
             chosen = sample(items, -(-options.count // len(rooms)), options.seed)
             coverage = Coverage.measured(tests_of(SETTINGS["rooms"][room]), folder / room)
             print(f"seed {options.seed}: {len(chosen)} of {len(items)} faults in {room}", flush=True)
+            if fails(coverage.quickest(20), options.timeout):
+                sys.exit(f"tests of {room} that pass by themselves fail in a child without any fault")
             for item in chosen:
                 tests = coverage.tests_of(item, options.seconds)
                 seen, diff = plant(item, tests, options.timeout)
@@ -215,12 +220,16 @@ def fails(tests: list[str], timeout: float) -> bool:
         return False
     child = os.fork()
     if not child:
-        os.setsid()
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1), os.dup2(silent, 2)
-        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        sys.dont_write_bytecode = True
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:cov", *tests]))
+        try:
+            os.setsid()
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1), os.dup2(silent, 2)
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+            sys.dont_write_bytecode = True
+            loaded = "ignore::pytest.PytestAssertRewriteWarning"  # a plugin that transformers has imported before
+            os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:cov", "-W", loaded, *tests]))
+        finally:
+            os._exit(pytest.ExitCode.INTERNAL_ERROR)  # and touches nothing of the parent's
     until = time.monotonic() + timeout
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
