@@ -56,7 +56,7 @@ class RayOptions(Options):
         cpus, gpus: that each replica asks of Ray.
         fronts: processes that read requests and prompts.
         router: "prefix"; "round_robin" is for comparing.
-        most_ahead, least_tokens: see `Rules`.
+        most_ahead, most_share, least_tokens: see `Rules`.
         publish_seconds: how often each replica says what it stores.
         drain: seconds that running requests have to end in where a replica is stopped.
     """
@@ -68,6 +68,7 @@ class RayOptions(Options):
     fronts: int = Field(default=1, ge=1)
     router: Literal["prefix", "round_robin"] = "prefix"
     most_ahead: int = Field(default=Rules.most_ahead, ge=0)
+    most_share: float = Field(default=Rules.most_share, ge=1)
     least_tokens: int = Field(default=Rules.least_tokens, ge=1)
     publish_seconds: float = Field(default=2.0, gt=0)
     drain: float = Field(default=30.0, ge=0)
@@ -86,7 +87,7 @@ def build(args: RayOptions) -> Application:
     router = RequestRouterConfig(
         request_router_class=PrefixRequestRouter,
         request_router_kwargs={
-            "rules": {"most_ahead": args.most_ahead, "least_tokens": args.least_tokens},
+            "rules": {name: getattr(args, name) for name in ("most_ahead", "most_share", "least_tokens")},
             "router": args.router,
         },
         request_routing_stats_period_s=args.publish_seconds,

@@ -16,7 +16,7 @@ class PrefixRequestRouter(RequestRouter):  # type: ignore[misc]  # ray has no ty
     """Sends a call to the replica with the longest prefix of its prompt (see `PrefixRouter`)."""
 
     def initialize_state(
-        self, rules: dict[str, int] | None = None, router: Literal["prefix", "round_robin"] = "prefix"
+        self, rules: dict[str, Any] | None = None, router: Literal["prefix", "round_robin"] = "prefix"
     ) -> None:
         """Called by Ray with `request_router_kwargs`.
 
