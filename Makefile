@@ -11,6 +11,7 @@ FUZZ_SECONDS ?= 240
 CHAOS_ARGS ?=
 FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
+GPU_ARGS ?=
 SHELL := /bin/bash
 
 BIN := $(CURDIR)/.venv/bin
@@ -20,7 +21,7 @@ BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-shared test-ray lint format support api bench bench-table clean test-matrix test-floor test-eval test-space test-triton dist interleavings fuzz mutants
+.PHONY: help demo test test-all test-shared test-ray lint format support api bench bench-table clean test-matrix test-floor test-eval test-space test-triton gpu dist interleavings fuzz mutants
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -108,6 +109,9 @@ ifdef WORKLOADS
 	$(BIN)/python -m benchmarks.bench_paper $(wildcard $(WORKLOADS)/docqa* $(WORKLOADS)/sysprompts*)
 	$(BIN)/python -m benchmarks.bench_deciding $(dir $(firstword $(wildcard $(WORKLOADS)/*/meta.json)))
 endif
+
+gpu:  ## All that one GPU has to say, in 9 minutes, with the torch and transformers of PYTHON and nothing else (GPU_ARGS="--budget-seconds 300")
+	HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/results/
 	$(BIN)/python -m benchmarks.readme_table

@@ -1,171 +1,194 @@
-"""What is the cache worth on an accelerator? A hybrid of 1 to 3 B parameters in bfloat16 under long shared prefixes.
+"""Everything that a GPU is to say, by one command: which kernels run, whether all is exact on them, what it is worth.
 
-    python -m benchmarks.gpu                       1.6 B parameters on "cuda", prefixes of 4k, 16k and 64k tokens
-    python -m benchmarks.gpu --model 2.9b --prefix 16384 --json benchmarks/results/gpu.json
-    python -m benchmarks.gpu --model tiny --device cpu --prefix 512 --repeats 1      does it run at all?
+    make gpu                                       9 minutes of one GPU; needs torch, transformers and a C compiler
+    python benchmarks/gpu.py --budget-seconds 300  the rows that say the most first; once more for the rest
+    python benchmarks/gpu.py --tables              what has been measured, without measuring
+    python benchmarks/gpu.py --small --device cpu  a rehearsal of the whole program at toy size
 
-Random weights, nothing is downloaded. For each prefix: a first question about it, and further questions, each by stock
-generate() and by the cache in turn; time to first token, bytes stored, most bytes allocated on the device with and
-without the cache, and whether a resumed run equals a cold one bit for bit. Clocks are read after the device has
-finished.
-
-The seconds that the cache notes itself (capture, restore) are those of the host: work queued on the device is not in
-them.
+Nothing is downloaded: weights are random, in configurations of known sizes. Each row is written to the file of results
+when it is measured, and a run that finds rows there goes on behind them, if device and versions are the same. What
+ends in an error is a row as well. Whatever decides which kernels run is decided when transformers is imported, so each
+choice has processes of its own.
 """
 
 import argparse
 import json
 import shlex
-import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import BambaConfig, BambaForCausalLM
-from transformers.utils import logging
 
-from hf_sparse_cache.bench.contenders import Cached, Contender, Limit, Replayed
-from hf_sparse_cache.bench.workloads import WorkloadRequest
-from hf_sparse_cache.stats import format_bytes, table
-from hf_sparse_cache.tools.machine import describe_machine
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
-
-# Hidden size and layers of a Bamba: Mamba-2 layers, attention in one layer of four.
-MODELS = {"tiny": (128, 4), "1.6b": (2048, 20), "2.9b": (2560, 24)}
-VOCABULARY, SUFFIX = 32000, 256
+from benchmarks.accelerator.building import built  # noqa: E402
+from benchmarks.accelerator.ledger import Ledger, OtherMachineError  # noqa: E402
+from benchmarks.accelerator.tables import tables  # noqa: E402
 
 
-def build(size, device, dtype, seed):
-    hidden, layers = MODELS[size]
-    config = BambaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden if size != "tiny" else 2 * hidden,
-        num_hidden_layers=layers,
-        attn_layer_indices=list(range(2, layers, 4)),
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
-        mamba_n_heads=2 * hidden // 64,
-        mamba_d_head=64,
-        mamba_d_state=64 if size == "tiny" else 128,
-        mamba_chunk_size=256,
-        tie_word_embeddings=False,
-        max_position_embeddings=131072,
-        pad_token_id=0,
-    )
-    torch.manual_seed(seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # drawn where and as they stay: no copy in float32 beside it
-    try:
-        with torch.device(device):
-            model = BambaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:  # by fan-in, so that a lost state shows in the logits
-                weight.normal_(0.0, weight.shape[1] ** -0.5)
-    model.generation_config.eos_token_id = None
-    return model.eval()
-
-
-def questions(prefix, count, seed):
-    draw = np.random.RandomState(seed)
-    head = draw.randint(3, VOCABULARY, prefix)
-    tails = [draw.randint(3, VOCABULARY, SUFFIX) for _ in range(count)]
-    return [WorkloadRequest("prefix", np.concatenate([head, tail]).astype(np.int32)) for tail in tails]
-
-
-def measure(model, prefix, arguments):
-    first, second, *again = questions(prefix, 2 + arguments.repeats, arguments.seed)
-    stock = Contender(model)
-    own = Cached(model, None, "cache", "learned", max_memory=arguments.max_memory, grid=arguments.grid)
-    limit = Limit(own)
-    warm_up = WorkloadRequest("other", questions(2 * own.handle.grid, 1, arguments.seed + 1)[0].ids)
-    for contender in (stock, own):
-        contender.serve(warm_up, 2, False)
-    cold = {"stock": stock.serve(first, 1, False), "cache": own.serve(first, 1, False)}
-    own.serve(second, 1, False)  # a short prompt of which nothing was known is cut where the second one leaves it
-    rows = []
-    for index, asked in enumerate(again):
-        limit.prepare(asked)
-        order = [stock, limit, own] if index % 2 == 0 else [own, limit, stock]
-        served = {contender.name: contender.serve(asked, arguments.new_tokens, True) for contender in order}
-        rows.append({name: result for name, result in served.items() if result is not None})
-    twin, last = Replayed(own), rows[-1]["cache"]
-    fresh = twin.replay(again[-1], last, arguments.new_tokens)
-    stats = own.handle.stats()
-    result = {
-        "prefix_tokens": prefix,
-        "resumed_tokens": last.resumed_tokens,
-        "cold_over_stock": cold["cache"].first_token_seconds / cold["stock"].first_token_seconds,
-        "stock_seconds": [row["stock"].first_token_seconds for row in rows],
-        "cache_seconds": [row["cache"].first_token_seconds for row in rows],
-        "sooner": [row["stock"].first_token_seconds / row["cache"].first_token_seconds for row in rows],
-        "over_limit": [
-            row["cache"].first_token_seconds / row["limit"].first_token_seconds for row in rows if "limit" in row
-        ],
-        "decode_over_stock": [_per_token(row["cache"]) / _per_token(row["stock"]) for row in rows],
-        "stored_bytes": stats.checkpoint_bytes + stats.kv_bytes,
-        "held_bytes": own.held_bytes(),
-        "stock_peak_bytes": max(row["stock"].device_peak_bytes for row in rows),
-        "cache_peak_bytes": max(row["cache"].device_peak_bytes for row in rows),
-        "bitwise": bool(torch.equal(last.logits, fresh.logits) and torch.equal(last.tokens, fresh.tokens)),
-        "max_abs_logit_diff_to_stock": float((last.logits - rows[-1]["stock"].logits).abs().max()),
-    }
-    for contender in (twin, limit, own):
-        contender.close()
-    return result
-
-
-def _per_token(served):
-    return (served.total_seconds - served.first_token_seconds) / max(1, served.new_tokens - 1)
+# At full size, and for rehearsals. `memory` is what a handle may store; the shares are those of the budget.
+SIZES = {
+    "full": {
+        "families": [],  # all
+        "grid": None,  # what suits the model
+        "models": ["Zamba2-1.2B", "FalconH1-7B"],
+        "prefixes": [4096, 16384, 65536],
+        "suffix": 256,
+        "grids": [256, 512, 1024, 2048],
+        "batches": [8, 32],
+        "batch_prefix": 2048,
+        "new_tokens": 24,
+        "repeats": 3,
+        "memory": "24GiB",
+    },
+    "small": {
+        "families": ["Mamba", "Jamba"],
+        "grid": 32,
+        "models": ["tiny"],
+        "prefixes": [96, 160],
+        "suffix": 12,
+        "grids": [16],
+        "batches": [2],
+        "batch_prefix": 96,
+        "new_tokens": 3,
+        "repeats": 1,
+        "memory": "256MiB",
+    },
+}
+ON, OFF = "on", "off"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="1.6b")
-    parser.add_argument("--prefix", type=int, action="append", help="shared tokens; repeat for more")
+    arguments = _parser().parse_args()
+    if arguments.child is not None:
+        _child(json.loads(arguments.child))
+        return
+    if arguments.tables:
+        print(tables(Ledger(arguments.results).rows()))
+        return
+    until = time.time() + arguments.budget_seconds
+    built()
+    machine, about = _machine(arguments)
+    ledger = Ledger(arguments.results, until)
+    try:
+        ledger.open(machine, about)
+    except OtherMachineError as error:
+        sys.exit(f"{error}: give a file of their own with --results")
+    if arguments.retry:
+        ledger.forget_errors()
+    done = True
+    for child in _children(arguments):
+        done = _run(ledger, child, arguments) and done
+    print("\n" + tables(ledger.rows()))
+    if not done:
+        print(f"\nThe time was over before the last row. The rest:  {_command()}")
+
+
+def _parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget-seconds", type=float, default=520.0, help="no row begins later (default: 520)")
+    results = ROOT / "benchmarks" / "results" / "gpu" / "rows.jsonl"
+    parser.add_argument("--results", type=Path, default=results, help=f"file of rows (default: {results})")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--max-memory", default="16GiB")
-    parser.add_argument("--grid", type=int, help="default: what suits the model")
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5, help="questions about a known prefix")
+    parser.add_argument("--dtype", default="bfloat16", help="of the large models (default: bfloat16)")
+    parser.add_argument("--model", action="append", help="in place of both large models; repeat for more")
+    parser.add_argument("--family", action="append", help="in place of all families; repeat for more")
+    parser.add_argument("--small", action="store_true", help="toy sizes, to try the program")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the results")
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
+    parser.add_argument("--retry", action="store_true", help="measure the rows anew that ended in an error")
+    parser.add_argument("--tables", action="store_true", help="print what the file holds, and nothing else")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
+
+
+def _machine(arguments):
+    """What the rows hold for, and all that is known of the machine; without a device there are no rows."""
+    import torch
+
+    from hf_sparse_cache.tools.machine import describe_machine
+
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("no accelerator was found; --model tiny --device cpu --prefix 512 tries the program without one")
-    model = build(arguments.model, arguments.device, getattr(torch, arguments.dtype), arguments.seed)
-    print(f"Bamba, {model.num_parameters() / 1e9:.2f} B parameters, {model.dtype}, random weights, {model.device}")
-    results = [measure(model, prefix, arguments) for prefix in arguments.prefix or [4096, 16384, 65536]]
-    columns = ("prefix", "resumed", "stock", "cache", "sooner", "over limit", "decode", "cold", "stored", "bitwise")
-    print(table(columns, [_cells(result) for result in results]))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
-        content = {"command": command, "machine": describe_machine(), "parameters": model.num_parameters()}
-        text = json.dumps({**content, "seed": arguments.seed, "results": results}, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        sys.exit("No accelerator was found; --small --device cpu tries the program without one.")
+    about = describe_machine()
+    same = ("python", "torch", "transformers", "kernels", "accelerators")
+    size = "small" if arguments.small else "full"
+    chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "seed")}
+    return {**{name: about[name] for name in same}, **chosen, "size": size}, about
 
 
-def _cells(result):
-    median = statistics.median
-    return (
-        f"{result['prefix_tokens']:,}",
-        f"{result['resumed_tokens']:,}",
-        f"{median(result['stock_seconds']):.3f} s",
-        f"{median(result['cache_seconds']):.3f} s",
-        f"{median(result['sooner']):.1f}× ({min(result['sooner']):.1f} to {max(result['sooner']):.1f})",
-        f"{median(result['over_limit']):.2f}×" if result["over_limit"] else "",
-        f"{median(result['decode_over_stock']):.3f}×",
-        f"{result['cold_over_stock']:.2f}×",
-        format_bytes(result["stored_bytes"]),
-        "yes" if result["bitwise"] else "NO",
-    )
+def _children(arguments):
+    """What runs in processes of its own, in order of what it says, each with the most it may take of the budget."""
+    sizes = SIZES["small" if arguments.small else "full"]
+    common = {name: getattr(arguments, name) for name in ("device", "dtype", "seed")}
+    common |= {"results": str(arguments.results.resolve()), "sizes": sizes}
+    exact = {**common, "what": "exactness", "families": arguments.family or sizes["families"]}
+    hybrids = [{**common, "what": "hybrid", "model": name} for name in arguments.model or sizes["models"]]
+    return [
+        {**exact, "kernels": ON, "share": 0.3},
+        *({**hybrid, "kernels": ON, "share": 0.4} for hybrid in hybrids),
+        {**exact, "kernels": OFF, "share": 1.0},
+    ]
+
+
+def _run(ledger, child, arguments):
+    """One process; returns whether it came to its end. One that dies is a row, and the next one runs."""
+    left = ledger.until - time.time()
+    if left <= 0:
+        return False
+    until = min(ledger.until, time.time() + child["share"] * arguments.budget_seconds)
+    name = ", ".join(str(child[key]) for key in ("what", "model", "kernels") if key in child)
+    command = [sys.executable, "-u", str(Path(__file__).resolve()), "--child", json.dumps({**child, "until": until})]
+    try:
+        # Whoever is in the middle of a row when the time is over may finish it, unless that takes too long.
+        done = subprocess.run(command, timeout=until - time.time() + 15, check=False)
+    except subprocess.TimeoutExpired:
+        ledger.add({"section": "cut off", "case": f"{name}, {time.time():.0f}", "error": "a row took too long"})
+        return False
+    if done.returncode not in (0, _LEFT):
+        error = f"the process ended with {done.returncode}; what it said is above"
+        ledger.add({"section": "ended early", "case": f"{name}, {time.time():.0f}", "error": error})
+    return done.returncode == 0
+
+
+_LEFT = 3  # a child's exit status where the time was over before its last row
+
+
+def _child(setting):
+    from benchmarks.accelerator import kernels
+
+    if setting["kernels"] == OFF:
+        kernels.hidden()
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    ledger = Ledger(Path(setting["results"]), setting["until"])
+    packages = kernels.importable()
+    name = f"kernels {setting['kernels']}"
+    ledger.measure("environment", name, lambda: {"importable": packages, **kernels.environment()})
+    if setting["kernels"] == OFF and not _importable_where_on(ledger):
+        return  # there is nothing to turn off: those rows would be the same once more
+    if torch.device(setting["device"]).index is not None:
+        torch.cuda.set_device(setting["device"])
+    if setting["what"] == "exactness":
+        from benchmarks.accelerator.exact import measure
+    else:
+        from benchmarks.accelerator.hybrid import measure
+    measure(ledger, setting)
+    if ledger.over:
+        sys.exit(_LEFT)
+
+
+def _importable_where_on(ledger):
+    rows = [row for row in ledger.rows() if (row["section"], row["case"]) == ("environment", f"kernels {ON}")]
+    return any(row.get("importable") for row in rows)
+
+
+def _command():
+    return shlex.join(["python", *sys.argv])
 
 
 if __name__ == "__main__":

@@ -54,20 +54,6 @@ def test_costs_where_stock_refuses_chunks(monkeypatch: pytest.MonkeyPatch, capsy
     assert "one shot" in printed and "same chunks" not in printed
 
 
-def test_gpu_at_toy_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    size = ("--model", "tiny", "--device", "cpu", "--prefix", "520", "--repeats", "1", "--new-tokens", "2")
-    run(monkeypatch, "gpu", *size, "--json", str(tmp_path / "gpu.json"))
-    (result,) = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert result["resumed_tokens"] == 520 and result["bitwise"] and result["stored_bytes"] == result["held_bytes"] > 0
-
-
-def test_gpu_says_when_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "gpu")
-    assert "no accelerator was found" in capsys.readouterr().err
-
-
 def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     table = importlib.import_module("benchmarks.readme_table")
     machine = {"cores": 2, "threads": 2, "cpu": "a chip", "torch": "2", "transformers": "5", "python": "3"}
