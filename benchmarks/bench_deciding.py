@@ -10,7 +10,7 @@ have their working size and its budget is full. Then requests are served live; t
 counted for cold and resumed requests alone and for all.
 
 The second part serves 20,000 requests without a model and counts the bytes that the overlap model, the survival tables
-and the tree hold at four moments; a bound on remembered tokens makes the last one a bound too.
+and the tree hold at four moments; a bound on what is remembered makes the last one a bound too.
 """
 
 import argparse
@@ -186,7 +186,7 @@ def held_bytes(*roots: Any) -> int:
 def remember(options: argparse.Namespace, trace: Trace) -> list[dict[str, Any]]:
     """What is held after each quarter of the requests, all of whose tokens are new in every round."""
     policy = make_policy("learned")
-    store = CheckpointStore(200 * 1000, max_remembered_tokens=options.remembered)
+    store = CheckpointStore(200 * 1000, max_remembered=options.remembered)
     prompts = others(trace, options.memory_requests)
     rows = []
     for quarter in range(1, 5):
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=3000, help="prompts served before, without payloads")
     parser.add_argument("--max-memory", default="512MiB")
     parser.add_argument("--memory-requests", type=int, default=20_000)
-    parser.add_argument("--remembered", type=int, default=2**20, help="bound on remembered tokens in the second part")
+    parser.add_argument("--remembered", type=int, default=2**23, help="bytes of remembered prompts in the second part")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     trace = load_trace(options.workload)
@@ -252,7 +252,8 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
         print(
             f"after {row['requests']:6,} requests: overlap model {row['overlap_model_bytes'] / mib:.2f}, survival "
             f"tables {row['survival_bytes'] / mib:.2f}, tree {row['tree_bytes'] / mib:.2f} MiB with "
-            f"{row['remembered_tokens']:,} of {options.remembered:,} tokens and {row['checkpoints']:,} checkpoints"
+            f"{row['remembered_tokens']:,} tokens within {options.remembered:,} bytes and "
+            f"{row['checkpoints']:,} checkpoints"
         )
 
 

@@ -99,7 +99,7 @@ def opening(few, many, pairs):
 
 def tree(long, along):
     """A store in memory that remembers 10,000 prompts."""
-    store, draw = CheckpointStore("1GiB", max_remembered_tokens=None), np.random.RandomState(1)
+    store, draw = CheckpointStore("1GiB", max_remembered=None), np.random.RandomState(1)
     store.remember(long)
     for index in reversed(range(10_000)):  # the same tree in any order; so none has to walk past all the others
         common = (index + 1) * len(long) // 10_001 if along else 0

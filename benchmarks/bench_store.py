@@ -56,7 +56,7 @@ def match_seconds(prompts: int, edited: bool = False) -> float:
             `edited`, prompts that leave the target at random depths, each of which splits an edge on its path.
     """
     draw = np.random.default_rng(0)
-    store = CheckpointStore(None, "lru", max_remembered_tokens=None)
+    store = CheckpointStore(None, "lru", max_remembered=None)
     documents = [draw.integers(0, 50_000, LONG - 600).astype(np.int32) for _ in range(1 if edited else 100)]
     for number in range(prompts):
         document = documents[number % len(documents)]

@@ -67,7 +67,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(prompts))
     with tempfile.TemporaryDirectory() as folder:
         disk = {"disk_memory": "256MiB", "disk_dir": folder} if options.disk else {}
-        store = CheckpointStore("64MiB", max_remembered_tokens=2**20, **disk)
+        store = CheckpointStore("64MiB", max_remembered=2**23, **disk)
         for tier in store.tiers:
             tier.reader = Array.from_bytes
         policy = limited(make_policy("learned"), 8)

@@ -137,6 +137,7 @@ class SparsePrefixCache(Handle):
             kv_bytes=held.kv_bytes,
             evictions=held.evictions,
             tree_bytes=self.store.ledger.tree_bytes(self.config.namespace),
+            max_remembered=self.store.ledger.max_remembered,
             shared={} if self.store.shared is None else self.store.shared.counts,
         )
 

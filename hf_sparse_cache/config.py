@@ -16,6 +16,15 @@ EXACTNESS = ("replayable", "bitwise")
 # completion need no numpy.
 POLICY_NAMES = ("learned", "dp", "block", "balanced", "sqrt", "dyadic", "boundary", "last", "junction", "none")
 STORAGES = ("exact", "bf16", "int8")
+# The share that each keeps of float32 numbers where all of a state may be kept so: whole numbers, and a byte of scale
+# for 32 or 16 neighbours (see `models.rounding`).
+KEPT = {"exact": 1.0, "bf16": (2 + 1 / 32) / 4, "int8": (1 + 1 / 16) / 4}
+
+
+def check_storage(storage: object) -> None:
+    """Raises ValueError unless it is the name of a way to keep states."""
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be 'exact', 'bf16' or 'int8', not {shown(storage)}.")
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,7 @@ class SparseCacheConfig(Shareable):
         if self.exactness not in EXACTNESS:
             instead = "; 'replayable' took the place of 'numerical'" if self.exactness == "numerical" else ""
             raise ValueError(f"exactness must be 'replayable' or 'bitwise', not {shown(self.exactness)}{instead}.")
-        if self.storage not in STORAGES:
-            raise ValueError(f"storage must be 'exact', 'bf16' or 'int8', not {shown(self.storage)}.")
+        check_storage(self.storage)
         if self.max_checkpoints is not None and not is_whole(self.max_checkpoints, 0):
             raise ValueError(f"max_checkpoints must be None or at least 0, not {shown(self.max_checkpoints)}.")
         if self.grid is not None and not is_whole(self.grid, 2, MOST_ID):

@@ -49,9 +49,15 @@ _REMEDIES = {
     Cause.BEFORE_FIRST: "Call cache.mark() on the shared part: a checkpoint is then kept at its end.",
     Cause.CUT_OTHERWISE: "Give this handle the grid, cut_after and marks that they were made with, or use "
     "exactness='replayable', which resumes from any.",
-    Cause.EVICTED: "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint.",
+    Cause.EVICTED: (
+        "A larger max_memory, or cache.mark() on the shared part, would have kept its checkpoint; so may "
+        "storage='bf16' or 'int8', which takes a half or a quarter of what 'exact' does."
+    ),
     Cause.TOO_SHORT: "So short a prompt is always computed.{grid}",
-    Cause.NO_ROOM: "Raise max_memory, or the namespace's share in namespace_memory.",
+    Cause.NO_ROOM: (
+        "Raise max_memory, or the namespace's share in namespace_memory; or keep more in it, by storage='bf16' or "
+        "'int8'."
+    ),
     Cause.BATCHED: "What ran so is not stored: a prompt that comes back runs by itself and is kept from then on; "
     "cache.mark() keeps what is announced at once, and exactness='bitwise' runs every row by itself.",
     Cause.NOT_PLACED: "Call cache.mark() on the shared part, or raise max_checkpoints, or choose another policy.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .checks import MOST_ID, is_whole, shown, token_ids, whole_number
-from .config import EXACTNESS
+from .config import EXACTNESS, KEPT, check_storage
 from .planning.cuts import CutRule, Tokens
 from .planning.policies import Policy, make_policy
 from .planning.policy import check_policy, limited
@@ -125,6 +126,7 @@ def simulate(
     logits_bytes: int = 0,
     cut_tokens: float = 0.0,
     pieces: int | None = None,
+    storage: str = "exact",
     store_outputs: bool = False,
     clock: Callable[[], float] | None = None,
     on_request: Callable[[RequestInfo], None] | None = None,
@@ -157,6 +159,9 @@ def simulate(
         logits_bytes: what the checkpoint at the end of a prompt holds besides its state.
         cut_tokens: what a cut costs in tokens of prefill, in replayable mode.
         pieces: most tokens of a forward, in replayable mode.
+        storage: "bf16" or "int8" where the two sizes are those of float32 numbers as they are, and a checkpoint shall
+            take what such a handle keeps of them with all parts of a state rounded. A handle made with `storage=`
+            knows better, as a family may keep some parts in more bits: `cache.simulation()` has its sizes, as kept.
         store_outputs: whether what was generated is stored behind each prompt as well, as a cache could that keeps
             states produced by decoding: in replayable mode the live cache does, wherever answers are kept (see
             "Concepts"); in bitwise mode it is as if each answer were read once more in idle time. The overlap then
@@ -175,7 +180,7 @@ def simulate(
         ValueError: if an argument is out of range or a name unknown.
         TypeError: if `policy` is neither a name nor a `Policy` object, or places what are no positions.
     """
-    sizes = _Sizes(state_bytes, kv_bytes_per_token, logits_bytes)
+    sizes = _Sizes(state_bytes, kv_bytes_per_token, logits_bytes).kept(storage)
     if not isinstance(warmup, int | float) or not 0.0 <= warmup < 1.0:
         raise ValueError(
             f"warmup must be a fraction in [0, 1), got {shown(warmup)}; 0.6 leaves 40 % of the requests counted"
@@ -191,7 +196,7 @@ def simulate(
     several = replicas > 1 or router is not None or fleet is not None
     evictions = [eviction, *(copy.deepcopy(eviction) for _ in range(replicas - 1))]
     served_by = [
-        _Replica(CheckpointStore(max_memory, goes, max_remembered_tokens=None), place, segmenting, sizes)
+        _Replica(CheckpointStore(max_memory, goes, max_remembered=None), place, segmenting, sizes)
         for place, goes in zip(places, evictions, strict=True)
     ]
     for replica in served_by:
@@ -226,6 +231,13 @@ class _Sizes:
                 f"kv_bytes_per_token must be at least 0, got {shown(self.kv_bytes_per_token)}; use 0 without full "
                 "attention"
             )
+
+    def kept(self, storage: str) -> _Sizes:
+        """What is kept of float32 states and keys and values under a storage; logits are kept as they are."""
+        check_storage(storage)
+        share = KEPT[storage]
+        state, kv = (math.ceil(share * size) for size in (self.state_bytes, self.kv_bytes_per_token))
+        return replace(self, state_bytes=state, kv_bytes_per_token=kv)
 
     def add(self, request: Request, position: int, final: bool = False) -> None:
         """Stores a checkpoint of these sizes; the one at the end of a prompt is `final` and holds logits as well."""

@@ -126,6 +126,7 @@ class CacheStats:
         kv_bytes: bytes of the KV segments they need.
         evictions: checkpoints evicted so far.
         tree_bytes: bytes of what is remembered of prompts besides: their tokens, and the nodes of the tree.
+        max_remembered: bytes that the trees of all namespaces may take; None for no bound.
         prefill_seconds: wall time of all prefills, with everything below in it.
         match_seconds: time spent on finding what is stored.
         plan_seconds: time spent on deciding what to capture, and on learning from the prompt.
@@ -145,6 +146,7 @@ class CacheStats:
     kv_bytes: int = 0
     evictions: int = 0
     tree_bytes: int = 0
+    max_remembered: int | None = None
     prefill_seconds: float = 0.0
     match_seconds: float = 0.0
     plan_seconds: float = 0.0
@@ -178,6 +180,7 @@ class CacheStats:
             ("bytes of states", format_bytes(self.checkpoint_bytes)),
             ("bytes of keys and values", format_bytes(self.kv_bytes)),
             ("evictions", f"{self.evictions:,}"),
+            ("bytes of remembered prompts", _of(self.tree_bytes, self.max_remembered)),
             ("seconds of prefill", f"{self.prefill_seconds:.3f}"),
             ("of them, matching and planning", f"{self.match_seconds + self.plan_seconds:.3f}"),
             ("of them, capture and restore", f"{self.capture_seconds + self.restore_seconds:.3f}"),
@@ -302,6 +305,10 @@ def format_bytes(count: float) -> str:
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _MOST_DIGITS = 30
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def _of(used: int, most: int | None) -> str:
+    return format_bytes(used) if most is None else f"{format_bytes(used)} of {format_bytes(most)}"
 
 
 def parse_bytes(value: int | str | None, name: str = "max_memory") -> int | None:

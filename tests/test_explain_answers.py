@@ -131,7 +131,7 @@ def test_an_answer_is_one_after_saving_too(jamba: PreTrainedModel, tmp_path: Pat
 
 def test_the_deepest_tier_that_knows_a_prompt_is_asked(jamba: PreTrainedModel, tmp_path: Path) -> None:
     text = torch.full((1, 90), 6)
-    store = CheckpointStore(None, disk_memory="1GiB", disk_dir=tmp_path, max_remembered_tokens=100)
+    store = CheckpointStore(None, disk_memory="1GiB", disk_dir=tmp_path, max_remembered=2_000)
     with SparsePrefixCache(jamba, policy="last", store=store) as cache:
         answered(cache, text, [3])
         store.resize(1)

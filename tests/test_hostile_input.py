@@ -350,8 +350,8 @@ def test_sizes_are_exact() -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"max_remembered_tokens": 2.5}, "max_remembered_tokens"),
-        ({"max_remembered_tokens": "x"}, "max_remembered_tokens"),
+        ({"max_remembered": 2.5}, "max_remembered"),
+        ({"max_remembered": "x"}, "max_remembered"),
         ({"namespace_memory": {"\ud800": 1}}, "namespace_memory"),
         ({"namespace_memory": {5: 1}}, "namespace_memory"),
         ({"namespace_memory": {"a": float("inf")}}, r"namespace_memory\['a'\]"),

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cutting import every
 
+from hf_sparse_cache.config import KEPT
+from hf_sparse_cache.models.rounding import rounding_of
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized, simulate
@@ -50,6 +53,22 @@ def test_exact_repeats_resume_at_the_last_cut() -> None:
     assert result.checkpoints == 1
 
 
+@pytest.mark.parametrize(("storage", "state", "kv"), [("exact", 1000, 100), ("bf16", 508, 51), ("int8", 266, 27)])
+def test_storage_scales_what_a_checkpoint_takes(storage: str, state: int, kv: int) -> None:
+    ids = np.arange(100, dtype=np.int32)
+    sizes = {"state_bytes": 1000, "kv_bytes_per_token": 100, "logits_bytes": 7, "policy": "last", "grid": 50}
+    result = simulate([ids], storage=storage, exactness="replayable", **sizes)
+    assert result.peak_bytes == result.checkpoints * (state + 7) + 100 * kv
+    with pytest.raises(ValueError, match="storage must be 'exact', 'bf16' or 'int8', not 'fp8'"):
+        simulate([ids], storage="fp8", **sizes)
+
+
+def test_what_storages_keep_is_what_rounding_keeps() -> None:
+    for storage, share in KEPT.items():
+        kept = rounding_of(storage).kept({"keys": torch.randn(1, 4, 50, 64), "recurrent.0": torch.randn(1, 4, 64, 16)})
+        assert sum(value.nbytes for value in kept.values()) == share * 4 * (4 * 50 * 64 + 4 * 64 * 16)
+
+
 def test_no_policy_resumes_nothing() -> None:
     result = simulate(prompts(), policy="none", state_bytes=1)
     assert (result.resumed_tokens, result.checkpoints, result.peak_bytes) == (0, 0, 0)
@@ -58,7 +77,7 @@ def test_no_policy_resumes_nothing() -> None:
 @pytest.mark.parametrize("policy", ["learned", "dp", "junction"])
 @pytest.mark.parametrize("kv", [0, 2])
 def test_same_as_driving_the_store_by_hand(policy: str, kv: int) -> None:
-    trace, store, place = prompts(), CheckpointStore(2000, max_remembered_tokens=None), make_policy(policy)
+    trace, store, place = prompts(), CheckpointStore(2000, max_remembered=None), make_policy(policy)
     resumed = captured = 0
     for ids in trace:
         with open_request(store, place, ids, every(16)) as request:

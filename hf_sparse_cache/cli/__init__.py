@@ -349,6 +349,7 @@ def simulate(
     max_checkpoints: MaxCheckpoints = None,
     exactness: Exactness = "bitwise",
     grid: Grid = None,
+    storage: StorageMode = "exact",
     warmup: Warmup = 0.0,
     json: Json = False,
 ) -> None:
@@ -363,7 +364,7 @@ def simulate(
     _quiet()
     inquiry = Inquiry(
         name=trace.name,
-        sizes=_sizes(model, state_bytes, kv_bytes_per_token, grid, exactness=exactness),
+        sizes=_sizes(model, state_bytes, kv_bytes_per_token, grid, exactness=exactness, storage=storage),
         trace=load_trace(trace),
         policies=policy or ["learned", "dp", "block"],
         max_memory=parse_bytes(max_memory),
@@ -402,9 +403,8 @@ def _sizes(
     from .estimates import Sizes
 
     if model is None:
-        if settings.get("storage", "exact") != "exact":
-            raise typer.BadParameter("--storage needs --model, on which it is measured what it keeps of a state.")
         given = Sizes(state_bytes or 2**20, kv_bytes_per_token, grid or 64, exactness=settings["exactness"])
+        given = given.kept(settings.get("storage", "exact"))
         return replace(given, assumed=state_bytes is None, grid_assumed=grid is None)
     from ..tools import builtin
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,12 +68,14 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
 
     Returns:
         What was found, ready for JSON: `trace`, `policies`, `every_cut`, `tied` (the policies that resume most, and
-        alike), `best` (of them), `histogram`, `frontier`, `plans`.
+        alike), `best` (of them), `kept_exactly` (what it would do without rounding, where storage rounds),
+        `histogram`, `frontier`, `plans`.
 
     Raises:
         ValueError: No prompt of the trace shares its first cut with an earlier one.
     """
-    runs = 1 + len(inquiry.policies) + (len(BELOW) + 1) * min(2, len(inquiry.policies))
+    rounded = inquiry.sizes.storage != "exact"
+    runs = 1 + rounded + len(inquiry.policies) + (len(BELOW) + 1) * min(2, len(inquiry.policies))
     with screen.progress(runs * len(inquiry.trace), "overlap") as steps:
         overlaps = _serve(inquiry, steps, "none", None)[1]
         every_cut = _every_cut(inquiry, overlaps)
@@ -89,6 +91,8 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
         best, first = tied[0], inquiry.policies[0]
         order = [best, *sorted(results, key=lambda name: -results[name].resumed_tokens)]
         shown = list(dict.fromkeys([first, next((name for name in order if name != first), first)]))
+        exact = replace(inquiry, sizes=inquiry.sizes.exact)
+        unrounded = _serve(exact, steps, best, inquiry.budget)[0] if rounded else None
         frontier = _frontier(inquiry, {name: results[name] for name in shown}, steps)
     floor = every_cut["recomputed_tokens"]
     return {
@@ -102,6 +106,7 @@ def advise(inquiry: Inquiry, screen: Screen) -> dict[str, Any]:
         "max_memory": inquiry.budget,
         "policies": {name: _row(result, floor) for name, result in results.items()},
         "every_cut": every_cut,
+        "kept_exactly": None if unrounded is None else _row(unrounded, floor),
         "best": best,
         "tied": tied,
         "histogram": _histogram(weights, _counted(inquiry, served[best][1])),

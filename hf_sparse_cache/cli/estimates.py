@@ -1,13 +1,15 @@
 """Before memory is spent: what a checkpoint costs, where checkpoints would go, and what a trace would reuse."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import SparsePrefixCache
+from ..config import KEPT
 from ..planning.planner import plan_checkpoints
 from ..planning.views import Floats
 from ..simulator import simulate
@@ -61,6 +63,20 @@ class Sizes:
         names = ("state_bytes", "kv_bytes_per_token", "grid", "prefill_cost", "cut_tokens", "pieces")
         return cls(**{name: found[name] for name in names}, exactness=exactness, storage=storage, share=share)
 
+    def kept(self, storage: str) -> "Sizes":
+        """What a storage keeps of these, which are those of float32 numbers as they are."""
+        share = KEPT[storage]
+        states, kv = (math.ceil(share * size) for size in (self.state_bytes, self.kv_bytes_per_token))
+        both = (share, share)
+        return replace(self, state_bytes=states, kv_bytes_per_token=kv, storage=storage, share=both)
+
+    @property
+    def exact(self) -> "Sizes":
+        """The same of a handle that keeps everything as it is."""
+        sizes = zip((self.state_bytes, self.kv_bytes_per_token), self.share, strict=True)
+        states, kv = (round(size / share) if share else 0 for size, share in sizes)
+        return replace(self, state_bytes=states, kv_bytes_per_token=kv, storage="exact", share=(1.0, 1.0))
+
     @property
     def measured(self) -> dict[str, Any]:
         """The numbers, and the mode that they are for."""
@@ -69,13 +85,15 @@ class Sizes:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "grid": self.grid,
             "exactness": self.exactness,
+            "storage": self.storage,
         }
 
     @property
     def options(self) -> dict[str, Any]:
         """The keywords of `simulate`."""
         others = {"prefill_cost": self.prefill_cost, "cut_tokens": self.cut_tokens, "pieces": self.pieces}
-        return {**self.measured, **others}
+        told = {name: value for name, value in self.measured.items() if name != "storage"}  # the sizes are as kept
+        return {**told, **others}
 
 
 @dataclass(frozen=True)
@@ -284,7 +302,20 @@ def _show_policies(found: dict[str, Any], sizes: Sizes, screen: Screen) -> None:
     screen.say(
         "Resumed of the prompt and of the overlap; recomputed: shared tokens that a request computes all the same; "
         f"regret: how many more than {floor} (the bytes of that row are an estimate).\n"
-        f"{_recommendation(found)}\n"
+        f"{_recommendation(found)}{_worth(found)}\n"
+    )
+
+
+def _worth(found: dict[str, Any]) -> str:
+    """What rounded storage brings, beside the same budget with everything as it is."""
+    exact = found["kept_exactly"]
+    if exact is None:
+        return ""
+    best = found["policies"][found["best"]]
+    return (
+        f" Kept as {found['storage']} it resumes {best['capture_rate']:.1%} of the overlap with "
+        f"{best['checkpoints']:,} checkpoints; kept exactly, in the same budget, {exact['capture_rate']:.1%} with "
+        f"{exact['checkpoints']:,}."
     )
 
 

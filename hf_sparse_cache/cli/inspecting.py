@@ -25,7 +25,7 @@ from .screen import Screen
 
 # Tokens of a prefix that are shown, at its end, where prefixes that begin alike differ.
 _SHOWN_TOKENS = 8
-_DESCRIBED = ("model", "dtype", "torch", "transformers")
+_DESCRIBED = ("model", "dtype", "torch", "transformers", "storage")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def run(folder: Path | str, tokenizer: Any, tree: bool, screen: Screen) -> dict[
             screen.say(f"In {', '.join(map(str, folders))}:")
         states, kv = sum(item.state_bytes for item in own), sum(item.kv_bytes for item in own)
         screen.say(
-            f"{about['model']} ({_listed(about['dtype'])}, namespace '{namespace}'): "
+            f"{about['model']} ({_listed(about['dtype'])}, {_kept(about['storage'])}namespace '{namespace}'): "
             f"{counted(len(own), 'checkpoint')}, {format_bytes(states)} of states, {format_bytes(kv)} of keys and "
             "values",
             style="bold",
@@ -199,7 +199,7 @@ def _describe(space: str) -> tuple[dict[str, Any], str]:
         about = parse_json(described)
     except DamagedFileError:
         about = None
-    known = about if isinstance(about, dict) else {}
+    known = {"storage": "exact", **about} if isinstance(about, dict) else {}
     return {name: _safe(known.get(name, "unknown")) for name in _DESCRIBED}, printable(namespace)
 
 
@@ -207,6 +207,11 @@ def _shortened(lineage: Lineage) -> str:
     """Of a lineage the number of segments, and where the last ones end."""
     ends = str(lineage).split(", ")
     return f"{len(ends)}: {'… ' if len(ends) > 3 else ''}{', '.join(ends[-3:])}"
+
+
+def _kept(storage: Any) -> str:
+    """How states are kept, where that is not as they are."""
+    return "" if storage in ("exact", "unknown") else f"kept in {storage}, "
 
 
 def _listed(value: Any) -> str:

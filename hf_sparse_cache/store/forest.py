@@ -15,10 +15,6 @@ from ..planning.views import Shape
 from .tree import DESCRIPTION_BYTES, NODE_BYTES, TOKEN_BYTES, Departure, Node, Tree, nearest
 
 
-# What nodes may take however few tokens are remembered: some hundred short prompts are always worth it.
-LEAST_NODE_BYTES = 2**20
-
-
 class Forest:
     """One tree of tokens a space (a fingerprint and a namespace), under one bound on what is remembered."""
 
@@ -122,11 +118,10 @@ class Forest:
             self._offer(node)
 
     def forget(self, limit: int) -> None:
-        """Drops the least recently used tokens that no checkpoint needs until at most `limit` are left, and the nodes
-        take no more bytes than so many tokens.
+        """Drops the least recently used tokens that no checkpoint needs, and their nodes, until all that is left takes
+        at most `limit` bytes.
         """
-        most = max(TOKEN_BYTES * limit, LEAST_NODE_BYTES) if limit else 0
-        while (self.tokens > limit or self.overhead_bytes > most) and self._leaves:
+        while self.nbytes > limit and self._leaves:
             stamp, _, node = heapq.heappop(self._leaves)
             node.queued = False
             if node.children or node.parent is None:

@@ -17,7 +17,7 @@ from .chains import Chains, Footing
 from .eviction import LRU, Eviction
 from .forest import Forest, Trail
 from .marks import Marks
-from .tree import Account, Checkpoint, Departure, KVSegment, Match, Node, Payload
+from .tree import TOKEN_BYTES, Account, Checkpoint, Departure, KVSegment, Match, Node, Payload
 from .unit import Unit, holder, namespace_of, unit_of
 
 
@@ -46,7 +46,7 @@ class Ledger:
         max_memory: bytes, or None for no limit.
         eviction: who goes first.
         limits: budgets of single namespaces.
-        max_remembered_tokens: bound on the tokens remembered after their states are gone; None for no bound.
+        max_remembered: bytes of what is remembered of prompts; None for no bound.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Ledger:
         max_memory: int | None,
         eviction: Eviction,
         limits: Mapping[str, int | None] | None = None,
-        max_remembered_tokens: int | None = 0,
+        max_remembered: int | None = 0,
     ) -> None:
         self.max_memory = max_memory
-        self.max_remembered_tokens = max_remembered_tokens
+        self.max_remembered = max_remembered
         self.seconds: Callable[[], float] = time.monotonic
         self._limits = limits or {}
         self._fresh_eviction = copy.deepcopy(eviction)
@@ -216,8 +216,8 @@ class Ledger:
     def trim(self) -> None:
         """Forgets the least recently used tokens beyond the bound, as far as no checkpoint needs them."""
         with self.lock:
-            if self.max_remembered_tokens is not None:
-                self.forest.forget(self.max_remembered_tokens)
+            if self.max_remembered is not None:
+                self.forest.forget(self.max_remembered)
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
@@ -446,11 +446,16 @@ class Ledger:
             ValueError: marks would take more tokens than may be remembered.
         """
         with self.lock:
-            limit, known = self.max_remembered_tokens, self.marks.tokens
-            if limit is not None and known + len(prefix) > limit and not self.marks.knows(prefix, space):
+            limit, known = self.max_remembered, self.marks.tokens
+            if (
+                limit is not None
+                and TOKEN_BYTES * (known + len(prefix)) > limit
+                and not self.marks.knows(prefix, space)
+            ):
                 raise ValueError(
-                    f"a mark of {len(prefix):,} tokens, beside {known:,} of other marks, is more than "
-                    f"max_remembered_tokens={limit:,}; take marks back with clear(), or give the store a larger one"
+                    f"a mark of {len(prefix):,} tokens, beside {known:,} of other marks, takes at {TOKEN_BYTES} bytes "
+                    f"each more than max_remembered={limit:,}; take marks back with clear(), or give the store a "
+                    "larger one"
                 )
             self.marks.add(prefix, space)
             for checkpoint in self.match(prefix, space).checkpoints(len(prefix)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import forks
-from ..checks import is_whole, shown, text
+from ..checks import shown, text
 from ..errors import out_of_memory
 from ..planning.batch import Member
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
@@ -66,9 +66,9 @@ class CheckpointStore(Shown):
     Args:
         max_memory: bytes, or a string such as "2GiB"; None for no limit. Never exceeded, also not during an insert.
         eviction: "learned", "lru", "fifo", or an `Eviction` object of your own.
-        max_remembered_tokens: bound on the tokens remembered after their states are gone, at 4 bytes each; the least
-            recently used that no checkpoint needs are forgotten first. The nodes of the tree over them are bounded to
-            as many bytes, or 1 MiB where that is more, and so are the tokens of marks. None for no bound.
+        max_remembered: bytes, or a string, of what is remembered of prompts beside their states: tokens at 4 bytes
+            each, the nodes of the tree over them and what placement notes of each. The least recently used that no
+            checkpoint needs is forgotten first. Tokens of marks are bounded by the same. None for no bound.
         namespace_memory: budgets of single namespaces, by name, within `max_memory`: they bound a tenant's share.
             Namespaces that continue a name with a "#" share its budget, and are counted together with it.
         host_memory: bytes of a second tier in host memory, for models on an accelerator; None for no such tier.
@@ -91,7 +91,7 @@ class CheckpointStore(Shown):
         self,
         max_memory: int | str | None = "2GiB",
         eviction: str | Eviction = "learned",
-        max_remembered_tokens: int | None = 2**24,
+        max_remembered: int | str | None = "128MiB",
         *,
         namespace_memory: Mapping[str, int | str] | None = None,
         host_memory: int | str | None = None,
@@ -102,13 +102,14 @@ class CheckpointStore(Shown):
         key: str | bytes | None = None,
         encrypt: bool = False,
     ) -> None:
-        if max_remembered_tokens is not None and not is_whole(max_remembered_tokens, 1):
-            raise ValueError(f"max_remembered_tokens must be at least 1 or None, got {shown(max_remembered_tokens)}")
+        remembered = parse_bytes(max_remembered, "max_remembered")
+        if remembered == 0:
+            raise ValueError("max_remembered must be at least 1 byte or None, got 0; placement learns from it")
         limits = _limits({} if namespace_memory is None else namespace_memory)
         order = make_eviction(eviction) if isinstance(eviction, str) else eviction
         if not isinstance(order, Eviction):
             raise ValueError(f"eviction is {shown(eviction)}: give a name such as 'learned', or an Eviction object")
-        memory = Tier(Ledger(parse_bytes(max_memory), order, limits, max_remembered_tokens))
+        memory = Tier(Ledger(parse_bytes(max_memory), order, limits, remembered))
         super().__init__(memory.ledger)
         self.seal = Seal.of(key, encrypt)
         self.tiers: list[Tier] = [memory, *_lower_tiers(host_memory, disk_memory, disk_dir, self.seal)]

@@ -133,6 +133,7 @@ class Visit:
                     node.batched = self.batched and (node.batched or node.passes == 1)
             ledger.forest.describe(path, self.prompt.shape)
             ledger.eviction.settled(path, self.prompt.forecast, ledger.clock)
+            ledger.trim()  # once more, as the description counts as well
             return True
 
     def end(self) -> None:

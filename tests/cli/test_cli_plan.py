@@ -155,6 +155,25 @@ def test_sizes_come_from_the_model_and_the_request_count_from_the_caller(run: Ru
     assert one["bytes_per_prompt"] == found["state_bytes"] + 700 * found["kv_bytes_per_token"]
 
 
+def test_storage_is_planned_for_and_its_worth_is_said(run: Run, trace: Path) -> None:
+    """Without a model as float32, with one as measured on it; beside what the same budget holds exactly."""
+    exact, small = (advice(run, trace, "--max-memory", "999", "--storage", kept) for kept in ("exact", "int8"))
+    assert (exact["state_bytes"], small["state_bytes"], small["storage"]) == (1000, 266, "int8")
+    assert exact["kept_exactly"] is None
+    told = simulate(
+        load_trace(trace), policy=small["best"], max_memory=999, state_bytes=1000, grid=100, storage="int8"
+    )
+    best, without = small["policies"][small["best"]], small["kept_exactly"]
+    assert (best["resumed_tokens"], best["peak_bytes"]) == (told.resumed_tokens, told.peak_bytes)
+    assert without["resumed_tokens"] < best["resumed_tokens"] and without["peak_bytes"] <= 999
+    code, out, _ = run("plan", str(trace), *OPTIONS, "--max-memory", "999", "--storage", "int8")
+    assert code == 0 and "Kept as int8 it resumes" in " ".join(out.split())
+    for command in ("plan", "simulate"):
+        options = ("--model", "jamba-3m", "--grid", "100", "--policy", "learned", "--storage", "int8", "--json")
+        found = json.loads(run(command, str(trace), *options)[1])
+        assert found["storage"] == "int8" and found["state_bytes"] < 0.5 * 113_000
+
+
 def test_a_model_is_planned_for_with_its_own_prefill_cost() -> None:
     from hf_sparse_cache.tools.builtin import build_model
 

@@ -63,6 +63,19 @@ def test_sizes_and_times_are_those_of_the_files(jamba: Any, tmp_path: Path, caps
         inspecting.run(tmp_path / "a", None, True, Screen())
 
 
+def test_how_states_are_kept_is_said(jamba: Any, tmp_path: Path, capsys: Any) -> None:
+    for storage, said in (
+        ("exact", "JambaForCausalLM (torch.float32, namespace"),
+        ("int8", "kept in 16 bits in groups"),
+    ):
+        with handle(jamba, storage=storage, prove=False) as cache:
+            logits(jamba, question(2), cache)
+            cache.save_pretrained(tmp_path / storage)
+        out, found = shown(tmp_path / storage, capsys)
+        assert said in out.replace("\n", " ")
+        assert (found["models"][0]["storage"] == "exact") == (storage == "exact")
+
+
 def test_a_pipe_does_not_hold_it_up(tmp_path: Path, capsys: Any) -> None:
     model = tiny_models.build("Mamba")
     with handle(model) as cache:

@@ -47,10 +47,10 @@ def test_evicting_a_middle_checkpoint_keeps_the_kv_below_the_deeper_one() -> Non
 
 
 def test_remembered_tokens_are_bounded_and_checkpoints_survive() -> None:
-    store = CheckpointStore(None, "lru", max_remembered_tokens=50)
+    store = CheckpointStore(None, "lru", max_remembered=6_000)
     for start in range(40):
         run(store, [start, *range(1000, 1019)], [6] if start == 0 else [])
-        assert store.remembered_tokens <= 50
+        assert store.tree_bytes <= 6_000
     assert run(store, [0, *range(1000, 1019)], []).resumed_tokens == 6
 
 
@@ -106,7 +106,7 @@ def test_bad_sizes_name_the_argument(text: int | str) -> None:
 
 BAD_CALLS: list[Callable[[], object]] = [
     lambda: CheckpointStore(eviction="best"),
-    lambda: CheckpointStore(max_remembered_tokens=0),
+    lambda: CheckpointStore(max_remembered=0),
     lambda: make_policy("best"),
     lambda: open_request(CheckpointStore(), NoCheckpoints(), np.zeros((1, 4), np.int32), every(GRID)),
     lambda: open_request(CheckpointStore(), NoCheckpoints(), np.asarray([1, 2**31]), every(GRID)),
@@ -121,7 +121,7 @@ def test_errors_say_what_to_do(call: Callable[[], object]) -> None:
 
 
 def test_threads_share_one_store() -> None:
-    store = CheckpointStore(400, "lru", max_remembered_tokens=2000)
+    store = CheckpointStore(400, "lru", max_remembered=20_000)
     errors: list[BaseException] = []
 
     def work(seed: int) -> None:
