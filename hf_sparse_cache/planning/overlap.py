@@ -8,6 +8,7 @@ from what it explains. The shares depend on how the prompt itself met the tree.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,10 +35,13 @@ class Forecast:
     cuts: Positions
     below: Floats
 
+    @cached_property
+    def _reaching(self) -> Floats:
+        return np.append(1.0 - self.below, 0.0)
+
     def passing(self, positions: Positions) -> Floats:
         """P(next overlap >= position), of shape `(P,)`; positions between two cuts count as the deeper one."""
-        reaching = np.append(1.0 - self.below, 0.0)
-        found: Floats = reaching[np.searchsorted(self.cuts, positions)]
+        found: Floats = self._reaching[self.cuts.searchsorted(positions)]
         return found
 
     def shares(self, positions: Positions, starts: Positions, following: Floats) -> tuple[Floats, Floats]:

@@ -152,7 +152,7 @@ def plan_checkpoints(
         if len(g) != n_positions + 1:
             raise ValueError(f"prefill_cost has {len(g)} entries but weights has {len(w)}: give G(0), ..., G(N)")
         _refuse("prefill_cost", g, ~np.isfinite(g), "costs must be finite")
-        _refuse("prefill_cost", g, np.r_[False, g[1:] < g[:-1]], "costs must not decrease")
+        _refuse("prefill_cost", g[1:], g[1:] < g[:-1], "costs must not decrease", first=1)
         if not math.isfinite(float(g[-1]) - float(g[0])):
             raise ValueError(f"prefill_cost spans from {g[0]} to {g[-1]}: the difference must be finite, rescale it")
     allowed = None if candidates is None else _positions("candidates", candidates, n_positions)
@@ -262,15 +262,15 @@ def _positions(name: str, value: ArrayLike, n_positions: int) -> NDArray[np.int6
     floats = _vector(name, value)
     _refuse(name, floats, ~((floats >= 1) & (floats <= n_positions)), f"positions go from 1 to {n_positions}")
     _refuse(name, floats, floats != np.floor(floats), "positions must be whole numbers")
-    _refuse(name, floats, np.r_[False, floats[1:] < floats[:-1]], "positions must be in ascending order")
+    _refuse(name, floats[1:], floats[1:] < floats[:-1], "positions must be in ascending order", first=1)
     return floats.astype(np.int64)
 
 
-def _refuse(name: str, values: NDArray[Any], bad: NDArray[np.bool_], rule: str) -> None:
-    """Raise for the first entry that is bad, if there is one."""
+def _refuse(name: str, values: NDArray[Any], bad: NDArray[np.bool_], rule: str, first: int = 0) -> None:
+    """Raise for the first entry that is bad, if there is one; `first` is the index of the first of them."""
     if bad.any():
-        first = int(bad.argmax())
-        raise ValueError(f"{name}[{first}] is {values[first]}: {rule}")
+        index = int(bad.argmax())
+        raise ValueError(f"{name}[{first + index}] is {values[index]}: {rule}")
 
 
 def _count(name: str, value: int) -> int:

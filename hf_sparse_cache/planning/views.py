@@ -7,6 +7,7 @@ A view answers with a distribution function over depths. It is one small class; 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +55,13 @@ class Histogram:
 
     def __init__(self, edges: Floats, prior: float = 1.0) -> None:
         self.edges = edges
+        self._borders: list[float] = edges.tolist()
         self._counts = np.full(len(edges) - 1, prior / (len(edges) - 1))
         self._total = np.concatenate([[0.0], np.cumsum(self._counts)])
 
     def add(self, value: float, credit: float, decay: float) -> None:
         """Counts one value; old counts fade by `decay` for each full unit of credit."""
-        index = min(int(np.searchsorted(self.edges, value, side="right")), len(self._counts)) - 1
+        index = min(bisect_right(self._borders, value), len(self._counts)) - 1
         self._counts *= decay**credit
         self._counts[index] += credit
         self._total[1:] = np.cumsum(self._counts)
@@ -68,6 +70,14 @@ class Histogram:
         """Unnormalised mass below each value."""
         mass: Floats = np.interp(values, self.edges, self._total)
         return mass
+
+    def mass(self, value: float) -> float:
+        """The same for one value."""
+        index = bisect_right(self._borders, value) - 1
+        if index >= len(self._counts):
+            return float(self._total[-1])
+        low, here = self._borders[index], float(self._total[index])
+        return (float(self._total[index + 1]) - here) / (self._borders[index + 1] - low) * (value - low) + here
 
 
 class Uniform(View):
@@ -87,7 +97,7 @@ class Absolute(View):
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """The histogram, cut off at the prompt's end."""
         mass = self._seen.upto(depths)
-        return mass / max(float(self._seen.upto(np.asarray([shape.length + 1.0]))[0]), 1e-9)
+        return mass / max(self._seen.mass(shape.length + 1.0), 1e-9)
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the depth."""
@@ -102,7 +112,7 @@ class Ratio(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """The histogram, stretched to the prompt."""
-        below: Floats = self._seen.upto(depths / (shape.length + 1)) / self._seen.upto(np.ones(1))[0]
+        below: Floats = self._seen.upto(depths / (shape.length + 1)) / self._seen.mass(1.0)
         return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
@@ -118,7 +128,7 @@ class FromEnd(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance."""
-        whole = self._seen.upto(np.asarray([shape.length + 1.0]))[0]
+        whole = self._seen.mass(shape.length + 1.0)
         below: Floats = 1.0 - self._seen.upto(shape.length + 1 - depths) / whole
         return below
 
@@ -135,8 +145,8 @@ class CutsFromEnd(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even over the cuts inside each power of two of their number."""
-        missed = len(shape.cuts) - np.searchsorted(shape.cuts, depths, side="left")
-        whole = self._seen.upto(np.asarray([len(shape.cuts) + 1.0]))[0]
+        missed = len(shape.cuts) - shape.cuts.searchsorted(depths)
+        whole = self._seen.mass(len(shape.cuts) + 1.0)
         below: Floats = 1.0 - self._seen.upto(missed.astype(np.float64)) / whole
         return np.where(depths > 0.0, below, 0.0)
 
@@ -153,7 +163,7 @@ class Beyond(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance; nothing before the overlap."""
-        whole = self._seen.upto(np.asarray([shape.length + 1.0 - shape.overlap]))[0]
+        whole = self._seen.mass(shape.length + 1.0 - shape.overlap)
         below: Floats = self._seen.upto(np.maximum(depths - shape.overlap, 0.0)) / max(whole, 1e-9)
         return below
 
@@ -180,7 +190,7 @@ class Junctions(View):
         if not total:
             return depths / (shape.length + 1)
         steps = np.concatenate([[0.0], np.cumsum(shape.stops) / total])
-        return steps[np.searchsorted(shape.ends, depths, side="left")]
+        return steps[shape.ends.searchsorted(depths)]
 
 
 VIEWS: tuple[type[View], ...] = (Uniform, Absolute, Ratio, FromEnd, CutsFromEnd, Beyond, Again, Junctions)

@@ -27,19 +27,22 @@ PERIOD = 64
 HALF_LIVES = (700.0, 3000.0)  # of the counts, in requests
 LEAST_SHARE = 0.02  # of a speed that is wrong just now
 
-_PASS_CELL = np.searchsorted(PASS_EDGES, np.arange(PASS_EDGES[-1] + 1), side="right") - 1
-_LEVEL_CELL = np.searchsorted(LEVEL_EDGES, np.arange(LEVEL_EDGES[-1] + 1), side="right") - 1
+MOST_PASSES, MOST_LEVELS = int(PASS_EDGES[-1]), int(LEVEL_EDGES[-1])
+# Lists, as these are looked up one by one, many times a request, and an element of an array takes five times as long.
+_PASS_ROWS: list[int] = (np.searchsorted(PASS_EDGES, np.arange(MOST_PASSES + 1), side="right") - 1).tolist()
+_LEVEL_ROWS: list[int] = (np.searchsorted(LEVEL_EDGES, np.arange(MOST_LEVELS + 1), side="right") - 1).tolist()
 _LATER_AGES = AGE_EDGES[1:].astype(np.int64)
 _WIDTHS = np.diff(np.append(AGE_EDGES, 2.0 * AGE_EDGES[-1]))
 _AGE_BIN = np.searchsorted(AGE_EDGES, np.arange(WINDOW + 1), side="right") - 1
+_AGE_BINS: list[int] = _AGE_BIN.tolist()
 
 
 def cell_of(passes: int, level: int) -> int:
     """The row of an edge that was passed `passes` times and has `level - 1` edges above it; the row behind it is for
     such an edge once prompts were seen to leave its path for another.
     """
-    passes, level = min(max(passes, 1), int(PASS_EDGES[-1])), min(max(level, 1), int(LEVEL_EDGES[-1]))
-    return 2 * (int(_PASS_CELL[passes]) * len(LEVEL_EDGES) + int(_LEVEL_CELL[level]))
+    passes, level = min(max(passes, 1), MOST_PASSES), min(max(level, 1), MOST_LEVELS)
+    return 2 * (_PASS_ROWS[passes] * len(LEVEL_EDGES) + _LEVEL_ROWS[level])
 
 
 class SurvivalTables:
@@ -84,12 +87,12 @@ class SurvivalTables:
     def _count(self, cell: int, since: int, number: int) -> None:
         if self._clock - since < WINDOW:
             self._alive[since % WINDOW, cell] += number
-            self._waiting[_AGE_BIN[self._clock - since], cell] += number
+            self._waiting[_AGE_BINS[self._clock - since], cell] += number
 
     def hit(self, cell: int, since: int, split: bool = False) -> None:
         """An edge of `cell`, last passed at tick `since`, was passed again now; `split`: its rest goes on waiting."""
         age = min(self._clock - since, WINDOW)
-        last = _AGE_BIN[age]
+        last = _AGE_BINS[age]
         self._new_events[last, cell] += 1.0
         if split:  # the part that was passed waited as well, and is counted nowhere else
             self._new_exposure[:last, cell] += _WIDTHS[:last]
@@ -127,14 +130,18 @@ class SurvivalTables:
         self._hazards = np.stack(
             [self._learned(events, exposure) for events, exposure in zip(self._events, self._exposure, strict=True)]
         )
-        hazard = np.tensordot(self.shares, self._hazards, 1).T
-        missed = np.exp(-hazard * _WIDTHS)
+        hazard = np.tensordot(self.shares, self._hazards, 1)
+        missed = np.exp(-hazard * _WIDTHS[:, None])
         time = (1.0 - missed) / hazard
-        for first in range(len(AGE_EDGES)):
-            through = np.cumprod(missed[:, first:], axis=1)
-            entering = np.concatenate([np.ones((len(through), 1)), through[:, :-1]], axis=1)
-            rate = (1.0 - through) / np.cumsum(entering * time[:, first:], axis=1)
-            self.index[:, first] = rate.max(axis=1)
+        # All ages at which one may start, at once: not passed and time spent, up to each age at which one may stop.
+        best, spent, through = np.zeros_like(hazard), np.zeros_like(hazard), np.ones_like(hazard)
+        for last in range(len(AGE_EDGES)):
+            starts = slice(last + 1)
+            spent[starts] += through[starts] * time[last]
+            through[starts] *= missed[last]
+            np.maximum(best[starts], (1.0 - through[starts]) / spent[starts], out=best[starts])
+        self.index = np.ascontiguousarray(best.T)
+        self._rates: list[list[float]] = self.index.tolist()
 
     def _learned(self, events: Floats, exposure: Floats) -> Floats:
         """Hazards by age and cell, each cell leaning on its pass count, that on the one before, the first on a hazard
@@ -156,7 +163,7 @@ class SurvivalTables:
 
     def rate(self, cell: int, age: int = 0) -> float:
         """The index of one individual, in hits a request."""
-        return float(self.index[cell, _AGE_BIN[min(age, WINDOW)]])
+        return self._rates[cell][_AGE_BINS[min(age, WINDOW)]]
 
     def rates(self, cells: NDArray[np.int64], ages: NDArray[np.int64]) -> Floats:
         """The index of many individuals, of shape `(n,)`."""
