@@ -70,6 +70,16 @@ def ask(model: Any, tokenizer: Any, manual: recall.Manual, answers: dict[str, li
     return sum(prompt.shape[1] for prompt in prompts), resumed
 
 
+def first_wrong(given: list[str], expected: list[str]) -> list[int]:
+    """How many wrong answers part from the right one at the first digit, at the second, and so on: a hybrid that does
+    not know the place errs at the first, and a recurrent model where the way from the room to the digit is longest."""
+    counts = [0] * recall.CODE_DIGITS
+    for answer_given, code in zip(given, expected, strict=True):
+        if answer_given != code:
+            counts[next(at for at in range(len(code)) if answer_given[at : at + 1] != code[at])] += 1
+    return counts
+
+
 def measure(
     metric: Any, model: Any, tokenizer: Any, size: dict[str, int], questions: int, seed: int
 ) -> dict[str, Any]:
@@ -97,6 +107,7 @@ def measure(
     return {
         "exact_match": scores,
         "same_answers_cached_as_stock": answers["cached"] == answers["stock"],
+        "first_wrong_digit": first_wrong(answers["stock"][:questions], expected[:questions]),
         "questions": questions,
         "manuals": manuals,
         "tokens_a_prompt": round(tokens / len(expected)),

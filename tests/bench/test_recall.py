@@ -159,6 +159,11 @@ def test_a_few_steps_lower_the_loss(training: ModuleType, family: str, tmp_path:
         assert torch.equal(value.to(torch.bfloat16), again.state_dict()[name].to(torch.bfloat16)), name
 
 
+def test_wrong_answers_are_counted_by_their_first_wrong_digit(bench: ModuleType) -> None:
+    expected = ["482", "482", "482", "482", "482", "482"]
+    assert bench.first_wrong(["482", "182", "472", "480", "48", "111"], expected) == [2, 1, 2]
+
+
 # -- the committed models ---------------------------------------------------------------------------------------------
 
 

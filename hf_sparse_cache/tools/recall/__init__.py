@@ -7,7 +7,7 @@ imported here, so that a shell can complete the names.
 
 from pathlib import Path
 
-from .manual import CODE_DIGITS
+from .manual import CODE_DIGITS as CODE_DIGITS
 from .manual import Manual as Manual
 from .manual import ManualQuestion as ManualQuestion
 from .manual import write_manual as write_manual
