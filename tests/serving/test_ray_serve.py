@@ -164,7 +164,8 @@ def cached(url: str, bodies: list[dict[str, Any]], sessions: bool) -> tuple[int,
     return found[0], found[1]
 
 
-TRAFFIC = {"agent_tau_airline": (4, 5), "sysprompts_open": (4, 4)}
+# An odd number of groups: with an even one two replicas that take turns would each have half of them to themselves.
+TRAFFIC = {"agent_tau_airline": (5, 4), "sysprompts_open": (5, 4)}
 _ALONE: dict[str, int] = {}
 
 
