@@ -94,7 +94,9 @@ def write_tables(rows: dict[str, dict[str, float]], budgets: list[str], out: Pat
         text += [replayed(capture, workloads, contenders, budget) for budget in other]
     text += summary(capture, whole, budgets, contenders, rivals)
     if whole != workloads:
-        text.append(f"The last three parts are about {', '.join(whole)}; the rest was measured in part.\n")
+        text.append(
+            f"The parts above from the mean uncaptured share on are about {', '.join(whole)}; the rest was measured in part.\n"
+        )
     text += timing(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(text), encoding="utf-8")
@@ -145,7 +147,9 @@ def summary(
         text += covered(
             {budget: {who: 1.0 - uncaptured(who, [budget]) for who in contenders} for budget in budgets}, complete
         )
-    return text + below(capture, rivals)
+    return text + below(
+        {key: values for key, values in capture.items() if key[0] in workloads and key[1] in budgets}, rivals
+    )
 
 
 def covered(means: dict[str, dict[str, float]], rivals: list[str]) -> list[str]:
