@@ -95,7 +95,8 @@ def write_tables(rows: dict[str, dict[str, float]], budgets: list[str], out: Pat
     text += summary(capture, whole, budgets, contenders, rivals)
     if whole != workloads:
         text.append(
-            f"The parts above from the mean uncaptured share on are about {', '.join(whole)}; the rest was measured in part.\n"
+            f"From the mean uncaptured share on, all of this is about {', '.join(whole)}; "
+            "the rest was measured in part.\n"
         )
     text += timing(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +148,8 @@ def summary(
         text += covered(
             {budget: {who: 1.0 - uncaptured(who, [budget]) for who in contenders} for budget in budgets}, complete
         )
-    return text + below(
-        {key: values for key, values in capture.items() if key[0] in workloads and key[1] in budgets}, rivals
-    )
+    inside = {key: values for key, values in capture.items() if key[0] in workloads and key[1] in budgets}
+    return text + below(inside, rivals)
 
 
 def covered(means: dict[str, dict[str, float]], rivals: list[str]) -> list[str]:
