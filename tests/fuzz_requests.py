@@ -111,11 +111,12 @@ class World:
         return SparsePrefixCache(self.model, **{**settings, **options})
 
     def kept(self) -> str:
-        """How states are kept; a family that refuses 8 bits keeps 16."""
-        self.storage = self.draw.choice(("exact", "exact", *STORAGES))
-        with suppress(UnsupportedModelError), self.make():
-            return self.storage
-        return "bf16"
+        """How states are kept; a family that refuses 8 bits keeps 16, and one that refuses these everything."""
+        for storage in (self.draw.choice(("exact", "exact", *STORAGES)), "bf16"):
+            self.storage = storage
+            with suppress(UnsupportedModelError), self.make():
+                return self.storage
+        return "exact"
 
     @property
     def near_stock(self) -> bool:

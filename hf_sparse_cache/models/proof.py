@@ -76,13 +76,14 @@ class Proof:
 
         Raises:
             UnsupportedModelError: It does not hold, and nothing that is attached to the model can be the reason; or
-                its states cannot be kept in 8 bits.
+                its states cannot be kept in as few bits as are asked for.
         """
         binding = self._binding
-        if self.wanted and binding.config.storage == "int8":
-            measured = INT8.get(binding.text_config.model_type, UNKNOWN)
-            if why := measured.shortcoming(binding.family.name):
-                raise UnsupportedModelError(f"{type(binding.model).__name__} cannot be kept in 8 bits: {why}.")
+        storage = binding.config.storage
+        measured = INT8.get(binding.text_config.model_type, UNKNOWN)
+        if self.wanted and (why := measured.shortcoming(binding.family.name, storage)):
+            bits = 8 if storage == "int8" else 16
+            raise UnsupportedModelError(f"{type(binding.model).__name__} cannot be kept in {bits} bits: {why}.")
         if not self.wanted or self._binding.model.training:
             return
         why = self.shortcoming()

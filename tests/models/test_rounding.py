@@ -17,11 +17,12 @@ from tiny_models import build, random_ids
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, UnsupportedModelError, check_exactness
 from hf_sparse_cache.models import rounding, states
-from hf_sparse_cache.models.deviation import INT8
+from hf_sparse_cache.models.deviation import INT8, MOST_HALF
 from hf_sparse_cache.models.rounding import NotRoundableError, rounding_of
 
 
 ROUNDED = ["bf16", "int8"]
+MOVED_BY_16_BITS = {"Qwen3-Next": "0.24", "KimiLinear": "0.67", "GLM5Next": "0.26", "Inkling2-Loop": "2.5"}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DOCUMENT = random_ids(150, seed=1)
 
@@ -328,6 +329,17 @@ def test_the_default_tolerance_goes_with_the_storage() -> None:
             report = check_exactness(model, prompts, cache=cache, max_new_tokens=1)
             assert (report.tolerance, report.storage) == (most, storage) and report.bitwise
             assert f"{report.max_abs_logit_diff:.1e}" in str(report)
+
+
+@pytest.mark.parametrize("family", [name for name in supported_families() if name in MOVED_BY_16_BITS])
+def test_families_whose_tokens_change_experts_refuse_16_bits(family: str) -> None:
+    model = build_shared(family)
+    with pytest.raises(UnsupportedModelError, match=rf"16 bits: .*by up to {MOVED_BY_16_BITS[family]} .*'exact'"):
+        handle(model, "bf16", prove=True)
+    with handle(model, "bf16") as cache:  # for who knows better
+        assert cache.size.state_bytes
+    own = INT8[model.config.get_text_config().model_type]
+    assert own.half > MOST_HALF and not replace(own, half=0.0).shortcoming(family, "bf16")
 
 
 @pytest.mark.parametrize("family", supported_families())
