@@ -191,11 +191,12 @@ class Sitting:
             yield request
 
     @contextmanager
-    def opened(self, promise: Promise | None = None) -> Iterator[Request]:
+    def opened(self, promise: Promise | None = None, afresh: bool = False) -> Iterator[Request]:
         """Its request, until the end of the block.
 
         Args:
             promise: what other threads know of it meanwhile.
+            afresh: whether there is no memory to resume, nor to bring anything up for it.
         """
         means, asked = self._means, self.asked
         policy = limited(means.policy, means.binding.config.max_checkpoints)
@@ -204,7 +205,7 @@ class Sitting:
             means.store,
             way.policy,
             asked.tokens,
-            replace(way.segmenting, tail=way.tail, junctions=tuple(asked.junctions)),
+            replace(way.segmenting, tail=way.tail, junctions=tuple(asked.junctions), afresh=afresh),
             space=self._space,
         ) as self.request:
             self.request.promise = promise
@@ -255,7 +256,8 @@ def _serve_alone(means: Means, live: LiveCache, asked: Asked) -> Served:
     sitting = Sitting(means, asked, identity(means.binding.model) if live.found is None else live.found)
 
     def attempt(spacious: bool) -> tuple[Any, Timing]:
-        with sitting.promised() if spacious and asked.way is None else sitting.opened() as request:
+        promised = spacious and asked.way is None
+        with sitting.promised() if promised else sitting.opened(afresh=not spacious) as request:
             if not spacious:
                 request.start_over()
             return sitting.run(live)

@@ -34,6 +34,7 @@ class Segmenting(ABC):
             is stored.
         junctions: positions of this prompt at which other prompts want to take over (see `planning.batch`).
         rounds: whether what is kept is rounded, and with it what is computed from there on.
+        afresh: whether this prompt resumes from nothing, so that what lies in the tiers below memory stays there.
     """
 
     mode: ClassVar[str]
@@ -42,6 +43,7 @@ class Segmenting(ABC):
     tail: int = field(default=1, kw_only=True)
     junctions: tuple[int, ...] = field(default=(), kw_only=True)
     rounds: bool = field(default=False, kw_only=True)
+    afresh: bool = field(default=False, kw_only=True)
 
     @property
     def cut_tokens(self) -> float:

@@ -223,7 +223,7 @@ class CheckpointStore(Shown):
         Returns:
             What was found, and what `put` needs of it; to be given back to `leave`.
         """
-        if len(self.tiers) > 1 or self.shared is not None:
+        if not segmenting.afresh and (len(self.tiers) > 1 or self.shared is not None):
             cuts = segmenting.cuts(ids, self.marks.lengths(ids, space))
             expected = segmenting.expected(cuts, len(ids))
             self.lift(ids, expected, space, segmenting.tail)

@@ -3,6 +3,7 @@
 None of this needs a GPU, and all of it would be slow or wrong on one if it failed here (see `standin`).
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -131,6 +132,43 @@ def costs(label: str) -> None:
 @pytest.mark.parametrize("label", ["Mamba", "Jamba", "Zamba2", "Qwen3.5", "LFM3"])
 def test_segments_wait_for_nothing_and_a_tensor_is_restored_by_one_launch(label: str) -> None:
     standin.in_a_process_of_its_own(costs, label)
+
+
+# -- a device that is full --------------------------------------------------------------------------------------------
+
+
+def full_as_long_as_anything_is_stored(restored: bool) -> None:
+    """Forwards, or restores, fail for as long as the device holds a unit: all go to host memory, and come back."""
+    bench = bench_on("Jamba", BITWISE)
+    given = asked(bench, 3)
+    with bench.handle(policy="none") as handle:
+        cold = run(bench, handle, given)[0]
+    with bench.handle(store=CheckpointStore("64MiB", host_memory="64MiB")) as handle:
+        run(bench, handle, asked(bench, 0), 1)
+        store, place, name = (
+            handle.store,
+            *((states, "restore") if restored else (type(bench.model), "forward")),
+        )
+        own = getattr(place, name)
+
+        @functools.wraps(own)
+        def full(*args: Any, **kwargs: Any) -> Any:
+            if store.used_bytes:
+                raise torch.OutOfMemoryError("no room")
+            return own(*args, **kwargs)
+
+        setattr(place, name, full)
+        served = run(bench, handle, given)[0]
+        setattr(place, name, own)
+        assert same(served, cold) and handle.last_request.resumed_tokens == 0
+        assert store.used_bytes == 0 < store.below.used_bytes and handle.stats().evictions == 0
+        again = run(bench, handle, given)[0]
+        assert same(again, cold) and handle.last_request.resumed_tokens
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["a forward", "a restore"])
+def test_without_room_states_leave_for_the_host_and_nothing_is_lost(restored: bool) -> None:
+    standin.in_a_process_of_its_own(full_as_long_as_anything_is_stored, restored)
 
 
 # -- the twins --------------------------------------------------------------------------------------------------------
