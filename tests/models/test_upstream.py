@@ -26,7 +26,7 @@ ROOM = PACKAGE / "models"
 # A private method of transformers' mixin for the Hub, overridden where there is no model: of no concern to any state.
 ELSEWHERE = {
     "_upload_modified_files": "hub.py",
-    "_StreamError": "generation.py",
+    "_StreamError": "inference.py",
     "_normalize_tools": "prompts.py",  # the server's own handlers, whose parents make the prompt of a response so
     "_normalize_input": "prompts.py",
 }
