@@ -99,7 +99,8 @@ class Forest:
         return path
 
     def describe(self, path: list[Node], shape: Shape | None) -> None:
-        """Notes the policies' description of the latest prompt on its path."""
+        """Notes the policies' description of the latest prompt on its path, as far as it is still remembered."""
+        path = [node for node in path if node.parent is not None]
         for node in path:
             node.latest = shape
             if node.described:
@@ -187,6 +188,7 @@ class Forest:
         node.parent = None
         node.tokens = node.tokens[:0].copy()  # whoever still looks at the node has no use for another's prompt
         if parent.parent is None and not parent.children:
+            self._count_description(parent, 0)
             if parent.tree.leaving:
                 self.leaving.discard(parent.tree)
             else:

@@ -152,10 +152,10 @@ def test_inspect_finds_everything_that_was_saved(run: Run, tmp_path: Path) -> No
     assert [item["segments"] for item in found["checkpoints"]][2:4] == [[32, 64, 96], [32, 64, 96, 128]]
     assert [item["depth"] for item in found["checkpoints"]] == [0, 1, 2, 3, 3]
     assert len(found["checkpoints"]) == saved == kept.checkpoints
-    # Files have headers, so they are a little larger than what was in memory.
+    # Files have headers, and are packed where that makes them smaller.
     for kind in ("state", "kv"):
         held = kept.checkpoint_bytes if kind == "state" else kept.kv_bytes
-        assert held < sum(item[f"{kind}_bytes"] for item in found["checkpoints"]) < 1.3 * held
+        assert 0.6 * held < sum(item[f"{kind}_bytes"] for item in found["checkpoints"]) < 1.3 * held
     code, out, _ = run("inspect", str(tmp_path / "saved"), "--tree", "--tokenizer", str(tmp_path / "tokenizer"))
     assert code == 0 and "|       128 " in out and "5 checkpoints" in out
     assert "In " not in out

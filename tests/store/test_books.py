@@ -485,3 +485,15 @@ def test_another_request_may_change_the_tree_meanwhile() -> None:
         store.verify()
     store.verify()
     assert run(store, list(range(30)), []).resumed_tokens == 28
+
+
+def test_a_prompt_that_is_forgotten_at_once_leaves_nothing_counted() -> None:
+    """Its description came when its nodes had gone, and stayed in the sum for good, until nothing was remembered."""
+    store = CheckpointStore(max_remembered=14)
+    for _ in range(3):
+        open_request(
+            store, make_policy("learned"), np.zeros(2, dtype=np.int32), Anywhere(CutRule(1), []), space="m\x1fa"
+        ).close()
+        store.verify()
+    store.clear()
+    assert store.tiers[0].tree_bytes == 0

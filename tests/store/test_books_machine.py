@@ -19,6 +19,7 @@ from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.store.store import CheckpointStore
+from hf_sparse_cache.store.tree import TOKEN_BYTES
 
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=2, max_size=14)
@@ -35,7 +36,8 @@ class BooksMachine(RuleBasedStateMachine):
         disk=st.booleans(),
         eviction=st.sampled_from(["learned", "lru", "fifo"]),
         kv=st.sampled_from([0, 1, 3]),
-        remembered=st.none() | st.integers(14, 60),
+        # From less than one path takes to some dozens of them.
+        remembered=st.none() | st.integers(14, 60) | st.integers(14 * TOKEN_BYTES, 40_000),
     )
     def start(self, budget, tenant, host, disk, eviction, kv, remembered) -> None:  # type: ignore[no-untyped-def]
         self.sync = mock.patch("hf_sparse_cache.store.files.os.fsync")
@@ -106,7 +108,7 @@ class BooksMachine(RuleBasedStateMachine):
 
     @rule(ids=PROMPTS, space=SPACES, cut=st.integers(1, 12))
     def mark(self, ids: list[int], space: str, cut: int) -> None:
-        if self.remembered is None or self.store.marks.tokens + len(ids) <= self.remembered:
+        if self.remembered is None or TOKEN_BYTES * (self.store.marks.tokens + len(ids)) <= self.remembered:
             self.store.mark(np.asarray(ids, dtype=np.int32)[: max(cut, 1)], space)
 
     @rule(space=st.none() | SPACES)
