@@ -61,12 +61,14 @@ class Resumable:
     Attributes:
         text: of its own tokens.
         data: the bytes of the state's file.
+        plain: what they say, proved, decrypted and unpacked.
     """
 
     files: UnitFiles
     text: Text
     filed: Filed
     data: bytes
+    plain: bytes
     reader: UnitReader
 
 
@@ -174,14 +176,15 @@ class SharedTier:
             if data is not None:
                 path, text = Path(filed.state), Text(self.seal, space, ids[: filed.position])
                 try:
-                    unit = self._proved(filed, text, space, expected, files.proved(path, data, self.seal, most))
-                    return Resumable(unit, text, filed, data, reader)
+                    plain = files.proved(path, data, self.seal, most)
+                    unit = self._proved(filed, text, space, expected, plain)
+                    return Resumable(unit, text, filed, data, plain, reader)
                 except DamagedFileError as error:
                     self.refuse(filed, filed.state, error, _digest(data))
         return None
 
     def read(self, found: Resumable, spans: Sequence[Span]) -> Unit | None:
-        """The rest of a unit: several threads read its keys and values ahead while what came first is proved."""
+        """The rest of a unit: several threads read its keys and values ahead, while its state is made of its bytes."""
         until = time.monotonic() + READ_SECONDS
         coming: dict[str, Future[bytes]] = {}
         seen = found.filed.state, found.data  # the latest file, which is the one to blame
@@ -196,7 +199,7 @@ class SharedTier:
         def fetch(file: StoredFile, most: int | None) -> bytes:
             nonlocal seen
             if file is found.files.state:
-                return files.proved(file.path, found.data, self.seal, most)
+                return found.plain
             try:
                 data = self.hands.wait(coming.pop(file.path.name), until)
             except FileNotFoundError:
