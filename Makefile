@@ -44,7 +44,8 @@ test-ray: .venv-ray/ready  ## Replicas on Ray Serve, on this machine: a killed o
 test-triton: .venv-triton/ready  ## The kernels of mamba_ssm and flash-linear-attention under Triton's interpreter, on Linux
 	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/models/test_triton.py $(PYTEST_ARGS)
 
-fuzz: .venv/dev  ## Random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
+fuzz: .venv/dev  ## Properties on newly drawn examples, then random requests and hostile files for FUZZ_SECONDS (240): FUZZ_ARGS="--seed 7" brings a fault back
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m hypothesis --hypothesis-profile drawn
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 interleavings: .venv/dev  ## Ten thousand random interleavings of threads that wait for each other's prompts: minutes

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 
 torch.set_num_threads(1)
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("here", deadline=None)
-hypothesis.settings.load_profile("here")
+# How long an example takes says how busy the machine is. `make test` tries the same examples every time, so that a
+# change is judged by what it does; `make fuzz` draws new ones, and what it finds becomes an example of its own.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("drawn", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("same")
 
 # Their fixtures are for several files.
 pytest_plugins = ["persisting", "disks", "commands", "sharing"]

@@ -151,12 +151,20 @@ def _cut(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
 def blocks_of(sizes: Sequence[int]) -> list[list[int]]:
     """Which tensors of these bytes share a block of pinned memory, so that little is lost.
 
-    torch rounds a block up to a power of two: 76 MiB in one block would pin 128, and in three 64 + 8 + 4.
+    torch rounds a block up to a power of two: 76 MiB in one block would pin 128, and in three 64 + 8 + 4. Never is
+    more pinned than if each tensor had a block of its own, or all had one.
     """
-    rest = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    by_size = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    ways = ([by_size], _doubled(sizes, by_size), _filled(sizes, by_size))
+    return min(ways, key=lambda blocks: (sum(_rounded(_total(sizes, block)) for block in blocks), len(blocks)))
+
+
+def _filled(sizes: Sequence[int], by_size: list[int]) -> list[list[int]]:
+    """Blocks that are filled one after the other, each of the largest size that loses little: for many alike."""
+    rest = by_size
     blocks = []
     while rest:
-        total = sum(sizes[index] for index in rest)
+        total = _total(sizes, rest)
         room = _rounded(total)
         if room - total > _LOST * total and total > _SMALL_BYTES:
             room //= 2
@@ -170,6 +178,21 @@ def blocks_of(sizes: Sequence[int]) -> list[list[int]]:
         blocks.append(block)
         rest = [index for index in rest if index not in set(block)]
     return blocks
+
+
+def _doubled(sizes: Sequence[int], by_size: list[int]) -> list[list[int]]:
+    """Blocks of which no two are rounded to the same size: such two fit into one of twice that size, at no cost."""
+    blocks: dict[int, list[int]] = {}
+    for index in by_size:
+        block = [index]
+        while other := blocks.pop(_rounded(_total(sizes, block)), None):
+            block = other + block
+        blocks[_rounded(_total(sizes, block))] = block
+    return list(blocks.values())
+
+
+def _total(sizes: Sequence[int], block: Iterable[int]) -> int:
+    return sum(sizes[index] for index in block)
 
 
 def _aligned(size: int) -> int:
