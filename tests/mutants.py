@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,8 +157,21 @@ def _idle(tree: ast.AST) -> Iterator[ast.AST]:
                 yield getattr(node, name)
         if isinstance(node, ast.Raise | ast.JoinedStr):
             yield node
+        if isinstance(node, ast.FunctionDef) and node.args.kwonlyargs and not node.args.vararg:
+            yield _star(node)
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             yield node
+
+
+def _star(function: ast.FunctionDef) -> Any:
+    """Where the star stands in a signature, which is taken for a product."""
+    args = function.args
+    before = [*args.posonlyargs, *args.args, *args.defaults]
+    start = max(((arg.end_lineno, arg.end_col_offset) for arg in before), default=(function.lineno, 0))
+    first = args.kwonlyargs[0]
+    return SimpleNamespace(
+        lineno=start[0], col_offset=start[1], end_lineno=first.lineno, end_col_offset=first.col_offset
+    )
 
 
 def _within(item: WorkItem, node: Any) -> bool:
