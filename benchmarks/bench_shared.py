@@ -10,7 +10,8 @@ looking     up a prompt of 100,000 tokens that parts from what is stored: places
             matching it in memory, in a tree of 10,000 prompts that part from it along its way, and in one of 10,000
             that part from it at its first token
 warm        wall time of the first request about a document that a process finds in the folder, against the larger of
-            reading (the bytes of its files, and proving them) and computing (the same request out of memory)
+            reading (the bytes of the files that it needs, and proving and unpacking them, one after the other) and
+            computing (the same request out of memory)
 
 Each pair runs both ways in alternating order. Printed are the median of the ratios and the interval that holds it with
 95 % confidence, from order statistics.
@@ -34,7 +35,7 @@ from benchmarks.bench_new_tokens import bounds
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.store import files
-from hf_sparse_cache.store.addresses import Text
+from hf_sparse_cache.store.addresses import Text, file_of
 from hf_sparse_cache.store.seal import Seal
 from hf_sparse_cache.store.shelf import Shelf
 from hf_sparse_cache.store.storage import Folder
@@ -139,6 +140,16 @@ def looking(folder, long, pairs):
     return found
 
 
+def needed(folder, position):
+    """The files that a prompt needs which resumes at a position: of the state, and of the keys and values below it."""
+    paths = {file_of(path.name): path for path in Path(folder).rglob("*.safetensors")}
+    for path in Path(folder).rglob("*-state-*.safetensors"):
+        record, _ = files.peek(path)
+        if record["position"] == position:
+            return [path, *(paths[name] for *_, name in record["kv"])]
+    raise FileNotFoundError(f"no state at {position}")
+
+
 def warm_start(model_name, tokens, pairs, folder):
     """Wall time of a warm start over the larger of reading and computing."""
     model, draw = build_model(model_name), np.random.RandomState(2)
@@ -158,20 +169,17 @@ def warm_start(model_name, tokens, pairs, folder):
         cache.mark(torch.from_numpy(document))
         served(cache, question(0))
         first.flush()
-        found, start, sizes = [], time.perf_counter, []
+        seconds = []
+        found, start, paths = [], time.perf_counter, needed(folder, tokens)
         for index in range(1, pairs + 1):
             ids, fresh = question(index), question(1_000 + index)  # the store may keep the end of one it was asked
             spent = {}
             for what in ("read", "computed", "warm")[:: 1 if index % 2 else -1]:
                 gc.collect()
                 if what == "read":
-                    began, size = start(), 0
-                    for path in Path(folder).rglob("*.safetensors"):
-                        if "about" not in path.parts:
-                            data = path.read_bytes()
-                            size += len(data)
-                            files.proved(path, data)
-                    sizes.append(size)
+                    began = start()
+                    for path in paths:
+                        files.proved(path, path.read_bytes())
                 elif what == "computed":
                     began = start()
                     assert served(cache, ids) == tokens
@@ -190,8 +198,10 @@ def warm_start(model_name, tokens, pairs, folder):
                     continue
                 spent[what] = start() - began
             found.append(spent["warm"] / max(spent["read"], spent["computed"]))
+            seconds.append(spent)
     first.close(flush=False)
-    return {"ratio": found, "bytes": max(sizes)}
+    medians = {what: statistics.median(spent[what] for spent in seconds) for what in seconds[0]}
+    return {"ratio": found, "seconds": medians, "bytes": sum(path.stat().st_size for path in paths)}
 
 
 def summary(values):
@@ -201,7 +211,8 @@ def summary(values):
 
 
 def shown(found):
-    return "{median:.3f} ({low:.3f} to {high:.3f})".format(**found)
+    parts = ", ".join(f"{what} {1000 * seconds:.1f} ms" for what, seconds in found.get("seconds", {}).items())
+    return "{median:.3f} ({low:.3f} to {high:.3f})".format(**found) + (f"; medians: {parts}" if parts else "")
 
 
 def measured(case, arguments, folder):
@@ -210,7 +221,7 @@ def measured(case, arguments, folder):
     if case == "warm":
         for name in arguments.model or ("mamba-21m", "zamba2-30m"):
             found = warm_start(name, arguments.tokens, arguments.pairs, Path(folder, name))
-            yield f"warm start, {name}", {**summary(found["ratio"]), "bytes": found["bytes"]}
+            yield f"warm start, {name}", {**summary(found.pop("ratio")), **found}
         return
     many = Path(folder, "many")
     if not many.exists():

@@ -39,7 +39,7 @@ class Unit:
 
 def taken_apart(data: bytes) -> Unit:
     with suppress(DamagedFileError):  # else it is no such file
-        data = unpacked(data)
+        data = bytes(unpacked(data))
     meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     return Unit(safetensors.torch.load(data), json.loads(meta["unit"]), json.loads(meta.get("payload", "null")))
 

@@ -31,7 +31,8 @@ class Blob:
         return safetensors.numpy.save(tensors, {"unit": record, "label": json.dumps(self.label)})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Blob:
+    def from_bytes(cls, data: bytes | memoryview) -> Blob:
+        data = bytes(data)
         size = int.from_bytes(data[:8], "little")
         label = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["label"])
         return cls(len(safetensors.numpy.load(data)["data"]), tuples(label))

@@ -155,5 +155,13 @@ def _check_tensor(place: str, value: Any, like: torch.Tensor, shape: list[int]) 
         raise DamagedFileError(
             f"{place} is {value.dtype} of shape {tuple(value.shape)}, and must be {like.dtype} of {tuple(shape)}"
         )
-    if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+    if value.dtype.is_floating_point and not _finite(value):
         raise DamagedFileError(f"{place} has values that are not finite")
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """Whether all numbers are: the least and the greatest are NaN where any is, and are found in one pass."""
+    if not value.numel():
+        return True
+    least, greatest = torch.aminmax(value)
+    return math.isfinite(least.item()) and math.isfinite(greatest.item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from ..checks import shown
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
-from ..store.headers import Header, is_count, parse_json
+from ..store.headers import Header, Plain, is_count, parse_json
 from ..store.tree import Payload
 from . import streams
 from .streams import Behind
@@ -24,6 +25,17 @@ from .streams import Behind
 
 Tensors = dict[str, Any]
 _INDEX = re.compile("0|[1-9][0-9]{0,5}")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -115,15 +127,17 @@ class LayerTensors:
         return data
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> LayerTensors:
+    def from_bytes(cls, data: Plain) -> LayerTensors:
         """Reads `to_bytes` back, into host memory; `moved_to("device")` brings it where it was captured.
 
+        Of what was unpacked into memory of its own, the tensors are views.
         What it holds is as its file says, which may be anything: see `Layout`.
 
         Raises:
             DamagedFileError: the bytes are not such a file.
         """
-        payload = parse_json(Header.parse(data, len(data)).metadata.get("payload", ""))
+        header = Header.parse(data, len(data))
+        payload = parse_json(header.metadata.get("payload", ""))
         if not isinstance(payload, dict):
             raise DamagedFileError("it does not say what its states are")
         count, devices, plain = payload.get("layers"), payload.get("devices"), payload.get("plain")
@@ -135,7 +149,7 @@ class LayerTensors:
         ):
             raise DamagedFileError("it does not say how many layers it has, or where they were")
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = _views(data, header) or safetensors.torch.load(bytes(data))
         # torch and safetensors say all of these of shapes and types that do not go together
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             raise DamagedFileError(f"it holds no states: {error}") from error
@@ -149,6 +163,22 @@ class LayerTensors:
                 raise DamagedFileError(f"it names {key[:40]!r} twice")
             layers[int(index)][name] = value
         return cls(layers, tuple(devices) if any(device != "cpu" for device in devices) else ())
+
+
+def _views(data: Plain, header: Header) -> dict[str, torch.Tensor]:
+    """The tensors of an unpacked file, where they lie; none of any where one is odd, which the library then judges."""
+    found: dict[str, torch.Tensor] = {}
+    for name, entry in header.entries.items() if isinstance(data, memoryview) else ():
+        if name == "tokens":  # which nobody asks of the payload
+            continue
+        dtype, shape, (begin, end) = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape"), entry["data_offsets"]
+        if dtype is None or not isinstance(shape, list) or not all(map(is_count, shape)):
+            return {}
+        count, place = math.prod(shape), header.start + begin
+        if not count or count * dtype.itemsize != end - begin or place % dtype.itemsize:
+            return {}
+        found[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=place).reshape(shape)
+    return found
 
 
 def layer_tensors(payload: Payload) -> LayerTensors:

@@ -22,6 +22,7 @@ from ..planning.lineage import Lineage, Span
 from . import files
 from .addresses import BLOCK, Text, namespace_folder
 from .hands import Trust
+from .headers import Plain
 from .ledger import Ledger
 from .seal import Seal
 from .shared import MOST_TRIES, Resumable, SharedTier
@@ -309,12 +310,12 @@ class SharedStore:
         return MOST_TRIES
 
     @property
-    def reader(self) -> Callable[[bytes], MovablePayload] | None:
+    def reader(self) -> Callable[[Plain], MovablePayload] | None:
         """Makes a payload of a file."""
         return self.tier.reader
 
     @reader.setter
-    def reader(self, reader: Callable[[bytes], MovablePayload]) -> None:
+    def reader(self, reader: Callable[[Plain], MovablePayload]) -> None:
         self.tier.reader = reader
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import DamagedFileError
 from . import files
 from .addresses import file_of, is_unit
+from .headers import Plain
 from .seal import Seal
 from .storage import Storage
 from .unit_files import StoredFile, UnitFiles, state_record
@@ -24,7 +25,7 @@ def units_of(storage: Storage, seal: Seal) -> tuple[list[UnitFiles], dict[str, E
     for name in (name for name in entries if "/at/" in name and is_unit(name)):
         entry = entries[name]
 
-        def part(start: int, end: int, name: str = name) -> bytes:
+        def part(start: int, end: int, name: str = name) -> Plain:
             return storage.read(name, start, end)
 
         try:

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from ..errors import DamagedFileError as DamagedFileError
 from ..planning.cuts import Tokens
-from .headers import MAX_POSITION, Header, RefusedFileError, header_bytes, tokens_from
+from .headers import MAX_POSITION, Header, Plain, RefusedFileError, header_bytes, tokens_from
 from .planes import unpacked
 from .seal import Seal
 
@@ -245,7 +245,7 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read(path: Path, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
+def read(path: Path, seal: Seal = CHECKSUMS, most: int | None = None) -> Plain:
     """Reads a whole file, proves it by the checksum in its name, decrypts it where it is encrypted, and unpacks it.
 
     Args:
@@ -263,7 +263,7 @@ def read(path: Path, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
     return proved(path, data, seal, most)
 
 
-def proved(path: Path, data: bytes, seal: Seal = CHECKSUMS, most: int | None = None) -> bytes:
+def proved(path: Path, data: Plain, seal: Seal = CHECKSUMS, most: int | None = None) -> Plain:
     """What a file says, whose bytes were read from wherever it lies.
 
     Args:
@@ -272,14 +272,35 @@ def proved(path: Path, data: bytes, seal: Seal = CHECKSUMS, most: int | None = N
     Raises:
         DamagedFileError: its bytes are not those that were written, it would take more, or this key does not open it.
     """
+    prove(path, data, seal)
+    return unsealed(data, seal, most)
+
+
+def prove(path: Path, data: Plain, seal: Seal = CHECKSUMS) -> None:
+    """Holds the bytes of a file against the checksum in its name.
+
+    Raises:
+        DamagedFileError: they are not those that were written, or are not to be read with this key.
+    """
     if reason := _refusal(data, seal):
         raise RefusedFileError(f"{path} is refused: {reason}")
     if not seal.fits(data, path.name.removesuffix(SUFFIX).rpartition("-")[2]):
         raise DamagedFileError(f"{path} does not match its checksum")
+
+
+def unsealed(data: Plain, seal: Seal = CHECKSUMS, most: int | None = None) -> Plain:
+    """What a file says: decrypted where it is encrypted, and unpacked. Nothing of it is proved here.
+
+    Args:
+        most: bytes that it may unpack to.
+
+    Raises:
+        DamagedFileError: it would take more, or cannot be read.
+    """
     return unpacked(seal.opened(data), most)
 
 
-def _refusal(data: bytes, seal: Seal) -> str | None:
+def _refusal(data: Plain, seal: Seal) -> str | None:
     try:
         return seal.refusal(Header.parse(data, len(data)).record())
     except DamagedFileError:
@@ -333,7 +354,7 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
-def record_of(data: bytes) -> tuple[dict[str, Any], Tokens]:
+def record_of(data: Plain) -> tuple[dict[str, Any], Tokens]:
     """The record and the tokens in the bytes of a unit's file (see `peek`)."""
     header = Header.parse(data, len(data))
     begin, end = header.place("tokens", "I32", 4)
@@ -363,13 +384,13 @@ def peek(path: Path, seal: Seal = CHECKSUMS, *, any_key: bool = False) -> tuple[
 
 
 def peek_parts(
-    part: Callable[[int, int], bytes], size: int, seal: Seal = CHECKSUMS, *, any_key: bool = False
+    part: Callable[[int, int], Plain], size: int, seal: Seal = CHECKSUMS, *, any_key: bool = False
 ) -> tuple[dict[str, Any], Tokens]:
     """`peek` for a file of which `part(start, end)` gives any bytes, wherever it lies."""
     head = part(0, min(size, _MARKED_BYTES))
     length = header_bytes(head[:8], size)
     if len(head) < 8 + length:
-        head += part(len(head), 8 + length)
+        head = bytes(head) + bytes(part(len(head), 8 + length))
     header = Header.parse(head, size)
     record = header.record()
     hidden = record.get("encrypted") is True

@@ -20,13 +20,14 @@ from ..planning.lineage import Lineage, Span
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors itself has it
 MAX_POSITION = 2**26
+Plain = bytes | memoryview  # a file as it was written, or as it was unpacked into memory that nobody else has
 
 
 class RefusedFileError(DamagedFileError):
     """A file may be whole, and is not to be read with this key, or by this version."""
 
 
-def parse_json(data: bytes | str, *, constants: bool = False) -> Any:
+def parse_json(data: Plain | str, *, constants: bool = False) -> Any:
     """Reads strict JSON (see `jsontext`), of text that UTF-8 can hold.
 
     Args:
@@ -36,8 +37,9 @@ def parse_json(data: bytes | str, *, constants: bool = False) -> Any:
         DamagedFileError: it is anything else.
     """
     try:
-        value = jsontext.parse(data, "it", constants=constants)
-        if b"\\u" in (data.encode() if isinstance(data, str) else data):
+        text = data if isinstance(data, str) else bytes(data)
+        value = jsontext.parse(text, "it", constants=constants)
+        if b"\\u" in (text.encode() if isinstance(text, str) else text):
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair has no UTF-8
     except ValueError as error:
         raise DamagedFileError(str(error).removesuffix("; mend it")) from error
@@ -64,7 +66,7 @@ class Header:
     start: int
 
     @classmethod
-    def parse(cls, head: bytes, size: int, whole: bool = True) -> Header:
+    def parse(cls, head: Plain, size: int, whole: bool = True) -> Header:
         """Reads the header at the beginning of a file of `size` bytes.
 
         Args:
@@ -112,7 +114,7 @@ class Header:
         return record
 
 
-def header_bytes(head: bytes, size: int) -> int:
+def header_bytes(head: Plain, size: int) -> int:
     """The length of a header from the first 8 bytes of a file.
 
     Raises:
@@ -136,7 +138,7 @@ def _end_of(name: str, entry: Any) -> int:
     return int(offsets[1])
 
 
-def tokens_from(data: bytes) -> Tokens:
+def tokens_from(data: Plain) -> Tokens:
     """Token ids from the bytes of a tensor `tokens`, int32."""
     return np.frombuffer(data, dtype="<i4").astype(np.int32)
 

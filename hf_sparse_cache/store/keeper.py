@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from ..errors import DamagedFileError
 from . import files
 from .addresses import BLOCK, Text, file_of, is_note, is_unit, traces
-from .headers import RefusedFileError, parse_json
+from .headers import Plain, RefusedFileError, parse_json
 from .seal import Seal
 from .storage import ListedFile, Storage
 from .unit_files import state_record
@@ -257,7 +257,7 @@ class Keeper:
         state = file_of(entry.name)
         if state not in self._needs:
 
-            def part(start: int, end: int) -> bytes:
+            def part(start: int, end: int) -> Plain:
                 return self._storage.read(entry.name, start, end)
 
             try:

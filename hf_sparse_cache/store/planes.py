@@ -20,7 +20,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from ..errors import DamagedFileError
-from .headers import Header, canonical, is_count, parse_json, tokens_from
+from .headers import Header, Plain, canonical, is_count, parse_json, tokens_from
 
 
 LEVEL = 1
@@ -124,8 +124,8 @@ def _squeezed(plane: _Bytes, compressor: zstandard.ZstdCompressor) -> _Bytes | N
     return np.frombuffer(small, np.uint8) if len(small) <= _WORTH * len(plane) else None
 
 
-def unpacked(data: bytes, most: int | None = None) -> bytes:
-    """The plain file in the bytes of a packed one; a plain one itself.
+def unpacked(data: Plain, most: int | None = None) -> Plain:
+    """The plain file in the bytes of a packed one, in memory of its own that nobody else has; a plain one itself.
 
     Args:
         most: bytes of what it is for.
@@ -151,10 +151,10 @@ def unpacked(data: bytes, most: int | None = None) -> bytes:
     found[: len(text)] = np.frombuffer(text, np.uint8)
     _fill(found[len(text) : len(text) + total], layout["pieces"], _part(data, header, "planes", "U8", 1))
     found[len(text) + total :] = np.frombuffer(tokens, np.uint8)
-    return found.tobytes()
+    return found.data
 
 
-def _part(data: bytes, header: Header, name: str, dtype: str, item_bytes: int) -> memoryview:
+def _part(data: Plain, header: Header, name: str, dtype: str, item_bytes: int) -> memoryview:
     begin, end = header.place(name, dtype, item_bytes)
     return memoryview(data)[begin:end]
 

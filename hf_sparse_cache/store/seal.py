@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
-from .headers import Header, RefusedFileError, parse_json, tokens_from
+from .headers import Header, Plain, RefusedFileError, parse_json, tokens_from
 
 
 VARIABLE = "HF_SPARSE_CACHE_KEY"
@@ -78,11 +78,11 @@ class Seal:
         """What tells the key from others, and nobody the key; empty where there is none."""
         return "" if self._secret is None else _derived(self._secret, b"name").hex()[:16]
 
-    def checksum(self, data: bytes) -> str:
+    def checksum(self, data: Plain) -> str:
         """32 hexadecimal digits of BLAKE2b, keyed where there is a key."""
         return hashlib.blake2b(data, digest_size=16, key=self._signing or b"").hexdigest()
 
-    def fits(self, data: bytes, digits: str) -> bool:
+    def fits(self, data: Plain, digits: str) -> bool:
         """Whether these are the checksum of `data`."""
         return hmac.compare_digest(self.checksum(data).encode(), digits.encode("utf-8", "replace"))
 
@@ -111,7 +111,7 @@ class Seal:
         hidden: bytes = safetensors.numpy.save(tensors, {"unit": json.dumps(marks)})
         return hidden
 
-    def opened(self, data: bytes) -> bytes:
+    def opened(self, data: Plain) -> Plain:
         """The plain file in the bytes of a proved one.
 
         Raises:
@@ -123,7 +123,7 @@ class Seal:
         begin, end = header.place("body", "U8", 1)
         return self._shown(data[begin:end], b"body")
 
-    def head(self, hidden: bytes) -> tuple[dict[str, Any], Tokens]:
+    def head(self, hidden: Plain) -> tuple[dict[str, Any], Tokens]:
         """The record and the tokens in the head of an encrypted file.
 
         Raises:
@@ -144,7 +144,7 @@ class Seal:
             nonce = hashlib.blake2b(data, digest_size=_NONCE_BYTES, key=key, person=part).digest()
         return np.frombuffer(nonce + self._cipher.encrypt(nonce, data, part), dtype=np.uint8)  # type: ignore[union-attr]
 
-    def _shown(self, hidden: bytes, part: bytes) -> bytes:
+    def _shown(self, hidden: Plain, part: bytes) -> bytes:
         if self._secret is None:
             raise RefusedFileError(f"it is encrypted; give key=, or set {VARIABLE}")
         cipher = self._cipher or _cipher(_derived(self._secret, b"encrypt"))

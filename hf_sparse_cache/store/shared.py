@@ -16,7 +16,6 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,9 @@ from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
 from ..planning.lineage import Lineage, Span
 from . import files
 from .addresses import BLOCK, Filed, Text, namespace_folder
+from .ahead import Ahead, StorageFailedError
 from .hands import BusyError, Hands, Trust
-from .headers import RefusedFileError
+from .headers import Plain, RefusedFileError
 from .keeper import Keeper
 from .seal import Seal
 from .shelf import Shelf
@@ -50,10 +50,6 @@ _MOST_ABOUT_BYTES = 2**20
 _MOST_FAILURES = 16  # kinds that are told apart
 
 
-class StorageFailedError(RuntimeError):
-    """The storage did not give what it has, or not in time; says nothing about the file."""
-
-
 @dataclass(frozen=True)
 class Resumable:
     """A unit whose state was read and proved; its keys and values are still to be read.
@@ -67,8 +63,8 @@ class Resumable:
     files: UnitFiles
     text: Text
     filed: Filed
-    data: bytes
-    plain: bytes
+    data: Plain
+    plain: Plain
     reader: UnitReader
 
 
@@ -89,7 +85,7 @@ class SharedTier:
 
     def __init__(self, storage: Storage, budget: int | None, seal: Seal) -> None:
         self.storage, self.budget, self.seal = storage, budget, seal
-        self.reader: Callable[[bytes], MovablePayload] | None = None
+        self.reader: Callable[[Plain], MovablePayload] | None = None
         self._expected: weakref.WeakValueDictionary[str, Expected] = weakref.WeakValueDictionary()
         self._start()
 
@@ -184,50 +180,51 @@ class SharedTier:
         return None
 
     def read(self, found: Resumable, spans: Sequence[Span]) -> Unit | None:
-        """The rest of a unit: several threads read its keys and values ahead, while its state is made of its bytes."""
+        """The rest of a unit: threads read and prove its keys and values, while what has come is made into tensors.
+
+        Nothing of it leaves here before all of it is proved.
+        """
         until = time.monotonic() + READ_SECONDS
-        coming: dict[str, Future[bytes]] = {}
-        seen = found.filed.state, found.data  # the latest file, which is the one to blame
+        ahead = Ahead(self.hands, self.seal)
         try:
             for span in spans:
-                name = found.files.kv[span].path.name
-                coming[name] = self.hands.begin(partial(self._bytes, found.text.kv(name), found.reader.most(0, span)))
+                name, most = found.files.kv[span].path.name, found.reader.most(0, span)
+                ahead.begin(name, partial(self._bytes, found.text.kv(name), most))
+
+            def fetch(file: StoredFile, most: int | None) -> Plain:
+                return found.plain if file is found.files.state else ahead.plain(file.path.name, most, until)
+
+            unit = self._whole(found, spans, replace(found.reader, fetch=fetch), ahead, until)
         except BusyError as error:
             self._failed(f"reading: {error}")
             return None
-
-        def fetch(file: StoredFile, most: int | None) -> bytes:
-            nonlocal seen
-            if file is found.files.state:
-                return found.plain
-            try:
-                data = self.hands.wait(coming.pop(file.path.name), until)
-            except FileNotFoundError:
-                raise DamagedFileError("it is gone") from None
-            except DamagedFileError:
-                raise
-            except Exception as error:
-                raise StorageFailedError(_said(error, "reading keys and values")) from error
-            seen = file.path.name, data
-            return files.proved(file.path, data, self.seal, most)
-
-        try:
-            unit = replace(found.reader, fetch=fetch).read(found.files, spans)
         except StorageFailedError as error:
-            self._failed(str(error))
+            self._failed(_said(error.__cause__ or error, "reading keys and values"))
             return None
         except DamagedFileError as error:
             culprit = found.filed.state if error.path is None else error.path.name
-            self.refuse(found.filed, culprit, error, _digest(seen[1]) if seen[0] == culprit else "")
+            seen = found.data if culprit == found.filed.state else ahead.seen(culprit)
+            self.refuse(found.filed, culprit, error, "" if seen is None else _digest(seen))
             others = [found.text.kv(file.path.name) for file in found.files.kv.values() if file.path.name != culprit]
             self.chores(partial(self._check, others))
             return None
         finally:
-            for future in coming.values():
-                future.cancel()
+            ahead.give_up()
         self.trust.kept()
         self.count("resumed from")
         self.keeper.uses(found.filed.state, time.monotonic())
+        return unit
+
+    def _whole(self, found: Resumable, spans: Sequence[Span], reader: UnitReader, ahead: Ahead, until: float) -> Unit:
+        """A unit, once all of its files are proved. What is wrong with one that is not is that it is not proved."""
+        try:
+            unit = reader.read(found.files, spans)
+        except DamagedFileError as error:
+            if error.path is not None:
+                ahead.prove(error.path.name, until)
+            raise
+        for span in spans:
+            ahead.prove(found.files.kv[span].path.name, until)
         return unit
 
     def others(self, space: str) -> list[str]:
@@ -312,7 +309,7 @@ class SharedTier:
             except (FileNotFoundError, DamagedFileError):
                 continue
             self.storage.put(f"quarantine/{own}.reason", json.dumps({"file": name, "reason": reason}).encode())
-            self.storage.put(f"quarantine/{own}", data)
+            self.storage.put(f"quarantine/{own}", bytes(data))
             self.storage.remove(name)
 
     def _check(self, names: list[str]) -> None:
@@ -376,14 +373,14 @@ class SharedTier:
         self.count(f"failed: {_kind(reason)}")
         self.warn("failed", f"The shared store {self.storage.where} failed: {printable(reason)}")
 
-    def _bytes(self, name: str, most: int | None) -> bytes:
+    def _bytes(self, name: str, most: int | None) -> Plain:
         """A whole file of at most so many bytes."""
         data = self.storage.read(name) if most is None else self.storage.read(name, 0, most + 1)
         if most is not None and len(data) > most:
             raise DamagedFileError(f"it has more than the {most} bytes that what it is for has at most")
         return data
 
-    def _proved(self, filed: Filed, text: Text, space: str, expected: Lineage | None, plain: bytes) -> UnitFiles:
+    def _proved(self, filed: Filed, text: Text, space: str, expected: Lineage | None, plain: Plain) -> UnitFiles:
         """What a state's file says of its unit, held against where it was filed and what was asked."""
         record = state_record(*files.record_of(plain))
         lineage = record.lineage
@@ -415,7 +412,7 @@ def _remember(kept: OrderedDict[str, _T], name: str, value: _T) -> None:
         kept.popitem(last=False)
 
 
-def _digest(data: bytes) -> str:
+def _digest(data: Plain) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

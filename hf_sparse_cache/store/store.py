@@ -30,6 +30,7 @@ from .chains import Footing
 from .eviction import Eviction
 from .evictions import make_eviction
 from .forest import Trail
+from .headers import Plain
 from .host import HostTier
 from .ledger import Ledger
 from .marks import Marks
@@ -372,7 +373,7 @@ class CheckpointStore(Shown):
             self.shared.close()
             self.shared = None
 
-    def read_with(self, reader: Callable[[bytes], MovablePayload]) -> None:
+    def read_with(self, reader: Callable[[Plain], MovablePayload]) -> None:
         """Says how a payload is made of a file."""
         for tier in self.tiers:
             tier.reader = reader

@@ -16,6 +16,7 @@ from .audit import WrongBooksError, audit
 from .chains import Footing
 from .eviction import Eviction
 from .forest import Forest
+from .headers import Plain
 from .ledger import Ledger
 from .tree import Checkpoint, Departure, Match
 from .unit import Expected, MovablePayload, Unit
@@ -121,7 +122,7 @@ class Tier(Shown):
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
-        self.reader: Callable[[bytes], MovablePayload] | None = None
+        self.reader: Callable[[Plain], MovablePayload] | None = None
         self._warned: set[str] = set()
 
     def put(

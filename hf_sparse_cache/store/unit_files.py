@@ -20,7 +20,7 @@ from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..planning.lineage import Lineage, Span
 from . import files, planes
-from .headers import RefusedFileError, StateRecord, canonical, is_count
+from .headers import Plain, RefusedFileError, StateRecord, canonical, is_count
 from .seal import Seal
 from .tree import Payload
 from .unit import Expected, MovablePayload, Unit, movable
@@ -166,10 +166,10 @@ class UnitReader:
         fetch: the proved bytes of a file that has at most so many.
     """
 
-    make: Callable[[bytes], MovablePayload]
+    make: Callable[[Plain], MovablePayload]
     seal: Seal
     expected: Expected | None = None
-    fetch: Callable[[StoredFile, int | None], bytes] | None = None
+    fetch: Callable[[StoredFile, int | None], Plain] | None = None
 
     def read(self, unit: UnitFiles, spans: Sequence[Span]) -> Unit:
         """Reads and proves a unit's state and the keys and values of some of its spans.
@@ -185,7 +185,7 @@ class UnitReader:
         }
         return unit.unit(state, kv)
 
-    def _payload(self, file: StoredFile, make: Callable[[bytes], MovablePayload], most: int | None) -> MovablePayload:
+    def _payload(self, file: StoredFile, make: Callable[[Plain], MovablePayload], most: int | None) -> MovablePayload:
         try:
             read = files.read(file.path, self.seal, most) if self.fetch is None else self.fetch(file, most)
             return make(read).moved_to("device")
@@ -202,7 +202,7 @@ class UnitReader:
         tensors = expected.state_bytes(position, final) if span is None else expected.kv_bytes(span.start, span.end)
         return tensors + _FRAME_BYTES + 256 * position
 
-    def _state(self, unit: UnitFiles, data: bytes) -> MovablePayload:
+    def _state(self, unit: UnitFiles, data: Plain) -> MovablePayload:
         record = state_record(*files.record_of(data))
         named = tuple((span, file.path.name) for span, file in unit.kv.items())
         told = record.space, record.kv, record.final, record.lineage or unit.lineage
@@ -215,7 +215,7 @@ class UnitReader:
             self.expected.check_state(payload, len(unit.tokens), unit.final)
         return payload
 
-    def _kv(self, space: str, span: Span, data: bytes) -> MovablePayload:
+    def _kv(self, space: str, span: Span, data: Plain) -> MovablePayload:
         record, _ = files.record_of(data)
         if record["format"] not in READ_FORMATS or record.get("span") != list(span):
             raise DamagedFileError(f"it holds other keys and values than those of tokens {span.start} to {span.end}")

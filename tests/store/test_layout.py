@@ -10,6 +10,7 @@ import tiny_models
 import torch
 
 from hf_sparse_cache.errors import DamagedFileError
+from hf_sparse_cache.models import layout as layouts
 from hf_sparse_cache.models import states
 from hf_sparse_cache.models.families import cache_name_of
 from hf_sparse_cache.models.layout import Layout
@@ -98,3 +99,17 @@ def test_what_cannot_be_the_models_state_is_named(family: str, said: str) -> Non
             check(LayerTensors((*captured.layers, {})))
         with pytest.raises(DamagedFileError, match="where the model's are"):
             check(LayerTensors(captured.layers, ("cuda:3",) * len(captured.layers)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_what_is_not_finite_is_found_wherever_it_stands(dtype: torch.dtype) -> None:
+    """As `isfinite` finds it, number by number: in what is computed many at a time, and in what is left."""
+    for count in (1, 3, 67, 300, 2**15 + 33):
+        value = torch.linspace(-3, 3, count).to(dtype)
+        assert layouts._finite(value) and not layouts._finite(value / 0)
+        for place in {0, count // 2, count - 1, *range(0, count, 1 + count // 40)}:
+            for odd in (float("nan"), float("inf"), float("-inf")):
+                spoiled = value.clone()
+                spoiled[place] = odd
+                assert not layouts._finite(spoiled) and not spoiled.isfinite().all()
+    assert layouts._finite(torch.empty(0, 3, dtype=dtype)) and layouts._finite(torch.zeros(4, 6, dtype=dtype)[:, ::2])

@@ -72,6 +72,22 @@ def test_what_comes_out_is_what_went_in(drawn: list[Any], count: int, numbers: i
         assert own[0] == {"format": 3} and np.array_equal(own[1], np.arange(count))
 
 
+def test_what_was_unpacked_is_not_copied_again() -> None:
+    """Its tensors are views of one memory; a file with something odd is read by the library, which copies."""
+    data = plain({"keys": noise((1, 4, 500, 64)), "values": noise((1, 4, 500, 64), torch.bfloat16)})
+    back = planes.unpacked(planes.packed(data))
+    assert isinstance(back, memoryview)
+    begin = np.frombuffer(back, np.uint8).ctypes.data
+    lies = [value.data_ptr() - begin for value in LayerTensors.from_bytes(back).tensors()]
+    assert all(0 < place < len(back) for place in lies)
+    for odd in ({"none": noise((0, 4))}, {"small": noise((4,)).to(torch.float8_e4m3fn)}):
+        back = planes.unpacked(planes.packed(plain({"keys": noise((1, 4, 500, 64)), **odd})))
+        begin = np.frombuffer(back, np.uint8).ctypes.data
+        found = LayerTensors.from_bytes(back)
+        assert torch.equal(found.layers[0]["keys"], noise((1, 4, 500, 64)))
+        assert not any(0 <= value.data_ptr() - begin < len(back) for value in found.tensors())
+
+
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.72), (torch.float32, 0.88)])
 def test_floats_shrink_by_their_exponents(dtype: torch.dtype, most: float) -> None:
     data = plain({"keys": noise((1, 4, 500, 64), dtype)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from reference_store import Blob
 from sharing import begin, drained, failing, files_in, hanging, prompt, serve, slow, written
 
 from hf_sparse_cache.planning.lineage import Lineage
-from hf_sparse_cache.store import addresses, keeper, shared
+from hf_sparse_cache.store import addresses, ahead, files, keeper, shared
 from hf_sparse_cache.store.addresses import Text, traces
 from hf_sparse_cache.store.seal import Seal
 from hf_sparse_cache.store.shelf import MOST_LOOKS, Shelf
@@ -264,6 +265,86 @@ def test_what_is_damaged_is_put_aside_and_never_served(
     serve(third, prompt(1, 1300), (512, 1024))
     written(third)
     assert serve(joined(), prompt(1, 1300)) == 1024
+
+
+# -- what is read ahead -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_leaves_before_it_is_proved(joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are unpacked while they are proved; what is made of them waits for the last proof."""
+    serve(store := joined(), prompt(1, 1300), (512, 1024))
+    written(store)
+    proof, release = threading.Event(), threading.Event()
+    prove = files.prove
+
+    def late(path: Path, data: Any, seal: Seal) -> None:
+        if path.name.startswith("kv-"):
+            proof.set()
+            assert release.wait(60)
+        prove(path, data, seal)
+
+    monkeypatch.setattr(ahead.files, "prove", late)
+    resumed: list[int] = []
+    other = joined()
+    thread = threading.Thread(target=lambda: resumed.append(serve(other, prompt(1, 1300))))
+    thread.start()
+    assert proof.wait(60)
+    thread.join(0.2)
+    assert thread.is_alive() and not resumed and len(other) == 0
+    release.set()
+    thread.join(60)
+    assert resumed == [1024]
+
+
+@pytest.mark.parametrize("options", [{}, {"key": KEY}, {"key": KEY, "encrypt": True}], ids=["plain", "key", "hidden"])
+def test_with_a_key_nothing_is_looked_at_before_it_is_proved(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    serve(store := joined(**options), prompt(1, 1300), (512, 1024))
+    written(store)
+    proved: list[bytes] = []
+    early: list[bytes] = []
+    prove, unsealed = files.prove, files.unsealed
+
+    def slowly(path: Path, data: Any, seal: Seal) -> None:
+        time.sleep(0.3 if path.name.startswith("kv-") else 0.0)
+        prove(path, data, seal)
+        proved.append(bytes(data))
+
+    def looked(data: Any, seal: Seal, most: int | None) -> Any:
+        early.extend([] if bytes(data) in proved else [bytes(data)])
+        return unsealed(data, seal, most)
+
+    monkeypatch.setattr(ahead.files, "prove", slowly)
+    monkeypatch.setattr(ahead.files, "unsealed", looked)
+    assert serve(joined(**options), prompt(1, 1300)) == 1024
+    assert bool(early) is not bool(options), "without a key, the time of proving is used"
+
+
+def test_the_reason_is_that_it_is_not_proved_whatever_else_is_wrong(
+    joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(store := joined(), prompt(1, 1300), (512, 1024))
+    written(store)
+    for path in files_in(tmp_path / "shared", "kv-"):
+        flip_header(path)
+    other = joined()
+    assert serve(other, prompt(1, 1300)) == 0
+    counts = written(other)
+    assert any("does not match its checksum" in what for what in counts if "put aside" in what), counts
+
+
+def test_the_twin_whose_proof_is_skipped_is_served_what_is_damaged(
+    joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(store := joined(), prompt(1, 1300), (512, 1024))
+    written(store)
+    for path in files_in(tmp_path / "shared", "kv-"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")  # in the last number of a payload
+    monkeypatch.setattr(ahead.files, "prove", lambda path, data, seal: None)
+    assert serve(joined(), prompt(1, 1300)) == 1024
+    monkeypatch.undo()
+    assert serve(joined(), prompt(1, 1300)) == 0
 
 
 @pytest.mark.parametrize("kind", ["-state-", "kv-"])
