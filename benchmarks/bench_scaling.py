@@ -4,10 +4,11 @@
     python -m benchmarks.bench_scaling simulated [--prompts 1000000] [--replicas 64]
 
 `simulated` serves agents on paper: sessions behind the system prompts of some applications, turn after turn. One token
-of the simulation stands for 512: a prompt takes about a millisecond for each way of routing, a million of them the
-better part of an hour for each; sizes and speeds are
-those of 512 tokens. `routing` asks the router alone, with the digests of 100 replicas that hold 10,000 prefixes each,
-beside a tokenizer that reads the same prompt. CPU time of one thread; results go to benchmarks/results/scaling.
+of the simulation stands for 512: a prompt takes about a millisecond for each way of routing, a million of them some 20
+minutes; sizes and speeds are those of 512 tokens. Each row is written when it ends, and rows that are there already,
+with the same settings, are not computed again. `routing` asks the router alone, with the digests of 100 replicas that
+hold 10,000 prefixes each, beside a tokenizer that reads the same prompt. CPU time of one thread; results go to
+benchmarks/results/scaling.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -71,44 +72,65 @@ def agents(prompts: int, requests_per_second: float, seed: int = 0) -> tuple[Tra
     return Trace([views[index] for index in order]), [owners[index] for index in order]
 
 
-def simulated(prompts: int, replicas: int, requests_per_second: float) -> list[dict[str, Any]]:
-    """Each router, with and without the shared tier, on the same arrivals."""
-    trace, owners = agents(prompts, requests_per_second)
-    rows = []
-    for shared in (False, True):
-        for router, sessions in (("prefix", True), ("prefix", False), ("session", True), ("round_robin", False)):
-            fleet = replace(
-                FLEET, shared=shared, sessions=owners if sessions else None, requests_per_second=requests_per_second
-            )
-            started = time.process_time()
-            result = simulate(
-                trace,
-                policy="junction",
-                max_memory=MEMORY,
-                state_bytes=STATE_BYTES,
-                kv_bytes_per_token=KV_BYTES_PER_TOKEN * UNIT,
-                grid=2,  # checkpoints at multiples of 256 tokens
-                exactness="replayable",
-                warmup=0.1,
-                replicas=replicas,
-                router=router,
-                fleet=fleet,
-                progress=False,
-            )
-            assert result.served is not None
-            row = {
-                "router": "prefix, sessions" if sessions and router == "prefix" else router,
-                "shared": shared,
-                "resume_rate": round(result.resume_rate, 4),
-                "capture_rate": round(result.capture_rate, 4),
-                "prompt_tokens": result.prompt_tokens * UNIT,
-                "evictions": result.evictions,
-                **asdict(result.served),
-                "cpu_seconds": round(time.process_time() - started, 1),
-            }
-            rows.append(row)
-            print(line(row), flush=True)
-    return rows
+WAYS = (
+    ("prefix, sessions", False), ("prefix", False), ("prefix, sessions", True), ("prefix", True),
+    ("session", False), ("session", True), ("round_robin", False), ("round_robin", True),
+)  # fmt: skip
+
+
+def simulated(
+    asked: argparse.Namespace, rows: list[dict[str, Any]], tell: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """Each router, with and without the shared tier, on the same arrivals.
+
+    Args:
+        asked: how many prompts, replicas and requests a second.
+        rows: those that are there already; the others are added.
+        tell: is given all after each.
+    """
+    trace, owners = agents(asked.prompts, asked.requests_per_second)
+    known = {(row["router"], row["shared"]) for row in rows}
+    for router, shared in WAYS:
+        if (router, shared) not in known:
+            rows.append(simulated_row(router, shared, trace, owners, asked))
+            tell(rows)
+            print(line(rows[-1]), flush=True)
+
+
+def simulated_row(
+    router: str, shared: bool, trace: Trace, owners: Sequence[int], asked: argparse.Namespace
+) -> dict[str, Any]:
+    """One way of routing."""
+    name, named = router.partition(", ")[0], router in ("prefix, sessions", "session")
+    fleet = replace(
+        FLEET, shared=shared, sessions=owners if named else None, requests_per_second=asked.requests_per_second
+    )
+    started = time.process_time()
+    result = simulate(
+        trace,
+        policy="junction",
+        max_memory=MEMORY,
+        state_bytes=STATE_BYTES,
+        kv_bytes_per_token=KV_BYTES_PER_TOKEN * UNIT,
+        grid=2,  # checkpoints at multiples of 256 tokens
+        exactness="replayable",
+        warmup=0.1,
+        replicas=asked.replicas,
+        router=name,
+        fleet=fleet,
+        progress=False,
+    )
+    assert result.served is not None
+    return {
+        "router": router,
+        "shared": shared,
+        "resume_rate": round(result.resume_rate, 4),
+        "capture_rate": round(result.capture_rate, 4),
+        "prompt_tokens": result.prompt_tokens * UNIT,
+        "evictions": result.evictions,
+        **asdict(result.served),
+        "cpu_seconds": round(time.process_time() - started, 1),
+    }
 
 
 def line(row: dict[str, Any]) -> str:
@@ -190,12 +212,20 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--requests-per-second", type=float, default=30.0)
     asked = parser.parse_args()
-    rows = (
-        routing() if asked.what == "routing" else simulated(asked.prompts, asked.replicas, asked.requests_per_second)
-    )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    told = {"machine": describe_machine(), "settings": vars(asked), "rows": rows}
-    (RESULTS / f"{asked.what}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    of_simulation = asked.what == "simulated"
+    file = RESULTS / (f"simulated_{asked.prompts}.json" if of_simulation else "routing.json")
+    settings = vars(asked) if of_simulation else {"what": asked.what}
+
+    def tell(rows: list[dict[str, Any]]) -> None:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        told = {"machine": describe_machine(), "settings": settings, "rows": rows}
+        file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    if of_simulation:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        simulated(asked, before["rows"] if before.get("settings") == settings else [], tell)
+    else:
+        tell(routing())
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ def message_start(ids: Tokens, cut_ids: Iterable[int]) -> int:
         ids: token ids of shape `(N,)`.
         cut_ids: the special tokens.
     """
-    special = np.flatnonzero(np.isin(ids, np.fromiter(cut_ids, dtype=np.int64))) + 1
+    known = np.fromiter(cut_ids, dtype=np.int64)
+    if not known.size:
+        return 0
+    special = np.flatnonzero(np.isin(ids, known)) + 1
     followed = np.diff(np.append(special, len(ids) + 1)) > MESSAGE_TOKENS
     return int(special[followed][-1]) if followed.any() else 0
 

@@ -155,6 +155,8 @@ class Lineage:
     @property
     def ends(self) -> tuple[int | tuple[int, int], ...]:
         """Ends as numbers, runs of decoded tokens as `(start, end)`, roundings as such a run of no tokens."""
+        if len(self._ends) and self._ends[0] > 0 and (self._ends[1:] > self._ends[:-1]).all():
+            return tuple(self._ends.tolist())  # neither the one nor the other
         return tuple((step.start, step.end) if step.decoded or step.rounds else step.end for step in self.steps())
 
     def to_json(self) -> list[int | list[int]]:

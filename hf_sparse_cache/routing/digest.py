@@ -13,7 +13,7 @@ from ..store.store import CheckpointStore
 from ..store.tier import Tier
 from ..store.tree import Checkpoint
 from ..store.unit import namespace_of
-from .names import Keys, Names
+from .names import Keys
 
 
 # Of so many checkpoints at most, those used last: 17 bytes each.
@@ -91,7 +91,7 @@ class Publisher:
 
     def digest(self) -> Digest:
         """What is stored now. Requests run meanwhile, and wait for one checkpoint to be found at most."""
-        found = [(checkpoint, tier) for tier in self._store.tiers for checkpoint in tier.stored()]
+        found = [(checkpoint, tier) for tier in self._store.tiers for checkpoint in _stored(tier)]
         if len(found) > self._most:
             found.sort(key=lambda item: -item[0].last_used)
         return Digest(entry for one in found[: self._most] if (entry := self._entry(*one)) is not None)
@@ -104,7 +104,14 @@ class Publisher:
             if not checkpoint.stored:  # it went meanwhile
                 return None
             ids, space = checkpoint.node.path_tokens()[: checkpoint.position], checkpoint.node.tree.space
-        names = Names(self._keys, namespace_of(space), ids)
+        names = self._keys.names(namespace_of(space), ids)
         block, tail = divmod(checkpoint.position, self._keys.block)
         entry = self._named[checkpoint] = DigestEntry(names.at(checkpoint.position), names.anchors[block], tail)
         return entry
+
+
+def _stored(tier: Tier) -> list[Checkpoint]:
+    """Every checkpoint of a tier: out of the books of its eviction, as its trees remember much more than is stored."""
+    with tier.lock:
+        known = tier.eviction.known()
+        return tier.stored() if known is None else known

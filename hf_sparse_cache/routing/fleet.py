@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +24,7 @@ from ..store.store import CheckpointStore
 from ..store.tier import Tier
 from ..store.unit import Unit, unit_of
 from .digest import Publisher
-from .names import ANCHOR_TOKENS, Keys, Names
+from .names import ANCHOR_TOKENS, PaperKeys
 from .router import PrefixRouter, Rules
 
 
@@ -189,7 +188,7 @@ class Clocks:
     def __init__(self, fleet: Fleet, replicas: int) -> None:
         self._fleet, self._random = fleet, np.random.default_rng(fleet.seed)
         self._free = [0.0] * replicas
-        self._ends: list[deque[float]] = [deque() for _ in range(replicas)]
+        self._ends: list[tuple[float, int]] = []  # heap of what runs or waits, with its replica
         self._gaps: list[float] = []
         self._first: list[float] = []
         self._worked = 0.0
@@ -206,10 +205,8 @@ class Clocks:
             if not self._gaps:
                 self._gaps = self._random.exponential(1.0 / rate, 4096).tolist()
             self.now += self._gaps.pop()
-        for replica, ends in enumerate(self._ends):
-            while ends and ends[0] <= self.now:
-                ends.popleft()
-                self.loads[replica] -= 1
+        while self._ends and self._ends[0][0] <= self.now:
+            self.loads[heapq.heappop(self._ends)[1]] -= 1
         return self.now
 
     def serve(self, replica: int, first_seconds: float, counted: bool) -> None:
@@ -217,7 +214,7 @@ class Clocks:
         begun = max(self.now, self._free[replica])
         self._free[replica] = begun + first_seconds + self._fleet.answer_seconds
         self._worked += first_seconds + self._fleet.answer_seconds
-        self._ends[replica].append(self._free[replica])
+        heapq.heappush(self._ends, (self._free[replica], replica))
         self.loads[replica] += 1
         self.requests[replica] += 1
         if counted:
@@ -249,7 +246,7 @@ class ByPrefix:
     """
 
     def __init__(self, stores: Sequence[CheckpointStore], fleet: Fleet, clocks: Clocks) -> None:
-        self._keys = Keys(b"nothing to hide here", fleet.block)
+        self._keys = PaperKeys(b"nothing to hide here", fleet.block)
         self._names = [str(number) for number in range(len(stores))]
         self._publishers = [Publisher(store, self._keys) for store in stores]
         self._fleet, self._clocks = fleet, clocks
@@ -267,7 +264,7 @@ class ByPrefix:
             digest = self._publishers[number].digest()
             self._router.published(self._names[number], digest)
             self.digest_bytes += len(digest.to_bytes())
-        names = Names(self._keys, "", arrival.ids)
+        names = self._keys.names("", arrival.ids)
         session = None if arrival.session is None else self._keys.session("", repr(arrival.session))
         loads = dict(zip(self._names, arrival.loads, strict=True))
         chosen = self._router.choose(names, session, loads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from .digest import Digest
@@ -69,10 +69,10 @@ class Lately:
         """What a replica got, in requests of now."""
         return self._got.get(replica, 0.0) / self._new
 
-    def has_room(self, replica: str, most_share: float) -> bool:
-        """Whether it got no more than `most_share` times what is fair, and one for luck."""
+    def with_room(self, replicas: Iterable[str], most_share: float) -> list[str]:
+        """Those that got no more than `most_share` times what is fair, and one for luck."""
         fair = sum(self._got.values()) / max(1, len(self._got)) / self._new
-        return self.of(replica) <= most_share * fair + 1.0
+        return [replica for replica in replicas if self.of(replica) <= most_share * fair + 1.0]
 
 
 class PrefixRouter:
@@ -112,20 +112,18 @@ class PrefixRouter:
         if not loads:
             raise ValueError("loads is empty: there is no replica that a request could go to")
         least, ahead = min(loads.values()), self.rules.most_ahead
-        free = [name for name, load in loads.items() if load <= least + ahead]
         # A conversation that moves is computed once more from its beginning, and burdens all for what one gains.
-        faithful = [name for name, load in loads.items() if load <= least + CONSTANCY * ahead]
+        faithful = least + CONSTANCY * ahead
         stays = None if session is None else self._sessions.get(session)
-        if stays is not None and stays in faithful:
+        if stays is not None and stays in loads and loads[stays] <= faithful:
             return stays
+        free = [name for name, load in loads.items() if load <= least + ahead]
         if names is not None:
-            tokens, holders = self._holders(names, list(loads))
+            tokens, holders = self._holders(names, loads)
             if tokens >= max(self.rules.least_tokens, names.length / 2):
-                found = [name for name in holders if name in faithful]
+                found = [name for name in holders if loads[name] <= faithful]
             else:
-                found = [
-                    name for name in holders if name in free and self._lately.has_room(name, self.rules.most_share)
-                ]
+                found = self._lately.with_room([name for name in holders if name in free], self.rules.most_share)
             if found and tokens >= self.rules.least_tokens:
                 return self._least_loaded(found, loads)
         return self._less_loaded(free, loads)
@@ -141,7 +139,7 @@ class PrefixRouter:
             while len(self._sessions) > self.rules.most_sessions:
                 self._sessions.popitem(last=False)
 
-    def _holders(self, names: Names, among: list[str]) -> tuple[int, list[str]]:
+    def _holders(self, names: Names, among: Collection[str]) -> tuple[int, list[str]]:
         """The longest prefix that any has, in tokens, and who has it: those first that read most of the prompt."""
         stored, holders = self.index.longest(names, among)
         read, readers = self.index.seen(names, holders)

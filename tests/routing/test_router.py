@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from hf_sparse_cache.planning.cuts import Tokens
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.routing.digest import Digest, DigestEntry, Publisher
-from hf_sparse_cache.routing.index import Index
-from hf_sparse_cache.routing.names import Keys, Names
+from hf_sparse_cache.routing.index import Index, Seen
+from hf_sparse_cache.routing.names import Keys, Names, PaperKeys
 from hf_sparse_cache.routing.router import PrefixRouter, Rules
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.store.store import CheckpointStore
@@ -302,3 +302,40 @@ def test_memory_of_the_index_is_bounded() -> None:
         index.published("a", Digest([entry(ids, 18)]))
     assert len(index) == 1 and len(index._seen) <= 100 and len(index._sent) <= 10
     assert len(index._tails) <= 4096 + 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), min_size=1, max_size=6)), max_size=40),
+    st.integers(1, 12),
+)
+@settings(max_examples=80, deadline=None)
+def test_the_last_prompts_are_remembered_as_one_list_of_anchors_would(
+    prompts: list[tuple[int, list[int]]], most: int
+) -> None:
+    """Beside a plain list in which each prompt moves its anchors to the end; a replica goes in the middle of it."""
+    seen, plain = Seen(most), OrderedDict[int, int]()
+    for number, (replica, ids) in enumerate(prompts):
+        anchors = [hash(tuple(ids[:end])) for end in range(1, len(ids) + 1)]
+        seen.add(anchors, 1 << replica)
+        for anchor in anchors:
+            plain[anchor] = plain.pop(anchor, 0) | 1 << replica
+        while len(plain) > most:
+            plain.popitem(last=False)
+        if number == 20:
+            seen.forget(1)
+            plain = OrderedDict((anchor, left) for anchor, mask in plain.items() if (left := mask & ~1))
+        assert len(seen) == len(plain) and all(seen.get(anchor) == mask for anchor, mask in plain.items())
+        assert seen._listed <= 2 * max(most, len(plain)) + len(anchors)
+
+
+@given(texts, texts, st.integers(1, 8))
+@settings(max_examples=80, deadline=None)
+def test_names_on_paper_are_equal_where_prefixes_are(ids: Tokens, other: Tokens, block: int) -> None:
+    keys = PaperKeys(b"nothing to hide here", block)
+    one, two = keys.names("", ids), keys.names("", other)
+    assert len(one.anchors) == len(ids) // block + 1 and one.length == len(ids)
+    assert one.at(len(ids)) != keys.names("ann", ids).at(len(ids))
+    for left in range(1, len(ids) + 1):
+        for right in range(1, len(other) + 1):
+            same = left == right and bool((ids[:left] == other[:right]).all())
+            assert (one.at(left) == two.at(right)) == same
