@@ -217,14 +217,18 @@ class SharedTier:
 
     def _whole(self, found: Resumable, spans: Sequence[Span], reader: UnitReader, ahead: Ahead, until: float) -> Unit:
         """A unit, once all of its files are proved. What is wrong with one that is not is that it is not proved."""
+        names = [found.files.kv[span].path.name for span in spans]
         try:
             unit = reader.read(found.files, spans)
-        except DamagedFileError as error:
-            if error.path is not None:
-                ahead.prove(error.path.name, until)
+        except StorageFailedError:
             raise
-        for span in spans:
-            ahead.prove(found.files.kv[span].path.name, until)
+        except Exception as error:  # bytes that are not those that were written may fail anyhow
+            if not isinstance(error, DamagedFileError) or error.path != found.files.state.path:
+                for name in names:
+                    ahead.prove(name, until)
+            raise
+        for name in names:
+            ahead.prove(name, until)
         return unit
 
     def others(self, space: str) -> list[str]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from . import files
 from .headers import Plain
 
 
+_TRIES = 5  # of making a folder that others remove
 _LARGE_BYTES = 2**22  # from which on numpy asks for large pages
 
 
@@ -97,13 +98,21 @@ class Folder:
         mode = os.stat(self.root).st_mode & 0o666
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | files.CAREFUL
         try:
-            with open(temporary, "wb", opener=lambda at, _: os.open(at, flags, mode)) as file:
+            with self._opened(temporary, lambda at, _: os.open(at, flags, mode)) as file:
                 file.write(data)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
+
+    def _opened(self, path: Path, opener: Callable[[str, int], int]) -> IO[bytes]:
+        """A new file, in a folder that another process may remove as empty just before."""
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError):
+                return open(path, "wb", opener=opener)
+            self._made(path.parent)
+        return open(path, "wb", opener=opener)
 
     def _made(self, folder: Path) -> None:
         if folder.is_dir():

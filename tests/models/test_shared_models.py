@@ -15,6 +15,8 @@ from persisting import cold_logits, handle, logits, question
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.models.tensors import LayerTensors
+from hf_sparse_cache.store import ahead, files, planes
+from hf_sparse_cache.store.headers import Header
 
 
 WORKER = Path(shared_worker.__file__)
@@ -76,6 +78,67 @@ def test_a_wrong_state_is_noticed(shared_folder: Path) -> None:
         assert cache.last_request is not None and cache.last_request.resumed_tokens > 0
     store.close(flush=False)
     assert not torch.equal(spoiled, cold_logits(model, ids))
+
+
+def spoil(path: Path, whole: bool) -> None:
+    """Changes keys and values in a file: one byte of it, or all numbers a little, in a file that can be read."""
+    data = bytearray(path.read_bytes() if not whole else bytes(planes.unpacked(path.read_bytes())))
+    start = Header.parse(bytes(data), len(data)).start
+    for place in [(start + len(data)) // 2] if not whole else range(start + 2, len(data), 4):
+        data[place] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a byte", "all numbers"])
+@pytest.mark.parametrize("mode", ["bitwise", "replayable"])
+def test_keys_and_values_that_changed_are_never_served(shared_folder: Path, mode: str, whole: bool) -> None:
+    """The deepest ones, which are unpacked while they are proved: the answer is right, and the reason is named."""
+    model, ids, folder = shared_worker.model("Zamba2"), question(2), shared_folder / f"Zamba2-{mode}"
+    spoil(deepest(folder, ids), whole)
+    store = CheckpointStore(shared=folder)
+    with handle(model, store=store, exactness=mode) as cache:
+        answer = logits(model, ids, cache)
+        assert cache.last_request is not None
+        if mode == "bitwise":
+            assert torch.equal(answer, cold_logits(model, ids))
+        else:
+            again = shared_worker.replayed(cache, ids, cache.last_request.segments)
+            assert torch.equal(answer[0], again)
+        assert any("put aside" in what and "checksum" in what for what in cache.stats().shared), cache.stats().shared
+        store.flush()
+    reasons = [path.read_text() for path in (folder / "quarantine").glob("*.reason")]
+    assert any("does not match its checksum" in reason for reason in reasons)
+    assert store.shared is not None and store.shared.counts["written"] > 0, "what it computed in place is kept"
+    store.close()
+    again_store = CheckpointStore(shared=folder)
+    with handle(model, store=again_store, exactness=mode) as cache:
+        answer = logits(model, question(4), cache)
+        assert cache.last_request is not None and cache.last_request.resumed_tokens > 0
+        assert mode != "bitwise" or torch.equal(answer, cold_logits(model, question(4)))
+    again_store.close(flush=False)
+
+
+def test_the_twin_whose_proof_is_skipped_answers_wrongly(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, folder = shared_worker.model("Zamba2"), question(2), shared_folder / "Zamba2-bitwise"
+    spoil(deepest(folder, ids), whole=True)
+    monkeypatch.setattr(ahead.files, "prove", lambda path, data, seal: None)
+    store = CheckpointStore(shared=folder)
+    with handle(model, store=store) as cache:
+        answer = logits(model, ids, cache)
+        assert cache.last_request is not None and cache.last_request.resumed_tokens > 0
+    store.close(flush=False)
+    assert not torch.equal(answer, cold_logits(model, ids))
+
+
+def deepest(folder: Path, ids: torch.Tensor) -> Path:
+    """The file of the keys and values right below the state that a prompt resumes from."""
+    found: dict[int, str] = {}
+    for path in folder.rglob("*-state-*.safetensors"):
+        record, tokens = files.peek(path)
+        if tokens.tolist() == ids[0, : len(tokens)].tolist():
+            found[len(tokens)] = record["kv"][-1][-1]
+    (path,) = folder.rglob(found[max(found)])
+    return path
 
 
 def test_what_does_not_fit_is_not_served_and_explain_says_why(shared_folder: Path) -> None:

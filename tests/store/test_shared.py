@@ -334,6 +334,27 @@ def test_the_reason_is_that_it_is_not_proved_whatever_else_is_wrong(
     assert any("does not match its checksum" in what for what in counts if "put aside" in what), counts
 
 
+def test_whatever_fails_on_what_is_not_proved_is_no_error(joined: Joined, tmp_path: Path) -> None:
+    """Other than all else that is read here, a payload's maker may know nothing of files that anybody has written."""
+    serve(store := joined(), prompt(1, 1300), (512, 1024))
+    written(store)
+    for path in files_in(tmp_path / "shared", "kv-"):
+        flip(path)
+    other = joined()
+
+    def brittle(data: Any) -> Blob:
+        return Blob.from_bytes(data) if b"position" in bytes(data) else Blob(1 // 0)
+
+    other.read_with(brittle)
+    assert serve(other, prompt(1, 1300)) == 0
+    assert any("checksum" in what for what in written(other))
+    serve(third := joined(), prompt(1, 1300), (512, 1024))
+    written(third)
+    other.read_with(lambda data: 1 // 0)  # of what is proved it is one
+    with pytest.raises(ZeroDivisionError):
+        serve(other, prompt(1, 1300))
+
+
 def test_the_twin_whose_proof_is_skipped_is_served_what_is_damaged(
     joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +481,34 @@ def test_slow_storage_that_works_is_used(joined: Joined) -> None:
     serve(first := joined(), prompt(1, 1300), (1024,))
     written(first)
     assert serve(joined(rule=slow(0.02)), prompt(1, 1300)) == 1024
+
+
+def test_a_folder_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place whose last file is deleted goes, also when another process is about to write there."""
+    storage, left = sharing.Folder(tmp_path), [3]
+    made = storage._made
+
+    def removed(folder: Path) -> None:
+        made(folder)
+        if left[0]:
+            left[0] -= 1
+            folder.rmdir()
+
+    monkeypatch.setattr(storage, "_made", removed)
+    storage.put("a/b", b"x")
+    assert storage.read("a/b") == b"x" and left == [0]
+    left[0] = 100
+    with pytest.raises(FileNotFoundError):
+        storage.put("c/d", b"x")
+
+
+@pytest.mark.parametrize("size", [2**22 - 1, 2**22, 2**22 + 3])
+def test_large_files_are_read_as_small_ones_are(tmp_path: Path, size: int) -> None:
+    storage, data = sharing.Folder(tmp_path), np.random.default_rng(0).integers(0, 256, size, np.uint8).tobytes()
+    storage.put("a", data)
+    assert storage.read("a") == data and storage.read("a", 0, size + 1) == data
+    assert storage.read("a", 7, size - 5) == data[7 : size - 5] and storage.read("a", 0, 2) == data[:2]
+    assert storage.read("a", size) == storage.read("a", size + 2, size + 9) == b""
 
 
 def test_a_folder_that_vanishes_and_comes_back(joined: Joined, tmp_path: Path) -> None:
