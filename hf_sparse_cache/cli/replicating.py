@@ -10,6 +10,10 @@ from typing import Any
 from .screen import Screen
 
 
+# Ray waits a minute for its proxy, which a busy machine needs for the imports alone.
+_MOST_STARTS = 10
+
+
 def run(asked: Mapping[str, Any]) -> None:
     """Serve until told to stop.
 
@@ -26,7 +30,8 @@ def run(asked: Mapping[str, Any]) -> None:
     import ray
     from ray import serve
 
-    from ..serving.ray_app import RayOptions, build
+    from ..serving.options import RayOptions
+    from ..serving.ray_app import build
 
     fleet = RayOptions(
         # As many as the machine has, in equal parts: a replica that asks for more than there is would never start.
@@ -39,9 +44,11 @@ def run(asked: Mapping[str, Any]) -> None:
         signal.signal(number, lambda *_: ended.set())
     ray.init(include_dashboard=False, log_to_driver=asked["log_level"] == "debug", logging_level=asked["log_level"])
     try:
-        serve.start(
-            http_options={"host": asked["host"], "port": asked["port"], "request_timeout_s": fleet.timeout or None}
+        _start(
+            {"host": asked["host"], "port": asked["port"], "request_timeout_s": fleet.timeout or None}, screen, ended
         )
+        if ended.is_set():
+            return
         serve.run(build(fleet))
         screen.say(
             f"{fleet.replicas} replicas of {fleet.model}, {fleet.exactness} mode, prefixes of {fleet.max_memory} each"
@@ -51,3 +58,23 @@ def run(asked: Mapping[str, Any]) -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _start(http_options: dict[str, Any], screen: Screen, ended: threading.Event) -> None:
+    """Start Ray Serve, with as much patience as a slow machine needs: another call finds what the one before began.
+
+    Raises:
+        TimeoutError: It does not come.
+    """
+    from ray import serve
+
+    for left in reversed(range(_MOST_STARTS)):
+        try:
+            serve.start(http_options=http_options)
+            return
+        except TimeoutError:
+            if ended.is_set():
+                return
+            if not left:
+                raise
+            screen.say("Ray Serve takes its time to start; waiting for it")

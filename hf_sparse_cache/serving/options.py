@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..config import SparseCacheConfig
+from ..routing.router import Rules
 from ..stats import parse_bytes
 from ..store.store import CheckpointStore
 from .model import Loading
@@ -133,6 +134,37 @@ class Options(BaseModel):
             shared_memory=self.shared_memory,
         )
         return Service(self.loading().manager(), store, config, settings, dict(self.chat_template_kwargs))
+
+
+class RayOptions(Options):
+    """A server of several replicas: `Options` of each, and how they stand together.
+
+    Attributes:
+        replicas: how many; the least of them with `most_replicas`.
+        most_replicas: where Ray may start more as requests wait; None for no more.
+        cpus, gpus: that each replica asks of Ray.
+        fronts: processes that read requests and prompts.
+        router: "prefix"; "round_robin" is for comparing.
+        most_ahead, most_share, least_tokens: see `Rules`.
+        publish_seconds: how often each replica says what it stores.
+        drain: seconds that running requests have to end in where a replica is stopped.
+    """
+
+    replicas: int = Field(default=2, ge=1)
+    most_replicas: int | None = Field(default=None, ge=1)
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+    fronts: int = Field(default=1, ge=1)
+    router: Literal["prefix", "round_robin"] = "prefix"
+    most_ahead: int = Field(default=Rules.most_ahead, ge=0)
+    most_share: float = Field(default=Rules.most_share, ge=1)
+    least_tokens: int = Field(default=Rules.least_tokens, ge=1)
+    publish_seconds: float = Field(default=2.0, gt=0)
+    drain: float = Field(default=30.0, ge=0)
+
+    def of_each(self) -> Options:
+        """What concerns one replica: as long as it stays the same, Ray scales without starting any anew."""
+        return Options(**{name: getattr(self, name) for name in Options.model_fields})
 
 
 def pairs(option: str, given: Iterable[str], several: bool = False) -> list[tuple[str, str]]:

@@ -11,9 +11,8 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -26,10 +25,9 @@ from transformers.utils import logging
 
 from ..routing.digest import Publisher
 from ..routing.names import Keys, Names
-from ..routing.router import Rules
 from . import gate
 from .app import application
-from .options import Options
+from .options import Options, RayOptions
 from .prompts import PromptReader
 from .ray_router import PrefixRequestRouter
 from .refusals import ApiError
@@ -45,37 +43,6 @@ _BY_PROMPT = (
 )  # fmt: skip
 _TO_ALL = ("/cache/mark", "/cache/clear", "/metrics")
 _SESSION = "x-session-id"
-
-
-class RayOptions(Options):
-    """A server of several replicas: `Options` of each, and how they stand together.
-
-    Attributes:
-        replicas: how many; the least of them with `most_replicas`.
-        most_replicas: where Ray may start more as requests wait; None for no more.
-        cpus, gpus: that each replica asks of Ray.
-        fronts: processes that read requests and prompts.
-        router: "prefix"; "round_robin" is for comparing.
-        most_ahead, most_share, least_tokens: see `Rules`.
-        publish_seconds: how often each replica says what it stores.
-        drain: seconds that running requests have to end in where a replica is stopped.
-    """
-
-    replicas: int = Field(default=2, ge=1)
-    most_replicas: int | None = Field(default=None, ge=1)
-    cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default=0.0, ge=0)
-    fronts: int = Field(default=1, ge=1)
-    router: Literal["prefix", "round_robin"] = "prefix"
-    most_ahead: int = Field(default=Rules.most_ahead, ge=0)
-    most_share: float = Field(default=Rules.most_share, ge=1)
-    least_tokens: int = Field(default=Rules.least_tokens, ge=1)
-    publish_seconds: float = Field(default=2.0, gt=0)
-    drain: float = Field(default=30.0, ge=0)
-
-    def of_each(self) -> Options:
-        """What concerns one replica: as long as it stays the same, Ray scales without starting any anew."""
-        return Options(**{name: getattr(self, name) for name in Options.model_fields})
 
 
 def build(args: RayOptions) -> Application:

@@ -26,7 +26,8 @@ from ray import serve  # noqa: E402
 from served import NAME, WORDS, messages  # noqa: E402
 
 from hf_sparse_cache.serving.listening import Address, PortServer  # noqa: E402
-from hf_sparse_cache.serving.ray_app import RayOptions, build  # noqa: E402
+from hf_sparse_cache.serving.options import RayOptions  # noqa: E402
+from hf_sparse_cache.serving.ray_app import build  # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own making, in every one of its threads
