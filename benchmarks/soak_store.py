@@ -44,8 +44,8 @@ class Array:
         return safetensors.numpy.save({"tokens": tokens, "data": self.data}, {"unit": record})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Array":
-        return cls(len(safetensors.numpy.load(data)["data"]))
+    def from_bytes(cls, data: bytes | memoryview) -> "Array":
+        return cls(len(safetensors.numpy.load(bytes(data))["data"]))
 
 
 def resident_bytes() -> int:

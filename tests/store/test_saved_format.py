@@ -80,7 +80,7 @@ def form(folder: Path) -> Any:
     manifest = json.loads((folder / "sparse_cache.json").read_text())
     units = {}
     for path in sorted(folder.glob("*.safetensors")):
-        data = planes.unpacked(path.read_bytes())
+        data = bytes(planes.unpacked(path.read_bytes()))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         record = json.loads(header["__metadata__"]["unit"])
         record["kv"] = [[*item[:2], item[2][:3]] for item in record.get("kv", ())]
