@@ -66,6 +66,10 @@ class Rounding:
         """The tensors of one layer from what `kept` gave; not to be changed."""
         return layer
 
+    def restored(self, layer: Tensors) -> Tensors:
+        """The tensors of one layer from what `kept` gave, to be changed at will."""
+        return {name: own(value) if torch.is_tensor(value) else value for name, value in self.read(layer).items()}
+
 
 @dataclass(frozen=True)
 class _Width:
@@ -143,6 +147,13 @@ class Rounded(Rounding):
                 found[name] = _decoded(value, layer[f"{name}:{_SCALE}"], getattr(torch, word))
         return found
 
+    def restored(self, layer: Tensors) -> Tensors:
+        read = self.read(layer)
+        return {
+            name: own(value) if value is layer.get(name) and torch.is_tensor(value) else value
+            for name, value in read.items()
+        }
+
 
 def _rounds(value: torch.Tensor, width: _Width) -> bool:
     return value.is_floating_point() and value.element_size() >= width.least_bytes and value.numel() > 0
@@ -216,7 +227,7 @@ def _table(device: torch.device, inverse: bool) -> torch.Tensor:
 
 
 def _decoded(numbers: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    scales = _table(numbers.device, False)[codes.reshape(-1).int()]
+    scales = _table(numbers.device, False).index_select(0, codes.reshape(-1).int())
     values = numbers.reshape(len(scales), -1).to(torch.float32).mul_(scales[:, None])
     return values.reshape(numbers.shape).to(dtype)
 

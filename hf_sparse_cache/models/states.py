@@ -29,7 +29,8 @@ class Part:
     """One kind of state in a layer: what is fixed in size, what grows, and how a batch is made of rows.
 
     `fixed` and `span` give the layer's own tensors, or views of them. `restore` returns the layer that takes the place
-    of the one it is given, which may be the same; `tensors` names the attributes that the part takes care of.
+    of the one it is given, which may be the same; it keeps the fixed tensors themselves, and reads those of spans.
+    `tensors` names the attributes that the part takes care of.
     """
 
     fixed: Callable[[Any], Tensors]
@@ -67,7 +68,7 @@ def _recurrent_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> 
     for name, value in fixed.items():
         kind, _, index = name.partition(".")
         if kind in ("conv", "recurrent"):
-            _set_state(layer, kind, int(index), own(value))
+            _set_state(layer, kind, int(index), value)
     return layer
 
 
@@ -132,7 +133,7 @@ def _window_fixed(layer: Any) -> Tensors:
 
 def _window_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
     if "keys" in fixed:
-        _set_keys_values(layer, own(fixed["keys"]), own(fixed["values"]))
+        _set_keys_values(layer, fixed["keys"], fixed["values"])
         layer.cumulative_length = fixed["seen"]
     return layer
 
@@ -344,7 +345,7 @@ def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors], ro
     for payload in (state, *spans):
         payload.reached()
     for index, layer in enumerate(cache.layers):
-        fixed, grown = rounding.read(state.layers[index]), [rounding.read(span.layers[index]) for span in spans]
+        fixed, grown = rounding.restored(state.layers[index]), [rounding.read(span.layers[index]) for span in spans]
         for part in _parts(layer):
             layer = part.restore(layer, fixed, grown)
         cache.layers[index] = layer

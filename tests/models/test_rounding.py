@@ -116,6 +116,17 @@ def test_whole_numbers_are_never_rounded(storage: str) -> None:
     assert torch.equal(layer["conv.0"], ids) and layer["conv.0"].data_ptr() != ids.data_ptr() and layer["seen"] == 7
 
 
+@pytest.mark.parametrize("storage", ["exact", *ROUNDED])
+@pytest.mark.parametrize("name", ["recurrent.0", "keys", "token_ids"])
+def test_what_is_restored_shares_nothing_with_what_is_kept(storage: str, name: str) -> None:
+    value = torch.arange(48).reshape(1, 3, 16)
+    value = value if name == "token_ids" else value.float()
+    kept = rounding_of(storage).kept({name: value})
+    before = rounding_of(storage).restored(kept)[name].clone()
+    rounding_of(storage).restored(kept)[name].zero_()
+    assert torch.equal(rounding_of(storage).restored(kept)[name], before) and before.any()
+
+
 def test_files_cannot_bring_numbers_that_the_result_cannot_hold() -> None:
     numbers = rounding_of("int8").kept({"keys": torch.ones(1, 1, 2, 32, dtype=torch.float16)})
     assert rounding.sound("keys:float16", numbers)
