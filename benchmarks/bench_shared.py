@@ -175,6 +175,7 @@ def warm_start(model_name, tokens, pairs, folder):
             ids, fresh = question(index), question(1_000 + index)  # the store may keep the end of one it was asked
             spent = {}
             for what in ("read", "computed", "warm")[:: 1 if index % 2 else -1]:
+                first.flush()  # what was stored before is not written meanwhile
                 gc.collect()
                 if what == "read":
                     began = start()
@@ -188,13 +189,14 @@ def warm_start(model_name, tokens, pairs, folder):
                         other.mark(torch.from_numpy(document))
                         # What any first request costs, such as a look at the weights; others have stored it, too.
                         served(other, torch.tensor([[5, 6, 7]]))
+                        other.store.flush()
                         before = other.stats().shared.get("resumed from", 0)
                         began = start()
                         resumed = served(other, fresh)
                         spent[what] = start() - began
                         read = other.stats().shared["resumed from"] - before
                         assert (resumed, read) == (tokens, 1), other.last_request
-                        other.store.close(flush=False)
+                        other.store.close()
                     continue
                 spent[what] = start() - began
             found.append(spent["warm"] / max(spent["read"], spent["computed"]))
