@@ -39,28 +39,34 @@ def run(asked: Mapping[str, Any]) -> None:
         **{name: value for name, value in asked.items() if name in RayOptions.model_fields},
     )
     screen, url = Screen(), f"http://{asked['host']}:{asked['port']}"
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    http_options = {"host": asked["host"], "port": asked["port"], "request_timeout_s": fleet.timeout or None}
+    # Ray's own 15 is for work behind others' backs; replicas run as whoever starts them does.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(include_dashboard=False, log_to_driver=asked["log_level"] == "debug", logging_level=asked["log_level"])
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which has others that end at once
+        signal.signal(number, _told_to_stop)
     try:
-        _start(
-            {"host": asked["host"], "port": asked["port"], "request_timeout_s": fleet.timeout or None}, screen, ended
-        )
-        if ended.is_set():
-            return
+        _start(http_options, screen)
         serve.run(build(fleet))
         screen.say(
             f"{fleet.replicas} replicas of {fleet.model}, {fleet.exactness} mode, prefixes of {fleet.max_memory} each"
         )
         screen.say(f"{url}/v1 for clients, {url}/metrics for Prometheus")
-        ended.wait()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        screen.say("stopping: no request comes in, those that run have their time to end")
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def _start(http_options: dict[str, Any], screen: Screen, ended: threading.Event) -> None:
+def _told_to_stop(*_: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # once: what runs comes to its end
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _start(http_options: dict[str, Any], screen: Screen) -> None:
     """Start Ray Serve, with as much patience as a slow machine needs: another call finds what the one before began.
 
     Raises:
@@ -73,8 +79,6 @@ def _start(http_options: dict[str, Any], screen: Screen, ended: threading.Event)
             serve.start(http_options=http_options)
             return
         except TimeoutError:
-            if ended.is_set():
-                return
             if not left:
                 raise
             screen.say("Ray Serve takes its time to start; waiting for it")

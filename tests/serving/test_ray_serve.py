@@ -54,7 +54,10 @@ class Cluster:
     """Ray Serve on this machine, and how it is asked."""
 
     def __init__(self) -> None:
-        os.environ |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120"}
+        os.environ |= {
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+            "RAY_worker_niceness": "0",  # as `serve --replicas` has it: beside other work, Ray's own 15 is hardly any
+        }  # fmt: skip
         number = port()
         self.url = f"http://127.0.0.1:{number}"
         ray.init(
