@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -160,6 +161,23 @@ def test_the_unit_that_is_worth_least_goes_and_what_is_used_or_new_does_not(root
     aged(LEASE_SECONDS + 30, *kinds(root)["lease"])
     swept(root, 6_000)  # far too much: all goes that nobody uses
     assert [path.exists() for path in (older, in_use, new)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "said", [[True, 1], [0, True], ["0", 1], [0, "1"], [1e13, 1], [0, 1e300], [0], [0, 1, 2], None, 5]
+)
+def test_a_lease_that_somebody_wrote_says_nothing(root: Path, said: object) -> None:
+    """It lies where leases lie and proves itself by its name, but what it says of one unit is no use of it."""
+    unit = kinds(root)["state"][0]
+    used = {unit.name[unit.name.index("state-") :]: said}
+    fresh_keeper(root).beat(0.0, soon=True)
+    lease = kinds(root)["lease"][0]
+    aged(2 * DAY, *files_in(root))
+    lease.write_text(json.dumps({"used": used}))
+    swept(root, 10)
+    assert not unit.exists()
+    lease.write_text(json.dumps({"used": [used]}))
+    swept(root, 10)
 
 
 def test_a_keeper_says_what_it_uses_at_most_once_a_minute(tmp_path: Path) -> None:

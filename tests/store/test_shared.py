@@ -47,6 +47,14 @@ def test_what_one_stored_another_resumes(joined: Joined, where: Any, options: di
     assert second.shared is not None and second.shared.counts["resumed from"] == 2
 
 
+def test_what_comes_from_a_shared_store_lies_in_memory_also_beside_a_disk(joined: Joined, tmp_path: Path) -> None:
+    serve(one := joined(), prompt(1, 700), (512,))
+    written(one)
+    other = joined(disk_dir=tmp_path / "disk", disk_memory="1GiB")
+    assert serve(other, prompt(1, 700)) == 512
+    assert [tier.ledger.checkpoint_count for tier in other.tiers] == [1, 0]
+
+
 def test_a_twin_that_must_miss(joined: Joined) -> None:
     ids = prompt(1, 1200)
     first = joined(key=KEY)
