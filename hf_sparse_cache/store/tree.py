@@ -132,14 +132,16 @@ class Checkpoint:
 
     def above(self) -> Checkpoint | None:
         """The nearest checkpoint nearer to the start of the prompt."""
-        node, found = self.node, None
+        node, position, found = self.node, self.position, None
         for checkpoint in node.checkpoints:
-            if checkpoint.position < self.position:
-                found = checkpoint
-        while found is None and node.parent is not None:
-            node = node.parent
-            if node.checkpoints:  # all of them lie above
-                found = node.checkpoints[-1]
+            if checkpoint.position >= position:
+                break
+            found = checkpoint
+        above = node.parent
+        while found is None and above is not None:
+            if above.checkpoints:  # all of them lie above
+                found = above.checkpoints[-1]
+            above = above.parent
         return found
 
     def below(self, limit: int = 16) -> list[Checkpoint]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ..planning.policy import Terms
 from ..planning.views import Floats
 from .eviction import Eviction
-from .leaving import Leaving
+from .leaving import LEAST_STOPPING, Leaving
 from .survival import SurvivalTables, cell_of
 
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FORK_CHILDREN = 3  # more make a hub, such as a shared system prompt, where one path says nothing about the others
 MIN_STEM_TOKENS = 64  # two texts that part before were never one
 NEARLY_TIED = 0.7  # values this close are noise, and then the newcomer is the better guess, as in plain recency
+MANY = 192  # of all values, most walks need no more
 MIN_EDGE_TOKENS = 16  # shorter edges, such as the last tokens of a template, say nothing about what comes back
 
 
@@ -102,7 +104,7 @@ class Scored(Eviction, ABC):
         above = checkpoint.above()
         saved = checkpoint.position - (above.position if above else 0)
         # Without a state of fixed size, a checkpoint under deeper ones holds nothing alone.
-        return saved * max(checkpoint.share, 1e-6) / max(checkpoint.held, 1)
+        return saved * max(checkpoint.share, LEAST_STOPPING) / max(checkpoint.held, 1)
 
     def ranked(self) -> tuple[NDArray[np.int64], Floats]:
         """Slots in use, least value first, and the values by slot."""
@@ -242,8 +244,9 @@ class LeastValue(Scored):
         One that stays takes over who resumed at one that goes, and the bytes that they shared: it is ranked again.
         """
         leaving, lost = Leaving(), 0.0
-        order, values = self.ranked()
-        ranked = iter(zip(values[order].tolist(), order.tolist(), strict=True))
+        items, gone = self.items, leaving.gone
+        rates = self.tables.rates(self.cells, self.now - self.ticks)
+        ranked = _ascending(rates * self.gains, len(items) - len(self._free))
         first = next(ranked, None)
         again: list[tuple[float, int]] = []
         latest: dict[int, float] = {}  # of those whose value changed meanwhile
@@ -254,11 +257,11 @@ class LeastValue(Scored):
             else:
                 (known, slot), first = first, next(ranked, None)
                 current = slot not in latest
-            checkpoint = self.items[slot]
-            if not current or checkpoint.pins or checkpoint in leaving.gone:
+            checkpoint = items[slot]
+            if not current or checkpoint.pins or checkpoint in gone:
                 continue
             above = leaving.above(checkpoint)
-            worth, value = self._worth(checkpoint, above, leaving)
+            worth, value = leaving.worth(checkpoint, above, rates.item(slot))
             if value > 1.001 * known:
                 latest[slot] = value
                 heappush(again, (value, slot))
@@ -267,20 +270,38 @@ class LeastValue(Scored):
             leaving.add(checkpoint)
             if above is not None:
                 leaving.give(above, _returned(checkpoint, above, leaving.given(checkpoint)))
-                latest[above.slot] = self._worth(above, leaving.above(above), leaving)[1]
-                heappush(again, (latest[above.slot], above.slot))
+                slot = above.slot
+                latest[slot] = value = leaving.worth(above, leaving.above(above), rates.item(slot))[1]
+                heappush(again, (value, slot))
         return leaving, lost
-
-    def _worth(self, checkpoint: Checkpoint, above: Checkpoint | None, leaving: Leaving) -> tuple[float, float]:
-        """Tokens that a checkpoint saves over the one above while others leave, and the same for each byte."""
-        slot = checkpoint.slot
-        rate = self.tables.rate(int(self.cells[slot]), self.now - int(self.ticks[slot]))
-        rate *= max(checkpoint.share, 1e-6) + leaving.given(checkpoint)
-        worth = rate * (checkpoint.position - (above.position if above else 0))
-        return worth, worth / max(leaving.bytes_of(checkpoint), 1)
 
     def _rate(self, checkpoint: Checkpoint) -> float:
         return self.tables.rate(_cell(checkpoint))
+
+
+def _ascending(values: Floats, count: int) -> Iterator[tuple[float, int]]:
+    """The least `count` values with their places, the first of equals first; whoever stops soon pays little.
+
+    Args:
+        values: not NaN, of shape `(n,)`.
+        count: at most n.
+    """
+    rest = np.arange(len(values))
+    while count > 2 * MANY:
+        bar = np.partition(values[rest], MANY)[MANY]
+        below = values[rest] < bar
+        chosen, rest = rest[below], rest[~below]
+        if not len(chosen):
+            break
+        count -= len(chosen)
+        yield from _pairs(values, chosen)
+    yield from itertools.islice(_pairs(values, rest), count)
+
+
+def _pairs(values: Floats, places: NDArray[np.int64]) -> Iterator[tuple[float, int]]:
+    found = values[places]
+    order = np.argsort(found, kind="stable")
+    return zip(found[order].tolist(), places[order].tolist(), strict=True)
 
 
 def _returned(checkpoint: Checkpoint, above: Checkpoint, given: float = 0.0) -> float:

@@ -18,6 +18,10 @@ from .ledger import Ledger
 from .tree import Checkpoint, Match
 
 
+PRICED_SHARE = 0.05  # of the budget: memory is priced by what so much of it holds, as single values are noise
+LEAST_NEED = 1.0  # bytes
+
+
 class Before(NamedTuple):
     """The visit of a prompt, for the visit of a text that begins with it.
 
@@ -79,7 +83,9 @@ class Visit:
                 if item.position in marked:  # a tier below may have brought it after it was announced
                     ledger.keep(item, space)
             ledger.passed(match, checkpoint, space)
-            prompt = _prompt(ledger, ids, segmenting.joined(cuts, match.overlap, len(ids)), match, checkpoint)
+            cuts = segmenting.joined(cuts, match.overlap, len(ids))
+            prompt = _prompt(ledger, ids, cuts, match, checkpoint)
+            prompt.terms = _terms(ledger, match, checkpoint, _wanted(prompt, bool(segmenting.junctions)))
             prompt.cut_tokens, prompt.seconds = segmenting.cut_tokens, ledger.seconds()
             prompt.message_start = message_start(ids, segmenting.rule.cut_ids)
             return cls(ledger, space, footing, match, checkpoint, set(marked), expected, prompt)
@@ -96,8 +102,7 @@ class Visit:
                 return None
             footing = ledger.chains.begin(Trail(ledger.forest, prompt.ids, space))
             match = Match(*footing.trail.known(), True)
-            wanted = prompt.state_bytes + prompt.kv_bytes_per_token * (len(prompt.ids) - prompt.resumed)
-            prompt.terms = replace(prompt.terms, price=_terms(ledger, match, None, wanted).price)
+            prompt.terms = replace(prompt.terms, price=_terms(ledger, match, None, _wanted(prompt, True)).price)
             prompt.seconds = ledger.seconds()
             stored = match.checkpoints(before.resumed)[-1:]
             below = next((item for item in stored if item.position == before.resumed), None)
@@ -158,17 +163,30 @@ def _prompt(ledger: Ledger, ids: Tokens, cuts: Positions, match: Match, checkpoi
         path_ends=np.asarray([node.end for node in match.path], dtype=np.int64),
         path_passes=np.asarray([node.passes for node in match.path], dtype=np.int64),
         latest=match.path[-1].latest if match.path else None,
-        terms=_terms(ledger, match, checkpoint, state_bytes + kv_bytes * (len(ids) - resumed)),
         state_bytes=state_bytes,
         kv_bytes_per_token=kv_bytes,
         resumed_bytes=checkpoint.nbytes if checkpoint is not None else 0,
     )
 
 
-def _terms(ledger: Ledger, match: Match, checkpoint: Checkpoint | None, wanted: float) -> Terms:
-    """What new checkpoints of a prompt would earn and cost; `wanted` bytes are those of one at its end."""
+class _Wanted(NamedTuple):
+    """Bytes of a checkpoint at the end of a prompt, and whether any of its cuts is left to place one at."""
+
+    nbytes: float
+    placing: bool
+
+
+def _wanted(prompt: Prompt, placing: bool) -> _Wanted:
+    """What a prompt may want; `placing` where cuts are still to come."""
+    nbytes = prompt.state_bytes + prompt.kv_bytes_per_token * (len(prompt.ids) - prompt.resumed)
+    return _Wanted(nbytes, placing or bool(len(prompt.cuts) and prompt.cuts[-1] > prompt.resumed))
+
+
+def _terms(ledger: Ledger, match: Match, checkpoint: Checkpoint | None, wanted: _Wanted) -> Terms:
+    """What new checkpoints of a prompt would earn and cost."""
     need = 0.0
     if ledger.max_memory is not None:
-        need = wanted + ledger.used_bytes - ledger.max_memory
-        need = max(need, 0.05 * ledger.max_memory) if need > 0 else 0.0
-    return ledger.eviction.terms(match.path, match.overlap, need, checkpoint)
+        need = wanted.nbytes + ledger.used_bytes - ledger.max_memory
+        if need > 0.0:  # without a cut, all that counts is whether memory is full: the first to go has a price as well
+            need = max(need, PRICED_SHARE * ledger.max_memory) if wanted.placing else LEAST_NEED
+    return ledger.eviction.terms(match.path, match.overlap, max(need, 0.0), checkpoint)
