@@ -45,12 +45,17 @@ _TO_ALL = ("/cache/mark", "/cache/clear", "/metrics")
 _SESSION = "x-session-id"
 
 
-def build(args: RayOptions) -> Application:
+def build(args: RayOptions | dict[str, Any]) -> Application:
     """The application of a fleet, for `serve run`, a config file of Ray Serve, or `serve.run`.
 
     Args:
-        args: a `RayOptions`, or its fields by name.
+        args: a `RayOptions`, or its fields by name, as Ray's commands give them.
+
+    Raises:
+        ValueError: one of them cannot be; names it.
     """
+    if not isinstance(args, RayOptions):
+        args = RayOptions(**args)
     router = RequestRouterConfig(
         request_router_class=PrefixRequestRouter,
         request_router_kwargs={
