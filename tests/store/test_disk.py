@@ -30,6 +30,22 @@ def test_what_leaves_memory_is_found_on_disk_and_after_a_restart(opened: Any) ->
     assert [serve(store, first) for first in range(5)] == [4] * 5
 
 
+def test_what_is_in_memory_is_not_fetched(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(max_memory=4 * UNIT)
+    for first in range(2):
+        serve(store, first)
+    store.flush()
+    asked: list[str] = []
+    bring_up = store.bring_up
+    monkeypatch.setattr(
+        store, "bring_up", lambda tier, *arguments: asked.append(tier.name) or bring_up(tier, *arguments)
+    )
+    assert [serve(store, first) for first in (0, 1, 0)] == [4] * 3 and asked == []
+    for first in range(2, 8):
+        serve(store, first)
+    assert serve(store, 0) == 4 and asked == ["disk"]  # the twin
+
+
 def test_files_are_private(opened: Any) -> None:
     store = opened()
     serve(store, 1)
