@@ -12,8 +12,8 @@ one-token    one new token after a long known prefix: against stock, and against
              compute, from a live cache that is ready)
 decode       a long decode: seconds a token with the cache and without, step beside step
 big-store    the same prompts on an empty store and on one that remembers 10,000 others
-memory       what a process takes that keeps every checkpoint, less one that keeps none, over the bytes
-             that the cache accounts for
+memory       what a process grows by that keeps every checkpoint, beside one that keeps none, over the bytes
+             that the cache accounts for meanwhile
 
 A repeat serves all prompts with every contender in turn; handles are fresh in each. A ratio is one contender's time
 over another's in one repeat; printed are the median and the range over the repeats. Built-in models have random

@@ -1,61 +1,112 @@
 """How much memory does a process take that stores, over what the cache accounts for? A case of `bench_costs`.
 
-python -m benchmarks.process_memory all --model zamba2-30m      one process; one JSON line on standard output
+python -m benchmarks.process_memory zamba2-30m                            every checkpoint of 8 prompts is kept
+python -m benchmarks.process_memory zamba2-30m --max-memory 96MiB --prompts 24      most of them are evicted again
+
+Two processes each serve the same prompts in the same segments; one stores every checkpoint, the other none. What they
+hold is looked at behind each prompt.
 """
 
 import argparse
 import json
+import pathlib
 import subprocess
 import sys
 
 import numpy as np
 from transformers.utils import logging
 
-from benchmarks.bench_planner import peak_bytes
+from benchmarks.bench_planner import machine
 from hf_sparse_cache.bench.contenders import Cached, EveryCut
 from hf_sparse_cache.bench.workloads import WorkloadRequest
 from hf_sparse_cache.tools.builtin import build_model
 
 
 VOCABULARY = 8192
+RESULTS = pathlib.Path(__file__).parent / "results" / "process_memory.json"
 
 
 def memory(arguments, name):
-    """Two processes serve the same prompts in the same segments; one stores every checkpoint, the other none.
-
-    Returns:
-        The difference of their peaks over the bytes stored, one value a repeat.
-    """
+    """What a process grows by over what it stores meanwhile, beside one that stores nothing, one value a repeat."""
     values = []
     for _ in range(min(3, arguments.repeats)):  # two processes each: slow, and nearly the same every time
-        everything, nothing = (_process(arguments, name, mode) for mode in ("all", "none"))
-        values.append((everything["peak"] - nothing["peak"]) / everything["stored"])
-    return {f"memory taken / {everything['stored'] / 2**20:,.0f} MiB stored": (values, "<= 1.10")}
+        found = measured(name, arguments.tokens, 3 * arguments.prompts)
+        values.append(found["growth"])
+    return {f"growth / {found['stored'] / 2**20:,.0f} MiB stored": (values, "<= 1.05")}
 
 
-def _process(arguments, name, mode):
-    command = [sys.executable, "-m", "benchmarks.process_memory", mode, "--model", name]
-    command += ["--tokens", str(arguments.tokens), "--prompts", str(3 * arguments.prompts)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(model, tokens, prompts, max_memory=None, storage="exact"):
+    """One pair of processes.
+
+    Args:
+        tokens: of the longest prompt; others have down to half as many.
+        max_memory: the budget; None for no limit.
+
+    Returns:
+        `stored` bytes at the end, the `ratio` of the memory taken there, and `growth`, what the process grew by in the
+        second half over what was stored in it; None where as much was evicted. The first has in it what the heap
+        grows by once, for segments of lengths that it has not seen.
+    """
+    command = [sys.executable, "-m", "benchmarks.process_memory", model, "--tokens", str(tokens)]
+    command += ["--prompts", str(prompts), "--storage", storage]
+    if max_memory is not None:
+        command += ["--max-memory", str(max_memory)]
+    runs = []
+    for mode in ("all", "none"):
+        done = subprocess.run([*command, "--one", mode], check=True, capture_output=True, text=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    everything, nothing = runs
+    rows = zip(everything["resident"], nothing["resident"], everything["stored"], strict=True)
+    taken, stored = zip(*((one - other, held) for one, other, held in rows), strict=True)
+    half = (len(stored) - 1) // 2
+    grew = stored[-1] - stored[half]
+    growth = (taken[-1] - taken[half]) / grew if grew > stored[-1] // 10 else None
+    return {"stored": stored[-1], "ratio": taken[-1] / stored[-1], "growth": growth}
+
+
+def resident_bytes():
+    """Memory that is only this process's."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def one(arguments):
+    """Serves the prompts, and prints what the process holds behind each."""
+    model = build_model(arguments.model, vocab_size=VOCABULARY)
+    policy = EveryCut() if arguments.one == "all" else "none"
+    options = {"max_memory": arguments.max_memory, "storage": arguments.storage}
+    contender = Cached(model, None, "memory", policy, grid=128, exactness="bitwise", **options)
+    draw = np.random.RandomState(0)
+    found = {"resident": [], "stored": []}
+    for _ in range(arguments.prompts):
+        length = draw.randint(arguments.tokens // 2, arguments.tokens + 1)
+        contender.serve(WorkloadRequest("", draw.randint(3, VOCABULARY, length).astype(np.int32)), 1, False)
+        found["resident"].append(resident_bytes())
+        found["stored"].append(contender.handle.store.used_bytes)
+    print(json.dumps(found))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("all", "none"), help="which checkpoints are kept")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--prompts", type=int, default=9)
+    parser.add_argument("model", help="a built-in model")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--max-memory", help="the budget; by default there is none")
+    parser.add_argument("--storage", default="exact")
+    parser.add_argument("--write", metavar="LABEL", help=f"keep the figures under this label in {RESULTS.name}")
+    parser.add_argument("--one", choices=("all", "none"), help="one process: which checkpoints are kept")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    model = build_model(arguments.model, vocab_size=VOCABULARY)
-    policy = EveryCut() if arguments.mode == "all" else "none"
-    contender = Cached(model, None, "memory", policy, max_memory=None, grid=128)
-    draw = np.random.RandomState(0)
-    for _ in range(arguments.prompts):
-        contender.serve(WorkloadRequest("", draw.randint(3, VOCABULARY, arguments.tokens).astype(np.int32)), 1, False)
-    peak = peak_bytes()
-    print(json.dumps({"peak": peak, "stored": contender.peak_bytes(), "held": contender.held_bytes()}))
+    if arguments.one:
+        one(arguments)
+        return
+    asked = {"tokens": arguments.tokens, "prompts": arguments.prompts, "max_memory": arguments.max_memory}
+    asked["storage"] = arguments.storage
+    found = {"model": arguments.model, **asked, **measured(arguments.model, **asked), "machine": machine()}
+    print(json.dumps(found, indent=2))
+    if arguments.write:
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps({**known, arguments.write: found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
