@@ -39,7 +39,7 @@ test-shared: .venv-s3/ready  ## The shared store on an S3-compatible server, and
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos_shared.py $(CHAOS_ARGS)
 
 test-ray: .venv-ray/ready  ## Replicas on Ray Serve, on this machine: a killed one, scaling, and what is cached beside round robin
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -W ignore -s tests/serving/test_ray_serve.py $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -W ignore -s tests/serving/test_ray_files.py tests/serving/test_ray_serve.py $(PYTEST_ARGS)
 
 test-triton: .venv-triton/ready  ## The kernels of mamba_ssm and flash-linear-attention under Triton's interpreter, on Linux
 	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/models/test_triton.py $(PYTEST_ARGS)
