@@ -39,7 +39,7 @@ LEFT = {
 GOAL = 0.99
 VERDICT = {
     True: "The goal, 99 %, is reached.",
-    False: "The goal, 99 %, is not reached: the curve below was still rising when the time for training was over.",
+    False: "The goal, 99 %, was not reached in the time for training: the curve is below.",
 }
 WAYS = ("stock", "cached", "wiped")
 GRID = 64

@@ -28,6 +28,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -55,6 +56,7 @@ CURVE = "curve.jsonl"
 IGNORED = -100  # labels that do not count, as everywhere in transformers
 ANSWER_TOKENS, PLACE_TOKENS = manual.CODE_DIGITS + 1, 2  # with the end of the line
 TOKENS_A_LINE = 7.7
+LONGEST_WAY = 50  # lines between a place that is named and the first question there
 _BLOCK_ELEMENTS = 2**18  # states of the Mamba-1 scan that are in work at a time
 
 
@@ -64,6 +66,7 @@ class Stage:
 
     Attributes:
         share: of all steps.
+        told: of the length, that the manual takes at most, and at least half as much; questions fill the rest.
     """
 
     share: float
@@ -71,6 +74,7 @@ class Stage:
     batch: int
     places: int
     rooms: int
+    told: float = 0.6
 
 
 # First to tell rooms apart, then places as well; then the same over ever longer texts.
@@ -89,8 +93,13 @@ _RECURRENT = (
     Stage(0.20, 512, 4, 1, 6),
     Stage(0.20, 1024, 2, 1, 6),
 )
+# What is learned last: the place behind a long way, and the last digit of a code, when they are asked for once.
+_HYBRID_END = (Stage(0.5, 768, 4, 6, 5, 0.8), Stage(0.5, 2048, 2, 6, 5, 0.9))
+_RECURRENT_END = (Stage(0.6, 256, 8, 1, 5, 0.8), Stage(0.4, 1024, 2, 1, 5, 0.9))
 _QUICK = (Stage(1.0, 64, 16, 1, 2),)
 STAGES = {"mamba": _RECURRENT, "jamba": _HYBRID, "zamba2": _HYBRID}
+LAST_STAGES = {"mamba": _RECURRENT_END, "jamba": _HYBRID_END, "zamba2": _HYBRID_END}
+AVERAGED_STEPS = 100  # about as many last steps have a part in the weights that are saved
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -158,32 +167,35 @@ def write_example(rng: random.Random, stage: Stage, encode: Callable[[str], list
     labels: list[int] = []
     wheres: list[int] = []
 
-    def say(text: str, known: int = 0) -> None:
+    def say(text: str, known: int = 0, here: str | None = None) -> None:
         new = encode(text)
         ids.extend(new)
         labels.extend([IGNORED] * (len(new) - known) + new[len(new) - known :])
-        tells = len(new) if text.startswith(manual.question("")[:-4]) else 0  # of what PlaceProbe asks for the place
-        wheres.extend([IGNORED] * (len(new) - tells) + [manual.PLACES.index(here)] * tells)
+        wheres.extend([manual.PLACES.index(here) if here else IGNORED] * len(new))
 
     told = sum(len(encode(line)) for place in house.codes for line in house.told(place))
-    fillers = max(0, int((stage.length * rng.uniform(0.3, 0.6) - told) / TOKENS_A_LINE / places))
+    fillers = max(0, int((stage.length * rng.uniform(stage.told / 2, stage.told) - told) / TOKENS_A_LINE / places))
     for here in house.codes:
-        for line in manual.mixed(rng, house.told(here), fillers):
-            say(line)
+        arriving, *codes = house.told(here)
+        for line in manual.mixed(rng, [arriving, *codes], fillers):
+            say(line, here=None if line == arriving else here)
             if places > 1 and rng.random() < 0.1:
-                say(manual.stay(here), known=PLACE_TOKENS)
+                say(manual.stay(here), known=PLACE_TOKENS, here=here)
+    ahead: list[str] = []
     while len(ids) < stage.length:
-        here = rng.choice(list(house.codes))
+        if not ahead:  # every place once before any is asked about again: what was just repeated is easier to know
+            ahead = rng.sample(list(house.codes), places)
+        here = ahead.pop()
         say(manual.arrival(here))
-        for _ in range(rng.choice((0, 0, 0, 1, stage.length // 40))):
-            say(manual.filler(rng))
+        for _ in range(rng.choice((0, 0, 1, rng.randint(0, LONGEST_WAY)))):
+            say(manual.filler(rng), here=here)
         rooms = list(house.codes[here].items())
         for room, code in rng.sample(rooms, len(rooms)):
-            say(manual.code_line(room, code), known=ANSWER_TOKENS)
+            say(manual.code_line(room, code), known=ANSWER_TOKENS, here=here)
             if rng.random() < 0.1:
-                say(manual.filler(rng))
+                say(manual.filler(rng), here=here)
             if places > 1 and rng.random() < 0.1:
-                say(manual.stay(here), known=PLACE_TOKENS)
+                say(manual.stay(here), known=PLACE_TOKENS, here=here)
     return {name: row[: stage.length] for name, row in (("input_ids", ids), ("labels", labels), ("places", wheres))}
 
 
@@ -352,11 +364,12 @@ def answer_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple
     right = torch.zeros_like(asked)
     right[asked] = logits.argmax(-1) == labels[asked]
     whole = asked.unfold(1, ANSWER_TOKENS, 1).all(-1)  # between two answers stands a question
-    return F.cross_entropy(logits, labels[asked]), right.unfold(1, ANSWER_TOKENS, 1).all(-1)[whole]
+    loss = F.cross_entropy(logits, labels[asked], reduction="sum") / max(1, len(logits))  # a batch may ask nothing
+    return loss, right.unfold(1, ANSWER_TOKENS, 1).all(-1)[whole]
 
 
 class PlaceProbe(nn.Module):
-    """Asks the layer below the attention where the reader is, in every line that tells a code; for training alone.
+    """Asks the layer below the attention where the reader is, at every token; for training alone.
 
     Attention can find the code of a room by itself. It learns to heed the place once the layers below it carry that
     along, and these have little reason to before it does.
@@ -409,7 +422,7 @@ def train(
     *,
     learning_rate: float = 3e-3,
     every: int = 20,
-) -> Iterator[list[dict[str, float]]]:
+) -> Iterator[tuple[list[dict[str, float]], PreTrainedModel]]:
     """Train a model in place.
 
     Args:
@@ -419,12 +432,14 @@ def train(
         every: steps between two points of the curve.
 
     Yields:
-        The curve, at the end of each stage: per point the step, the length of its sequences, and since the point
-        before the mean loss and the share of answers with every token right.
+        At the end of each stage the curve (per point the step, the length of its sequences, and since the point before
+        the mean loss and the share of answers with every token right), and a model whose weights are the mean of those
+        of the last steps, which waver less.
     """
     accelerator = Accelerator(cpu=True)
     set_seed(seed)
     model = accelerator.prepare(model.train())  # the same object on a CPU
+    mean_model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / min(AVERAGED_STEPS, 1 + steps // 10)))
     probe = PlaceProbe(model, 1) if stages[-1].places > 1 else None
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(model, learning_rate)]
     if probe is not None:
@@ -445,6 +460,7 @@ def train(
                 for each in (*optimizers, *schedulers):
                     each.step()
                 model.zero_grad()
+                mean_model.update_parameters(model)
                 losses.append(loss.item())
                 answers.append(right)
                 if step % every == 0 or step == steps:
@@ -452,7 +468,7 @@ def train(
                     curve.append({"step": step, "tokens": stage.length, "loss": loss_now, "exact_match": exact})
                     print(" ".join(f"{name} {value:.4g}" for name, value in curve[-1].items()), flush=True)
                     losses, answers = [], []
-            yield curve
+            yield curve, mean_model.module
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, runs: list[dict[str, Any]], out: Path) -> None:
@@ -473,9 +489,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write; nothing is written without it")
     parser.add_argument("--start", type=Path, help="go on from what an earlier run wrote, instead of random weights")
     parser.add_argument("--skip", type=int, default=0, help="stages to leave out at the beginning")
+    parser.add_argument("--last", action="store_true", help="the stages that sharpen what was learned; with --start")
     parser.add_argument("--quick", action="store_true", help="200 steps on sequences of 64 tokens")
     given = parser.parse_args()
-    steps, stages = (200, _QUICK) if given.quick else (given.steps, STAGES[given.family][given.skip :])
+    chosen = LAST_STAGES if given.last else STAGES
+    steps, stages = (200, _QUICK) if given.quick else (given.steps, chosen[given.family][given.skip :])
     if given.start:
         lines = (given.start / CURVE).read_text(encoding="utf-8").splitlines()
         before = [json.loads(line) for line in lines]
@@ -491,10 +509,10 @@ def main() -> None:
         "machine": describe_machine(),
     }
     clock = time.perf_counter()
-    for curve in train(model, tokenizer, stages, steps, given.seed, learning_rate=given.learning_rate):
+    for curve, averaged in train(model, tokenizer, stages, steps, given.seed, learning_rate=given.learning_rate):
         if given.out:  # after each stage, so that a run that is interrupted leaves what it reached
             seconds = round(time.perf_counter() - clock)
-            save(model, tokenizer, [*before, {**made, "seconds": seconds, "curve": curve}], given.out)
+            save(averaged, tokenizer, [*before, {**made, "seconds": seconds, "curve": curve}], given.out)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_only_what_can_be_known_is_supervised(training: ModuleType) -> None:
             place = line if line.startswith("You come") else place
             supervised = int(asked[position : position + tokens].sum())
             where = [name for name in manual.PLACES if place == manual.arrival(name)]
-            expected = manual.PLACES.index(where[0]) if line.startswith("The code of room") else training.IGNORED
+            expected = manual.PLACES.index(where[0]) if where and line != place else training.IGNORED
             assert not line.endswith("\n") or bool((row["places"][position : position + tokens] == expected).all())
             if line == manual.stay(place[len(manual.arrival("")) - 2 : -2]):
                 assert supervised == training.PLACE_TOKENS
@@ -145,8 +145,9 @@ def test_a_few_steps_lower_the_loss(training: ModuleType, family: str, tmp_path:
     stages = (training.Stage(0.5, 64, 8, 1, 2), training.Stage(0.5, 128, 4, places, 2))
     tokenizer = training.build_tokenizer()
     model = training.draw_weights(training.build_model(family, len(tokenizer)))
-    for finished, curve in enumerate(training.train(model, tokenizer, stages, steps=32, seed=0, every=8), start=1):
-        training.save(model, tokenizer, [{"command": "test", "curve": curve}], tmp_path)
+    stages_done = enumerate(training.train(model, tokenizer, stages, steps=32, seed=0, every=8), start=1)
+    for finished, (curve, averaged) in stages_done:
+        training.save(averaged, tokenizer, [{"command": "test", "curve": curve}], tmp_path)
         written = (tmp_path / "curve.jsonl").read_text(encoding="utf-8")
         assert json.loads(written)["curve"] == curve and len(curve) == 2 * finished
         assert model.dtype == torch.float32
@@ -155,8 +156,27 @@ def test_a_few_steps_lower_the_loss(training: ModuleType, family: str, tmp_path:
     assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
     again, words = load(str(tmp_path), [])
     assert again.dtype == torch.bfloat16 and words.get_vocab() == tokenizer.get_vocab()
-    for name, value in model.state_dict().items():
+    last = model.state_dict()
+    for name, value in averaged.state_dict().items():
         assert torch.equal(value.to(torch.bfloat16), again.state_dict()[name].to(torch.bfloat16)), name
+    assert any(not torch.equal(value, last[name]) for name, value in averaged.state_dict().items())
+
+
+def test_the_place_is_asked_at_every_token_behind_the_line_that_names_it(training: ModuleType) -> None:
+    tokenizer = training.build_tokenizer()
+    rows = training.make_dataset(training.Stage(1.0, 768, 4, 6, 5), 4, 0, tokenizer)
+    named = {tokenizer.convert_tokens_to_ids(f" {place}"): index for index, place in enumerate(recall.manual.PLACES)}
+    furthest = 0
+    for row in rows:
+        here, since = None, 0
+        for token, place in zip(row["input_ids"].tolist(), row["places"].tolist(), strict=True):
+            if token in named:
+                here, since = named[token], 0
+            since += 1
+            if place != training.IGNORED:
+                assert place == here
+                furthest = max(furthest, since)
+    assert furthest > 200  # as far as from the last place of a manual to its questions
 
 
 def test_wrong_answers_are_counted_by_their_first_wrong_digit(bench: ModuleType) -> None:
@@ -189,9 +209,8 @@ def test_the_committed_figures_keep_what_is_promised(bench: ModuleType, name: st
     scores = figures["exact_match"]
     assert figures["questions"] >= 200 and figures["tokens_a_prompt"] >= (1000 if name == "recall-mamba" else 2000)
     assert scores["stock"] == scores["cached"] > figures["chance"] + 0.3
-    if name == "recall-jamba":  # the others are on their way, and their cards say so
-        assert scores["stock"] >= bench.GOAL
-    assert name not in recall.SHOWN or scores["stock"] > 0.9
+    # The goal is 99 %; the cards of the other two say that they fall short.
+    assert scores["stock"] >= {"recall-jamba": bench.GOAL, "recall-zamba2": 0.98, "recall-mamba": 0.95}[name]
     assert scores["wiped"] <= figures["chance"] + 0.03
     assert figures["machine"]["torch"] and "/tmp" not in str(runs)
     model, _ = load(name, [])

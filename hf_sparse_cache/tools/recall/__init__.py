@@ -20,7 +20,7 @@ MANUALS: dict[str, dict[str, int]] = {
     "recall-jamba": {"lines": 265, "places": 6, "rooms": 5},
     "recall-zamba2": {"lines": 265, "places": 6, "rooms": 5},
 }
-# Those that a newcomer is shown: more than nine answers of ten are right.
+# Those that a newcomer is shown: a recurrent one and a hybrid, so that it does not take long.
 SHOWN = ("recall-mamba", "recall-jamba")
 
 
