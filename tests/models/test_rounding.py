@@ -58,8 +58,8 @@ VALUES = st.tuples(
 def drawn(values: tuple[str, tuple[int, ...], torch.dtype, int, int]) -> tuple[str, torch.Tensor]:
     name, shape, dtype, seed, power = values
     generator = torch.Generator().manual_seed(seed)
-    # Spread over many octaves within a group, and with groups of nothing but zeros.
-    wide = torch.randn(shape, generator=generator, dtype=torch.float64).pow(3) * 2.0 ** min(max(power, -60), 18)  # below 1e8
+    # Spread over many octaves within a group, below 1e8, and with groups of nothing but zeros.
+    wide = torch.randn(shape, generator=generator, dtype=torch.float64).pow(3) * 2.0 ** min(max(power, -60), 18)
     wide[..., 0] = 0
     return name, wide.to(dtype)
 
