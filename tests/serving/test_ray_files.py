@@ -1,8 +1,13 @@
-"""The files of a cluster as Ray itself reads them: `make test-ray`."""
+"""The files of a cluster as Ray itself reads them, and the page's walk-through as it stands there: `make test-ray`."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +52,37 @@ def test_ray_takes_the_cluster_file() -> None:
     jsonschema.validate(read("ray-cluster.yaml"), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**read("ray-cluster.yaml"), "setup_command": []}, schema)
+
+
+def walk_through() -> str:
+    """The commands of the page on scaling."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    return page.split("### A walk-through on one machine")[1].split("```bash\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("port", [8000, 8265])
+def test_ports_of_the_walk_through_are_free(port: int) -> None:
+    """They stand on the page, and Ray takes others by itself where the second is taken."""
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)), f"something listens on port {port} already"
+
+
+def test_the_walk_through_goes_as_the_page_says(tmp_path: Path) -> None:
+    commands = walk_through()
+    assert "shared=/tmp/prefixes" in commands
+    script = tmp_path / "page.sh"  # a file: what pkill looks for must not stand in the shell's own command line
+    script.write_text(commands.replace("/tmp/prefixes", str(tmp_path / "prefixes")) + "wait\n", encoding="utf-8")
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (tmp_path / "said").open("w") as said:
+        done = subprocess.run(
+            ["bash", str(script)], env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=900
+        )
+    text = (tmp_path / "said").read_text(encoding="utf-8")
+    answers = [json.loads(found) for found in re.findall(r'\{"id":"cmpl-.*?\}\}\}', text)]
+    assert len(answers) == 3, text
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0 for answer in answers[:2]] == [False, True]
+    assert all(answer["usage"]["completion_tokens"] == 8 for answer in answers)
+    assert re.search(r'tokens_total\{replica="\d",kind="cached"\} [1-9]', text), text
+    assert re.findall(r"RUNNING: (\d)", text) == ["2", "1"], text
+    assert done.returncode in (0, 143), text
+    test_ports_of_the_walk_through_are_free(8000)
