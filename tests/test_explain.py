@@ -239,7 +239,9 @@ def test_what_cannot_fit_is_told_in_bytes(jamba: PreTrainedModel, caplog: pytest
         assert cache.last_request.captured == () or max(cache.last_request.captured) < 160
     with SparsePrefixCache(jamba, grid=GRID, policy=Block(GRID), max_memory=needed, exactness="bitwise") as cache:
         serve(jamba, cache, DOCUMENT[:, :150])
+        caplog.clear()
         cache.mark(DOCUMENT)
+        assert "Nothing can be kept" not in caplog.text
         serve(jamba, cache, prompt(2))
         assert cache.explain(prompt(3)).resumed_tokens == 160
 

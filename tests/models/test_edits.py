@@ -12,6 +12,7 @@ from matrix import DTYPES, Bench
 from tiny_models import build, random_ids
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
+from hf_sparse_cache.models import weights
 from hf_sparse_cache.models.samples import Samples, checksum
 from hf_sparse_cache.models.weights import identity
 
@@ -166,6 +167,33 @@ def test_tensors_that_are_plain_attributes(change: str) -> None:
             edit()
             bench.generate(bench.prompt(1), cache)
             assert "weights changed" in reason(cache)
+
+
+class Gate(torch.nn.Identity):
+    """Holds something of its own before torch has given it what every module has."""
+
+    def __init__(self) -> None:
+        self.before = 1.0
+        super().__init__()
+
+
+def test_attributes_that_come_before_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of what torch gives is passed over by its place, which says nothing where others come first."""
+    gate = Gate()
+    assert next(iter(vars(gate))) == "before"
+    bench = Bench("Jamba", model=build("Jamba"))
+    bench.model.model.gate = gate
+    with bench.handle() as cache:
+        bench.warm(cache)
+        gate.before = 2.0
+        bench.generate(bench.prompt(1), cache)
+        assert "weights changed" in reason(cache)
+        monkeypatch.setattr(weights, "_own_from", lambda model: len(vars(torch.nn.Identity())))  # the twin
+    with bench.handle() as cache:
+        bench.warm(cache)
+        gate.before = 3.0
+        bench.generate(bench.prompt(1), cache)
+        assert reason(cache) == "resumed"
 
 
 # -- while a prompt is computed ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,26 @@ def test_the_smallest_scale_that_holds_a_group_would_round_again(monkeypatch: py
     borders = torch.tensor([127 * rounding._scale(code - 1) for code in range(1, 256)])
     monkeypatch.setattr(rounding, "_grid", lambda *_: replace(own, borders=borders))
     assert not rounds_once(kept, "recurrent.0", value)
+
+
+PINNED = {
+    ("bf16", "keys"): "4ff865ac50fc8d78", ("bf16", "recurrent.0"): "a526975b827bc38e",
+    ("int8", "keys"): "6d1a01f049239ff4", ("int8", "recurrent.0"): "a1d04d465d0fe6c1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("storage", "name"), PINNED)
+def test_the_bits_that_are_kept_are_those_of_the_format(storage: str, name: str) -> None:
+    """What other processes and later versions read from files, and round anew beside it."""
+    numbers = torch.arange(4 * 37 * 64, dtype=torch.int64)
+    group = numbers // 64
+    spread = 2.0 ** (group % 24 - 16).double() * (5 + group % 7).double() / 12  # another scale for each
+    value = ((numbers * 2_654_435_761 % 2**20 - 2**19).double() / 2**19 * spread).float().view(1, 4, 37, 64)
+    kept = rounding_of(storage).kept({name: value})
+    digest = hashlib.blake2b(digest_size=8)
+    for key in sorted(kept):
+        digest.update(key.encode() + kept[key].contiguous().view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest() == PINNED[storage, name]
 
 
 @pytest.mark.parametrize("storage", ROUNDED)
