@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -136,6 +137,22 @@ def test_autocast_shares_nothing_with_full_precision(jamba: PreTrainedModel) -> 
         assert cache.last_request.resumed_tokens == 0
         jamba.generate(question(2), past_key_values=cache, max_new_tokens=1)
         assert cache.last_request.resumed_tokens > 0
+
+
+def test_autocast_and_full_precision_each_read_their_own_files(jamba: PreTrainedModel, tmp_path: Path) -> None:
+    """What a file is held against is measured anew: under autocast the states are of another type."""
+    ids = random_ids(300)
+    kinds: set[torch.dtype] = set()
+    for restarted in (False, True):
+        with handle(jamba, store=CheckpointStore("64MiB", disk_memory="64MiB", disk_dir=tmp_path)) as cache:
+            for enabled in (False, True):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                    jamba.generate(ids, past_key_values=cache, max_new_tokens=1)
+                assert (cache.last_request.resumed_tokens > 0) == restarted
+            layers = [layer for item in cache.store.stored() for layer in item.state.layers]
+            kinds |= {value.dtype for layer in layers for value in layer.values() if torch.is_tensor(value)}
+            cache.store.close()
+    assert len(kinds) > 1
 
 
 @pytest.mark.parametrize("eviction", ["lru", "learned"])

@@ -208,6 +208,28 @@ def test_where_nothing_is_kept(family: str, way: str) -> None:
         assert not any(item.pins for item in cache.store.stored())
 
 
+class Clamped(torch.nn.Module):
+    """A part of a layer that gives a little less when it is asked for one token, as with a clamp in one kernel."""
+
+    def __init__(self, inner: torch.nn.Module, less: float) -> None:
+        super().__init__()
+        self.inner, self.less = inner, less
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.inner(hidden) * (1.0 - self.less * (hidden.shape[1] == 1))
+
+
+@pytest.mark.parametrize("less", [0.0, 0.01])
+def test_steps_a_little_off_their_prefill_keep_nothing(less: float) -> None:
+    model = build("Jamba")
+    model.lm_head = Clamped(model.lm_head, less)
+    with SparsePrefixCache(model, prove=False) as cache:
+        ask(cache, SYSTEM)
+        measured = answers.decoding(cache.server.binding)
+        assert bool(kept(cache)) == (not less) == (measured.gap <= measured.bound)
+        assert measured.gap < 0.1  # far below anything that a test of whole logits would call wrong
+
+
 @pytest.mark.parametrize("family", ["Mamba", "Jamba"])
 def test_batches_and_padded_rows_keep_nothing(family: str) -> None:
     with SparsePrefixCache(build(family)) as cache:

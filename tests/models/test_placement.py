@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from matrix import Bench
 from tiny_models import build
+
+from hf_sparse_cache.models.cost import prefill_cost
 
 
 CPU = torch.device("cpu")
@@ -124,3 +127,17 @@ class _Told:
 
     def __del__(self) -> None:
         self._gone.append("collected")
+
+
+@pytest.mark.parametrize(("family", "layers"), [("Jamba", 1), ("Mamba", 0)])
+def test_what_a_prefill_costs_is_a_matter_of_the_models_shape(family: str, layers: int) -> None:
+    """G(t) = t + layers * channels / weights * t²: linear where nothing attends to all that went before."""
+    model = build(family)
+    cost = prefill_cost(model, layers)(np.array([0.0, 1000.0]))
+    config = model.config
+    channels = (
+        getattr(config, "num_attention_heads", 0) * config.hidden_size // getattr(config, "num_attention_heads", 1)
+    )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert cost[0] == 0 and cost[1] == pytest.approx(1000 + layers * channels / weights * 1000**2)
+    assert (cost[1] > 1001) == bool(layers)
