@@ -26,6 +26,13 @@ class DamagedFileError(ValueError):
     path: Path | None = None
 
 
+class UnprovedError(DamagedFileError):
+    """What was handed on while it was still being proved is not what was written. Nothing was computed from it.
+
+    Whoever restored it begins anew: it is stored no longer, and all who ask for its values get this error, for ever.
+    """
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, and nothing else.
 

@@ -43,6 +43,10 @@ class Faulty:
         self.rule("read", name)
         return self._inner.read(name, start, end)
 
+    def parts(self, name: str, most: int | None) -> Iterator[tuple[Any, int]]:
+        self.rule("read", name)
+        return self._inner.parts(name, most)
+
     def put(self, name: str, data: bytes) -> None:
         self.rule("put", name)
         self._inner.put(name, data)

@@ -9,7 +9,7 @@ before that (beam search, cropping, capture, a model that looks for itself) find
 `settle` puts layers of the stock class back, so that tokens are decoded on what transformers made, at no cost each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,15 +22,18 @@ class Waiting:
     Attributes:
         stock: the class itself.
         spans: by "keys" and "values", what has not been joined; the layer has no attribute of that name meanwhile.
+        ready: waits until the values of the spans may be read.
     """
 
     stock: Any
     spans: dict[str, Sequence[torch.Tensor]]
+    ready: Callable[[], object]
 
     def __getattr__(self, name: str) -> Any:
         spans = self.__dict__.get("spans", {})
         if name not in spans:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.ready()
         joined = torch.cat([*spans[name]], dim=-2)
         # Anew, because a shallow copy of the layer has the same dictionary.
         self.__dict__.update({name: joined, "spans": {kept: spans[kept] for kept in spans if kept != name}})
@@ -45,6 +48,7 @@ class Waiting:
                 key_states, value_states, *args, **kwargs
             )
             return updated
+        self.ready()
         keys, values = (
             torch.cat([*self.spans[name], new], dim=-2)
             for name, new in (("keys", key_states), ("values", value_states))
@@ -63,11 +67,14 @@ class Waiting:
 
 
 def waiting(layer: Any, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
-    """A layer like a fresh one, with keys and values in spans `(batch, heads, length, dim)`, which are only read."""
+    """A layer like a fresh one, with keys and values in spans `(batch, heads, length, dim)`, which are only read.
+
+    Until `ready`, which may be replaced, has returned, not even that is done.
+    """
     layer.lazy_initialization(keys[0], values[0])
     kind = _waiting(layer.__class__)
     held = kind.__new__(kind)
-    held.__dict__.update(layer.__dict__, spans={"keys": keys, "values": values})
+    held.__dict__.update(layer.__dict__, spans={"keys": keys, "values": values}, ready=_at_once)
     del held.keys, held.values
     return held
 
@@ -79,8 +86,12 @@ def settle(layers: list[Any]) -> None:
             _ = layer.keys, layer.values
             settled = layer.stock.__new__(layer.stock)
             settled.__dict__.update(layer.__dict__)
-            del settled.spans
+            del settled.spans, settled.ready
             layers[index] = settled
+
+
+def _at_once() -> None:
+    """What was proved before."""
 
 
 @cache

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import out_of_memory
+from ..errors import UnprovedError, out_of_memory
 from ..planning.batch import padded_groups, plan_rows
 from ..planning.policies import MIN_GAIN_TOKENS
 from ..request import Request
@@ -84,7 +84,7 @@ class Rows:
             self._together(indices)
             done = True
         except Exception as error:
-            if not (isinstance(error, ModelChangedError) or out_of_memory(error)):
+            if not (isinstance(error, ModelChangedError | UnprovedError) or out_of_memory(error)):
                 raise
         if not done:  # behind the block, where the traceback no longer holds what had been allocated
             del self.filled[before:]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers.utils import logging
 
-from ..errors import out_of_memory
+from ..errors import UnprovedError, out_of_memory
 from ..planning.batch import Member
 from ..planning.cuts import Tokens
 from ..planning.policies import NoCheckpoints, Policy
@@ -246,16 +246,32 @@ def serve_alone(means: Means, live: LiveCache, asked: Asked) -> Served:
         ChangedPrefillError: Segments do not compute what one piece would.
     """
     try:
-        return _serve_alone(means, live, asked)
+        return _serve_proved(means, live, asked)
     except ModelChangedError:
         live.start_anew(means.binding.live_cache())
-        return _serve_alone(means, live, asked)
+        return _serve_proved(means, live, asked)
 
 
-def _serve_alone(means: Means, live: LiveCache, asked: Asked) -> Served:
+def _serve_proved(means: Means, live: LiveCache, asked: Asked) -> Served:
+    """Run it anew where what it resumed from turns out not to be what was written; the third time from nothing.
+
+    What is of no use is stored no longer by then, and no other of its kind is resumed from before it is proved: a
+    second one was handed on at the same time, to another thread.
+    """
+    for _ in range(2):
+        try:
+            return _serve_alone(means, live, asked)
+        except UnprovedError:
+            pass
+        live.start_anew(means.binding.live_cache())
+    return _serve_alone(means, live, asked, resumes=False)
+
+
+def _serve_alone(means: Means, live: LiveCache, asked: Asked, resumes: bool = True) -> Served:
     sitting = Sitting(means, asked, identity(means.binding.model) if live.found is None else live.found)
 
     def attempt(spacious: bool) -> tuple[Any, Timing]:
+        spacious = spacious and resumes
         promised = spacious and asked.way is None
         with sitting.promised() if promised else sitting.opened(afresh=not spacious) as request:
             if not spacious:

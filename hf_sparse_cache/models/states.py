@@ -9,7 +9,7 @@ class that is not in `_RULES` is refused, never guessed.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedModelError
 from .inputs import input_device
-from .lazy_kv import waiting
+from .lazy_kv import Waiting, waiting
 from .rounding import EXACT, Rounding, own, plain_name
 from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
 from .tensors import Tensors
@@ -341,14 +341,31 @@ def _has_tensor(value: Any) -> bool:
 
 
 def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors], rounding: Rounding = EXACT) -> None:
-    """Fill a fresh cache from a checkpoint's state and the KV spans from position 0 up to it, in order."""
+    """Fill a fresh cache from a checkpoint's state and the KV spans from position 0 up to it, in order.
+
+    Keys and values that are still being proved are waited for by the first layer that reads any, in its first update,
+    where nothing is to be computed of them before.
+
+    Raises:
+        UnprovedError: What was to be read at once is not what was written.
+    """
+    reads = rounding.rounds or any(_INDEXER in _parts(layer) for layer in cache.layers)
+    later = [span for span in spans if span.pledge is not None and not reads]
     for payload in (state, *spans):
-        payload.reached()
+        if not any(payload is span for span in later):
+            payload.reached()
     for index, layer in enumerate(cache.layers):
         fixed, grown = rounding.restored(state.layers[index]), [rounding.read(span.layers[index]) for span in spans]
         for part in _parts(layer):
             layer = part.restore(layer, fixed, grown)
+        if later and isinstance(layer, Waiting):
+            layer.ready = partial(_reach, later)
         cache.layers[index] = layer
+
+
+def _reach(spans: Sequence[LayerTensors]) -> None:
+    for span in spans:
+        span.reached()
 
 
 def stack(cache: Cache, rows: Sequence[Cache], width: int) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,12 +47,14 @@ class LayerTensors:
         devices: where each layer's tensors were captured, while they are somewhere else; empty when they are there.
         behind: what was queued on accelerators and gives them their values, one a device.
         pinned_bytes: of the blocks of pinned memory that they lie in; 0 where each has memory of its own.
+        pledge: waits until they are proved, where they were handed on before; raises UnprovedError where they are not.
     """
 
     layers: tuple[Tensors, ...]
     devices: tuple[str, ...] = ()
     behind: tuple[Behind, ...] = field(default=(), compare=False)
     pinned_bytes: int = field(default=0, compare=False)
+    pledge: Callable[[], None] | None = field(default=None, compare=False)
 
     @classmethod
     def captured(cls, layers: Iterable[Tensors]) -> LayerTensors:
@@ -70,10 +72,20 @@ class LayerTensors:
         return self.pinned_bytes or sum(value.nbytes for value in self.tensors())
 
     def reached(self) -> LayerTensors:
-        """Itself, for whoever reads it on another stream than the one that made it, which waits without the host."""
+        """Itself, for whoever reads it on another stream than the one that made it, which waits without the host.
+
+        Raises:
+            UnprovedError: it is not what was written; what is still being proved is waited for.
+        """
+        if self.pledge is not None:
+            self.pledge()
         for work in self.behind:
             work.reached(self.tensors())
         return self
+
+    def pledged(self, pledge: Callable[[], None]) -> LayerTensors:
+        """The same tensors, whose values nobody reads before `pledge` has returned."""
+        return replace(self, pledge=pledge)
 
     def moved_to(self, place: str) -> LayerTensors:
         """A copy in "host" memory, on any other device that torch knows by a name such as "cuda:1", or back on the
@@ -94,6 +106,8 @@ class LayerTensors:
 
     def _moved(self, targets: list[str], homes: tuple[str, ...]) -> LayerTensors:
         """A copy with each layer on its target, of what was captured at home."""
+        if self.pledge is not None:
+            self.pledge()
         asked: dict[tuple[torch.device, torch.device], list[tuple[int, str]]] = defaultdict(list)
         layers = tuple(dict(layer) for layer in self.layers)
         for index, (layer, target) in enumerate(zip(layers, targets, strict=True)):
@@ -113,6 +127,8 @@ class LayerTensors:
 
     def to_bytes(self, record: str, tokens: Tokens) -> bytes:
         """One safetensors file: the tensors, the prompt's `tokens`, and `record` as its metadata."""
+        if self.pledge is not None:
+            self.pledge()
         for work in self.behind:
             work.wait()
         found: dict[str, torch.Tensor] = {"tokens": torch.from_numpy(tokens.copy())}

@@ -86,13 +86,24 @@ class Text:
     def digest(self, position: int) -> str:
         """What names the text up to a position."""
         if position not in self._hashes:
-            index = bisect_right(self._hashed, position)
-            start = self._hashed[index - 1]
-            found = self._hashes[start].copy()
-            found.update(self.tokens[start:position])
-            self._hashes[position] = found
-            self._hashed.insert(index, position)
+            self._hash(position)
         return str(self._hashes[position].hexdigest())
+
+    def _hash(self, position: int) -> None:
+        """Hashes up to a position, and keeps what it passes at half of the way, at a quarter, and so on.
+
+        A search that finds nothing there steps back to these, and hashes no token twice.
+        """
+        index = bisect_right(self._hashed, position)
+        start = self._hashed[index - 1]
+        found = self._hashes[start].copy()
+        blocks = (position - start) // BLOCK
+        ends = [start + (blocks >> bit) * BLOCK for bit in range(blocks.bit_length() - 1, 0, -1)]
+        for end in [*ends, position]:
+            found.update(self.tokens[start:end])
+            self._hashes[end] = found.copy()
+            start = end
+        self._hashed[index:index] = [*ends, position]
 
     def folder(self, block: int) -> str:
         """The place at a block."""

@@ -293,6 +293,7 @@ class SharedStore:
 
     def __init__(self, tier: SharedTier, ledger: Ledger) -> None:
         self.tier, self.writer = tier, Writer(tier, ledger)
+        tier.lose = ledger.lose
 
     @classmethod
     def open(cls, where: str | Path, budget: int | None, seal: Seal, ledger: Ledger) -> SharedStore:
@@ -332,11 +333,12 @@ class SharedStore:
         return self.tier.resume(ids, expected, space, above, tail)
 
     def read(self, found: Resumable, spans: Sequence[Span]) -> Unit | None:
-        """The whole unit, with the keys and values of `spans`; None where it cannot be had."""
-        unit = self.tier.read(found, spans)
-        if unit is not None:
-            self.writer.learn(found.text, found.files.kv)
-        return unit
+        """The whole unit, with the keys and values of `spans`, or their pledge; None where it cannot be had."""
+        return self.tier.read(found, spans, partial(self.writer.learn, found.text, found.files.kv))
+
+    def stands(self, unit: Unit) -> bool:
+        """Whether a unit that was read is not known to be of no use; where it is, memory loses it."""
+        return self.tier.stands(unit)
 
     def reach(self, ids: Tokens, expected: Lineage | None, space: str, above: int) -> tuple[int, str]:
         """How far beyond `above` a prompt would resume from here, and a sentence that says so, or why not."""

@@ -25,8 +25,8 @@ from typing import IO, Any
 from ..errors import DamagedFileError as DamagedFileError
 from ..planning.cuts import Tokens
 from .headers import MAX_POSITION, Header, Plain, RefusedFileError, header_bytes, tokens_from
-from .planes import unpacked
-from .seal import Seal
+from .planes import at_once, unpacked
+from .seal import Seal, same_digits
 
 
 SUFFIX = ".safetensors"
@@ -276,28 +276,35 @@ def proved(path: Path, data: Plain, seal: Seal = CHECKSUMS, most: int | None = N
     return unsealed(data, seal, most)
 
 
-def prove(path: Path, data: Plain, seal: Seal = CHECKSUMS) -> None:
+def prove(path: Path, data: Plain, seal: Seal = CHECKSUMS, checksum: str | None = None) -> None:
     """Holds the bytes of a file against the checksum in its name.
+
+    Args:
+        checksum: of all of them; None to find it out.
 
     Raises:
         DamagedFileError: they are not those that were written, or are not to be read with this key.
     """
     if reason := _refusal(data, seal):
         raise RefusedFileError(f"{path} is refused: {reason}")
-    if not seal.fits(data, path.name.removesuffix(SUFFIX).rpartition("-")[2]):
+    checksum = seal.checksum(data) if checksum is None else checksum
+    if not same_digits(checksum, path.name.removesuffix(SUFFIX).rpartition("-")[2]):
         raise DamagedFileError(f"{path} does not match its checksum")
 
 
-def unsealed(data: Plain, seal: Seal = CHECKSUMS, most: int | None = None) -> Plain:
+def unsealed(
+    data: Plain, seal: Seal = CHECKSUMS, most: int | None = None, there: Callable[[int], object] = at_once
+) -> Plain:
     """What a file says: decrypted where it is encrypted, and unpacked. Nothing of it is proved here.
 
     Args:
         most: bytes that it may unpack to.
+        there: waits until that many of the bytes have come; the header is there, and all of an encrypted file.
 
     Raises:
         DamagedFileError: it would take more, or cannot be read.
     """
-    return unpacked(seal.opened(data), most)
+    return unpacked(seal.opened(data), most, there)
 
 
 def _refusal(data: Plain, seal: Seal) -> str | None:

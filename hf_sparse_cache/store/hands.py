@@ -63,11 +63,15 @@ class Hands:
         try:
             return future.result(max(0.0, until - time.monotonic()))
         except TimeoutError:
-            if not future.done():
-                future.cancel()
-                with self._lock:
-                    self._stalled = True
+            self.gave_up(future)
             raise
+
+    def gave_up(self, future: Future[Any]) -> None:
+        """Nobody waits any longer for a job that took too long."""
+        if not future.done():
+            future.cancel()
+            with self._lock:
+                self._stalled = True
 
     def _work(self) -> None:
         while True:

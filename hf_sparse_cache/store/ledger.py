@@ -18,7 +18,7 @@ from .eviction import LRU, Eviction
 from .forest import Forest, Trail
 from .marks import Marks
 from .tree import TOKEN_BYTES, Account, Checkpoint, Departure, KVSegment, Match, Node, Payload
-from .unit import Unit, holder, namespace_of, unit_of
+from .unit import Unit, holder, keeps_pledge, namespace_of, unit_of
 
 
 # Empty accounts beyond this number are closed, the oldest first.
@@ -381,6 +381,10 @@ class Ledger:
             for checkpoint in self.stored():
                 needed = [checkpoint.state, *(segment.payload for segment in checkpoint.chain())]
                 if any(item is payload for item in needed):
+                    kept = [item for item in self.marks.kept if item[1] is not checkpoint]
+                    if len(kept) < len(self.marks.kept):
+                        self.marks.kept = kept
+                        self.unpin(checkpoint)
                     self._evict(checkpoint)
 
     def drop(self, space: str | None = None) -> None:
@@ -428,13 +432,13 @@ class Ledger:
 
     @contextmanager
     def taken(self, checkpoint: Checkpoint) -> Iterator[Unit | None]:
-        """A stored checkpoint as a unit, pinned meanwhile; None when it is stored no longer."""
+        """A stored checkpoint as a unit, pinned meanwhile and proved; None when it is stored no longer."""
         with self.lock:
             unit = unit_of(checkpoint) if checkpoint.stored else None
             if unit is not None:
                 self.take(checkpoint)
         try:
-            yield unit
+            yield unit if unit is not None and keeps_pledge(unit) else None
         finally:
             if unit is not None:
                 self.done_with(checkpoint)

@@ -11,6 +11,7 @@ what the file is for, before anything of its size is made.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +36,10 @@ _PACKED = "packed"  # the name of what marks such a file, in its metadata
 _VERSION = "planes of zstd"
 _ITEM_BYTES = {"64": 8, "32": 4, "16": 2}  # by the end of a type's name; all others are bytes
 _Bytes = NDArray[np.uint8]
+
+
+def at_once(end: int) -> None:
+    """Bytes that need not be waited for."""
 
 
 def packed(plain: bytes) -> bytes:
@@ -124,20 +129,24 @@ def _squeezed(plane: _Bytes, compressor: zstandard.ZstdCompressor) -> _Bytes | N
     return np.frombuffer(small, np.uint8) if len(small) <= _WORTH * len(plane) else None
 
 
-def unpacked(data: Plain, most: int | None = None) -> Plain:
+def unpacked(data: Plain, most: int | None = None, there: Callable[[int], object] = at_once) -> Plain:
     """The plain file in the bytes of a packed one, in memory of its own that nobody else has; a plain one itself.
 
     Args:
         most: bytes of what it is for.
+        there: waits until that many of the bytes have come; the header is there.
 
     Raises:
         DamagedFileError: it is not what `packed` makes, or would take more; says what is wrong with it.
     """
     header = Header.parse(data, len(data))
     if _PACKED not in header.metadata:
+        there(len(data))
         return data
     if header.metadata[_PACKED] != _VERSION:
         raise DamagedFileError(f"it is packed as {header.metadata[_PACKED][:40]!r}, and {_VERSION!r} is read")
+    for name, dtype, item_bytes in (("layout", "U8", 1), ("tokens", "I32", 4)):
+        there(header.place(name, dtype, item_bytes)[1])
     layout = parse_json(_frame(_part(data, header, "layout", "U8", 1), None, _MOST_LAYOUT_BYTES))
     if not isinstance(layout, dict):
         raise DamagedFileError("its layout is no object")
@@ -149,7 +158,9 @@ def unpacked(data: Plain, most: int | None = None) -> Plain:
     text = _header(header, layout["tensors"], total, len(tokens))
     found = np.empty(len(text) + total + len(tokens), np.uint8)
     found[: len(text)] = np.frombuffer(text, np.uint8)
-    _fill(found[len(text) : len(text) + total], layout["pieces"], _part(data, header, "planes", "U8", 1))
+    begin, end = header.place("planes", "U8", 1)
+    planes = memoryview(data)[begin:end]
+    _fill(found[len(text) : len(text) + total], layout["pieces"], planes, lambda upto: there(begin + upto))
     found[len(text) + total :] = np.frombuffer(tokens, np.uint8)
     return found.data
 
@@ -203,13 +214,14 @@ def _header(outer: Header, tensors: dict[str, Any], total: int, token_bytes: int
     return len(text).to_bytes(8, "little") + text
 
 
-def _fill(into: _Bytes, pieces: list[Any], planes: memoryview) -> None:
+def _fill(into: _Bytes, pieces: list[Any], planes: memoryview, there: Callable[[int], object]) -> None:
     """Puts the strips of all pieces where they belong."""
     decompressor = _decompressor()
     at = done = 0
     for size, count, strips in pieces:
         numbers, byte = into[done : done + size * count].reshape(count, size), 0
         for width, length, small in strips:
+            there(at + length)
             strip = planes[at : at + length]
             if len(strip) != length:
                 raise DamagedFileError("its layout has more bytes than it has itself")

@@ -27,14 +27,15 @@ from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
 from ..planning.lineage import Lineage, Span
 from . import files
 from .addresses import BLOCK, Filed, Text, namespace_folder
-from .ahead import Ahead, StorageFailedError
+from .ahead import Ahead, Pledge, StorageFailedError
 from .hands import BusyError, Hands, Trust
 from .headers import Plain, RefusedFileError
 from .keeper import Keeper
 from .seal import Seal
 from .shelf import Shelf
 from .storage import Storage
-from .unit import Expected, MovablePayload, Unit, namespace_of
+from .tree import Payload
+from .unit import Expected, MovablePayload, PledgedPayload, Unit, namespace_of
 from .unit_files import StoredFile, UnitFiles, UnitReader, state_record
 
 
@@ -86,6 +87,7 @@ class SharedTier:
     def __init__(self, storage: Storage, budget: int | None, seal: Seal) -> None:
         self.storage, self.budget, self.seal = storage, budget, seal
         self.reader: Callable[[Plain], MovablePayload] | None = None
+        self.lose: Callable[[Payload], None] = lambda payload: None  # of the memory that what is read comes into
         self._expected: weakref.WeakValueDictionary[str, Expected] = weakref.WeakValueDictionary()
         self._start()
 
@@ -100,7 +102,7 @@ class SharedTier:
         self._reasons: OrderedDict[str, tuple[str, int, str]] = OrderedDict()  # with the place, why they were so
         self._lock = threading.Lock()
         self._warned: set[str] = set()
-        self._answered = False
+        self._answered = self._broken = False
 
     def after_fork(self) -> None:
         """In a child process: with threads, locks and connections of its own, and nothing counted."""
@@ -179,57 +181,106 @@ class SharedTier:
                     self.refuse(filed, filed.state, error, _digest(data))
         return None
 
-    def read(self, found: Resumable, spans: Sequence[Span]) -> Unit | None:
+    def read(self, found: Resumable, spans: Sequence[Span], kept: Callable[[], None]) -> Unit | None:
         """The rest of a unit: threads read and prove its keys and values, while what has come is made into tensors.
 
-        Nothing of it leaves here before all of it is proved.
+        Where the payloads take a pledge, they are handed on with one as soon as they are made: what is computed up to
+        the first use of keys and values hides the rest of the proof. Others leave here when all is proved.
+
+        Args:
+            kept: called once all is proved, on whatever thread finds that out.
         """
         until = time.monotonic() + READ_SECONDS
-        ahead = Ahead(self.hands, self.seal)
+        ahead = Ahead(self.hands, self.seal, until)
+        names = [found.files.kv[span].path.name for span in spans]
+        handed_on = False
         try:
-            for span in spans:
-                name, most = found.files.kv[span].path.name, found.reader.most(0, span)
-                ahead.begin(name, partial(self._bytes, found.text.kv(name), most))
+            for span, name in zip(spans, names, strict=True):
+                ahead.begin(name, partial(self.storage.parts, found.text.kv(name), found.reader.most(0, span)))
 
             def fetch(file: StoredFile, most: int | None) -> Plain:
-                return found.plain if file is found.files.state else ahead.plain(file.path.name, most, until)
+                return found.plain if file is found.files.state else ahead.plain(file.path.name, most)
 
-            unit = self._whole(found, spans, replace(found.reader, fetch=fetch), ahead, until)
-        except BusyError as error:
-            self._failed(f"reading: {error}")
+            unit = self._made(found, spans, replace(found.reader, fetch=fetch), ahead)
+            pledged = self._pledged(unit, partial(self._settled, found, names, ahead, kept), until)
+            handed_on = pledged is not None
+            if pledged is not None:
+                return pledged
+            return None if self._settled(found, names, ahead, kept) else unit
+        except (BusyError, StorageFailedError, DamagedFileError) as error:
+            self._of_no_use(found, ahead, error)
             return None
-        except StorageFailedError as error:
-            self._failed(_said(error.__cause__ or error, "reading keys and values"))
+        finally:
+            if not handed_on:
+                ahead.give_up()
+
+    def _made(self, found: Resumable, spans: Sequence[Span], reader: UnitReader, ahead: Ahead) -> Unit:
+        """A unit of files that may not be proved yet. What is wrong with one that never is, is that it is not."""
+        try:
+            return reader.read(found.files, spans)
+        except StorageFailedError:
+            raise
+        except Exception as error:  # bytes that are not those that were written may fail anyhow
+            if not isinstance(error, DamagedFileError) or error.path != found.files.state.path:
+                for span in spans:
+                    ahead.prove(found.files.kv[span].path.name)
+            raise
+
+    def _pledged(self, unit: Unit, settled: Callable[[], str], until: float) -> Unit | None:
+        """A unit to be handed on before it is proved; None where it is not to be.
+
+        Once one of them was broken, none is handed on any more: each of those costs the start of a forward.
+        """
+        payloads = {span: payload for span, payload in unit.kv.items() if isinstance(payload, PledgedPayload)}
+        if not payloads or len(payloads) < len(unit.kv) or self.seal.keyed or self._broken:
             return None
-        except DamagedFileError as error:
+        pledge = Pledge(self.hands, until)
+        handed = {span: payload.pledged(pledge) for span, payload in payloads.items()}
+
+        def settle() -> str:
+            reason = settled()
+            if reason:
+                self._broken = pledge.broken = True
+                for payload in handed.values():
+                    self.lose(payload)
+            return reason
+
+        pledge.begin(settle)
+        return replace(unit, kv=handed)
+
+    def stands(self, unit: Unit) -> bool:
+        """Whether a unit that was handed on is not known to be of no use; it may have come into memory since then."""
+        gone = [item for item in unit.kv.values() if getattr(getattr(item, "pledge", None), "broken", False)]
+        for payload in gone:
+            self.lose(payload)
+        return not gone
+
+    def _settled(self, found: Resumable, names: Sequence[str], ahead: Ahead, kept: Callable[[], None]) -> str:
+        """Waits until a unit is proved; returns why it is of no use, where it is not."""
+        try:
+            for name in names:
+                ahead.prove(name)
+        except (StorageFailedError, DamagedFileError) as error:
+            return self._of_no_use(found, ahead, error)
+        self.trust.kept()
+        self.count("resumed from")
+        self.keeper.uses(found.filed.state, time.monotonic())
+        kept()
+        return ""
+
+    def _of_no_use(self, found: Resumable, ahead: Ahead, error: Exception) -> str:
+        """Does what is due when a unit could not be read; returns why."""
+        if isinstance(error, DamagedFileError):
             culprit = found.filed.state if error.path is None else error.path.name
             seen = found.data if culprit == found.filed.state else ahead.seen(culprit)
             self.refuse(found.filed, culprit, error, "" if seen is None else _digest(seen))
             others = [found.text.kv(file.path.name) for file in found.files.kv.values() if file.path.name != culprit]
             self.chores(partial(self._check, others))
-            return None
-        finally:
-            ahead.give_up()
-        self.trust.kept()
-        self.count("resumed from")
-        self.keeper.uses(found.filed.state, time.monotonic())
-        return unit
-
-    def _whole(self, found: Resumable, spans: Sequence[Span], reader: UnitReader, ahead: Ahead, until: float) -> Unit:
-        """A unit, once all of its files are proved. What is wrong with one that is not is that it is not proved."""
-        names = [found.files.kv[span].path.name for span in spans]
-        try:
-            unit = reader.read(found.files, spans)
-        except StorageFailedError:
-            raise
-        except Exception as error:  # bytes that are not those that were written may fail anyhow
-            if not isinstance(error, DamagedFileError) or error.path != found.files.state.path:
-                for name in names:
-                    ahead.prove(name, until)
-            raise
-        for name in names:
-            ahead.prove(name, until)
-        return unit
+        elif isinstance(error, BusyError):
+            self._failed(f"reading: {error}")
+        else:
+            self._failed(_said(error.__cause__ or error, "reading keys and values"))
+        return printable(str(error)) or type(error).__name__
 
     def others(self, space: str) -> list[str]:
         """Other spaces of the same namespace of which something was stored: of other versions, of other weights."""

@@ -6,6 +6,7 @@ once. Nothing here is proved; whoever reads does that.
 
 from __future__ import annotations
 
+import mmap
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ from typing import IO, Any, NamedTuple, Protocol
 from ..checks import shown
 from ..errors import DamagedFileError
 from . import files
+from .headers import Plain
 
 
 _TRIES = 5  # of making a folder that others remove
+_PART_BYTES = 2**20
 
 
 class ListedFile(NamedTuple):
@@ -42,6 +45,14 @@ class Storage(Protocol):
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start .. end` of a file, or as many as there are. Raises FileNotFoundError where there is none."""
+
+    def parts(self, name: str, most: int | None) -> Iterator[tuple[Plain, int]]:
+        """A whole file while it is read: its memory, and how many bytes of it have come, again and again.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedFileError: it has more than `most` bytes.
+        """
 
     def put(self, name: str, data: bytes) -> None:
         """Makes or replaces a file."""
@@ -75,6 +86,20 @@ class Folder:
             file.seek(start)
             # Of what there is: memory for what there may be at most would be new each time, at four times the cost.
             return file.read(max(0, (size if end is None else min(end, size)) - start))
+
+    def parts(self, name: str, most: int | None) -> Iterator[tuple[Plain, int]]:
+        """See `Storage`."""
+        with files.open_regular(self.root / name) as file:
+            size, come = os.fstat(file.fileno()).st_size, 0
+            _check_size(size, most)
+            found = _memory(size)
+            yield found, 0
+            while come < size:
+                read = file.readinto(found[come : come + _PART_BYTES])  # type: ignore[attr-defined]
+                if not read:
+                    raise DamagedFileError(f"it was cut short to {come} bytes while it was read")
+                come += read
+                yield found, come
 
     def put(self, name: str, data: bytes) -> None:
         """See `Storage`."""
@@ -128,7 +153,7 @@ class Folder:
 
     def _scan(self, folder: str) -> Iterator[ListedFile | str]:
         """Files and, as strings, folders in one folder."""
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as found:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(os.path.join(self.where, folder)) as found:
             for item in found:
                 name = f"{folder}/{item.name}" if folder else item.name
                 if item.is_dir(follow_symlinks=False):
@@ -197,6 +222,12 @@ class Objects:
         data: bytes = fs.cat_file(path, **part)
         return data
 
+    def parts(self, name: str, most: int | None) -> Iterator[tuple[Plain, int]]:
+        """See `Storage`; one part, as each would be a request."""
+        data = self.read(name) if most is None else self.read(name, 0, most + 1)
+        _check_size(len(data), most)
+        yield data, len(data)
+
     def put(self, name: str, data: bytes) -> None:
         """See `Storage`."""
         fs, path = self._at(name)
@@ -247,6 +278,19 @@ class Objects:
     def after_fork(self) -> None:
         """Connects anew."""
         self._fs = None
+
+
+def _memory(size: int) -> memoryview:
+    """New memory. The pages of much of it come one by one as they are filled, which takes longer than to fill them."""
+    if size < _PART_BYTES:
+        return memoryview(bytearray(size))
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    return memoryview(mmap.mmap(-1, size, **private))
+
+
+def _check_size(size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise DamagedFileError(f"it has more than the {most} bytes that what it is for has at most")
 
 
 def open_storage(where: str | Path) -> Storage:

@@ -38,7 +38,7 @@ from .promises import Promises
 from .seal import Seal
 from .tier import Demote, Shown, Tier
 from .tree import Account, Checkpoint, Node
-from .unit import Expected, MovablePayload, Unit, unit_of
+from .unit import Expected, MovablePayload, Unit, keeps_pledge, unit_of
 from .visit import Before, Visit
 
 
@@ -480,7 +480,7 @@ class CheckpointStore(Shown):
             if unit is not None:
                 memory = self.tiers[0]
                 memory.put(replace(unit, space=space), self._demotion(memory), footing, urgent=True)
-        return unit is not None
+        return unit is not None and shared.stands(unit)
 
     def _demotion(self, tier: Tier) -> Demote | None:
         """Where the victims of a tier go; None for the last one."""
@@ -496,7 +496,7 @@ class CheckpointStore(Shown):
             with tier.lock:
                 unit = unit_of(victim)
             with self._journey(unit.space, below):
-                kept = any(other.accept(unit, self._demotion(other)) for other in below)
+                kept = keeps_pledge(unit) and any(other.accept(unit, self._demotion(other)) for other in below)
         finally:
             with tier.lock:
                 tier.ledger.done_with(victim)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from ..errors import UnprovedError
 from ..planning.cuts import Tokens
 from ..planning.lineage import Lineage, Span
 from .tree import Checkpoint, KVSegment, Match, Node, Payload
@@ -22,6 +23,20 @@ class MovablePayload(Payload, Protocol):
 
     def to_bytes(self, record: str, tokens: Tokens) -> bytes:
         """A safetensors file: its tensors, the tensor `tokens`, and `record` as the metadata `unit`."""
+
+
+@runtime_checkable
+class PledgedPayload(MovablePayload, Protocol):
+    """A payload that can be handed on while it is still being proved.
+
+    Attributes:
+        pledge: whoever reads its values calls it first; it raises UnprovedError where they are not what was written.
+    """
+
+    pledge: Callable[[], None] | None
+
+    def pledged(self, pledge: Callable[[], None]) -> PledgedPayload:
+        """The same values, which nobody reads before `pledge` has returned."""
 
 
 class Expected(Protocol):
@@ -94,6 +109,18 @@ def movable(payload: Payload) -> MovablePayload:
             "a store without host_memory and disk_memory"
         )
     return payload
+
+
+def keeps_pledge(unit: Unit) -> bool:
+    """Whether a unit is what was written; waits for what of it is still being proved."""
+    try:
+        for payload in (unit.state, *unit.kv.values()):
+            pledge = getattr(payload, "pledge", None)
+            if pledge is not None:
+                pledge()
+    except UnprovedError:
+        return False
+    return True
 
 
 def namespace_of(space: str) -> str:

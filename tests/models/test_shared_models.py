@@ -121,7 +121,7 @@ def test_keys_and_values_that_changed_are_never_served(shared_folder: Path, mode
 def test_the_twin_whose_proof_is_skipped_answers_wrongly(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, folder = shared_worker.model("Zamba2"), question(2), shared_folder / "Zamba2-bitwise"
     spoil(deepest(folder, ids), whole=True)
-    monkeypatch.setattr(ahead.files, "prove", lambda path, data, seal: None)
+    monkeypatch.setattr(ahead.files, "prove", lambda path, data, seal, *checksum: None)
     store = CheckpointStore(shared=folder)
     with handle(model, store=store) as cache:
         answer = logits(model, ids, cache)

@@ -285,11 +285,11 @@ def test_nothing_leaves_before_it_is_proved(joined: Joined, tmp_path: Path, monk
     proof, release = threading.Event(), threading.Event()
     prove = files.prove
 
-    def late(path: Path, data: Any, seal: Seal) -> None:
+    def late(path: Path, data: Any, seal: Seal, *checksum: str) -> None:
         if path.name.startswith("kv-"):
             proof.set()
             assert release.wait(60)
-        prove(path, data, seal)
+        prove(path, data, seal, *checksum)
 
     monkeypatch.setattr(ahead.files, "prove", late)
     resumed: list[int] = []
@@ -314,14 +314,14 @@ def test_with_a_key_nothing_is_looked_at_before_it_is_proved(
     early: list[bytes] = []
     prove, unsealed = files.prove, files.unsealed
 
-    def slowly(path: Path, data: Any, seal: Seal) -> None:
+    def slowly(path: Path, data: Any, seal: Seal, *checksum: str) -> None:
         time.sleep(0.3 if path.name.startswith("kv-") else 0.0)
-        prove(path, data, seal)
+        prove(path, data, seal, *checksum)
         proved.append(bytes(data))
 
-    def looked(data: Any, seal: Seal, most: int | None) -> Any:
+    def looked(data: Any, seal: Seal, most: int | None, *there: Any) -> Any:
         early.extend([] if bytes(data) in proved else [bytes(data)])
-        return unsealed(data, seal, most)
+        return unsealed(data, seal, most, *there)
 
     monkeypatch.setattr(ahead.files, "prove", slowly)
     monkeypatch.setattr(ahead.files, "unsealed", looked)
@@ -370,7 +370,7 @@ def test_the_twin_whose_proof_is_skipped_is_served_what_is_damaged(
     written(store)
     for path in files_in(tmp_path / "shared", "kv-"):
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")  # in the last number of a payload
-    monkeypatch.setattr(ahead.files, "prove", lambda path, data, seal: None)
+    monkeypatch.setattr(ahead.files, "prove", lambda path, data, seal, *checksum: None)
     assert serve(joined(), prompt(1, 1300)) == 1024
     monkeypatch.undo()
     assert serve(joined(), prompt(1, 1300)) == 0
