@@ -219,14 +219,15 @@ class Clamped(torch.nn.Module):
         return self.inner(hidden) * (1.0 - self.less * (hidden.shape[1] == 1))
 
 
-@pytest.mark.parametrize("less", [0.0, 0.01])
-def test_steps_a_little_off_their_prefill_keep_nothing(less: float) -> None:
-    model = build("Jamba")
-    model.lm_head = Clamped(model.lm_head, less)
+@pytest.mark.parametrize(("dtype", "less"), [(torch.float32, 0.01), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("off", [False, True])
+def test_steps_a_little_off_their_prefill_keep_nothing(dtype: torch.dtype, less: float, off: bool) -> None:
+    model = build("Jamba").to(dtype)
+    model.lm_head = Clamped(model.lm_head, less if off else 0.0)
     with SparsePrefixCache(model, prove=False) as cache:
         ask(cache, SYSTEM)
         measured = answers.decoding(cache.server.binding)
-        assert bool(kept(cache)) == (not less) == (measured.gap <= measured.bound)
+        assert bool(kept(cache)) == (not off) == (measured.gap <= measured.bound)
         assert measured.gap < 0.1  # far below anything that a test of whole logits would call wrong
 
 

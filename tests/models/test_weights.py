@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from matrix import Bench
 from tiny_models import build
 
-from hf_sparse_cache.models import rows, server, sitting, space
+from hf_sparse_cache.models import rows, server, sitting, space, survey
 from hf_sparse_cache.models.weights import identity
 
 
@@ -229,3 +230,24 @@ def test_another_hook_at_the_address_of_the_last(bench: Bench) -> None:
         handle = layer.register_forward_pre_hook(functools.partial(function, **awake))
         assert "activated LoRA" in identity(bench.model).by_call
         handle.remove()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_setting_that_grows_or_shrinks(inside: bool, before: int, after: int) -> None:
+    """Settings are told apart by what is told of them, whichever of the two would be sorted first."""
+    config = SimpleNamespace(plain=before, nested={"deep": before})
+    settings = survey._Settings(config, frozenset())
+    assert settings.unchanged()
+    if inside:
+        config.nested["deep"] = after
+    else:
+        config.plain = after
+    assert not settings.unchanged()
+
+
+def test_a_setting_that_is_written_anew_is_the_same() -> None:
+    config = SimpleNamespace(nested={"deep": [1]}, plain=3)
+    settings = survey._Settings(config, frozenset())
+    config.nested = {"deep": [1]}
+    assert settings.unchanged() and settings.unchanged()
