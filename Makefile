@@ -17,7 +17,7 @@ SHELL := /bin/bash
 BIN := $(CURDIR)/.venv/bin
 # setuptools warns of what an editable installation is by nature.
 PIP_INSTALL := PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-BUILT_FROM := pyproject.toml setup.py _planner.pyx constraints.txt
+BUILT_FROM := pyproject.toml setup.py _planner.pyx _codec.pyx constraints.txt
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -60,7 +60,7 @@ lint: .venv/dev  ## ruff, mypy, the direction of imports, and cython-lint
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typed_user.py
 	$(BIN)/lint-imports --no-cache --no-logo
-	$(BIN)/cython-lint _planner.pyx
+	$(BIN)/cython-lint _planner.pyx _codec.pyx
 
 format: .venv/dev  ## Format and sort imports in place
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
@@ -118,7 +118,7 @@ bench-table: .venv/dev  ## The README's tables of measurements, from benchmarks/
 	$(BIN)/python -m benchmarks.readme_table
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-ray .venv-space .venv-triton .venv-dist build dist *.egg-info _planner.c hf_sparse_cache/*.so
+	rm -rf .venv .venv-floor .venv-s3 .venv-eval .venv-ray .venv-space .venv-triton .venv-dist build dist *.egg-info _planner.c _codec.c hf_sparse_cache/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # In a virtual environment of its own, a suite sees what .venv has, behind what it has itself.

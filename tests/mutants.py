@@ -49,7 +49,8 @@ def copy_checkout(into: Path) -> None:
     """What git knows or would add, and what was compiled."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
-    compiled = [path.relative_to(ROOT) for path in (ROOT / "hf_sparse_cache").glob("_planner.*") if path.is_file()]
+    package = ROOT / "hf_sparse_cache"
+    compiled = {path.relative_to(ROOT) for part in ("_planner", "_codec") for path in package.glob(f"{part}.*")}
     for name in {*map(Path, filter(None, names)), *compiled}:
         if (ROOT / name).is_file():
             (into / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .rounding import Packed, chained
+
 
 class Waiting:
     """What a layer class is given while its keys and values are in spans of shape `(batch, heads, length, dim)`.
@@ -26,7 +28,7 @@ class Waiting:
     """
 
     stock: Any
-    spans: dict[str, Sequence[torch.Tensor]]
+    spans: dict[str, Sequence[torch.Tensor | Packed]]
     ready: Callable[[], object]
 
     def __getattr__(self, name: str) -> Any:
@@ -34,10 +36,10 @@ class Waiting:
         if name not in spans:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self.ready()
-        joined = torch.cat([*spans[name]], dim=-2)
+        whole = chained(spans[name], -2)
         # Anew, because a shallow copy of the layer has the same dictionary.
-        self.__dict__.update({name: joined, "spans": {kept: spans[kept] for kept in spans if kept != name}})
-        return joined
+        self.__dict__.update({name: whole, "spans": {kept: spans[kept] for kept in spans if kept != name}})
+        return whole
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -50,8 +52,7 @@ class Waiting:
             return updated
         self.ready()
         keys, values = (
-            torch.cat([*self.spans[name], new], dim=-2)
-            for name, new in (("keys", key_states), ("values", value_states))
+            chained([*self.spans[name], new], -2) for name, new in (("keys", key_states), ("values", value_states))
         )
         self.keys, self.values, self.spans = keys, values, {}
         return keys, values
@@ -66,7 +67,7 @@ class Waiting:
         return name not in self.__dict__
 
 
-def waiting(layer: Any, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+def waiting(layer: Any, keys: Sequence[torch.Tensor | Packed], values: Sequence[torch.Tensor | Packed]) -> Any:
     """A layer like a fresh one, with keys and values in spans `(batch, heads, length, dim)`, which are only read.
 
     Until `ready`, which may be replaced, has returned, not even that is done.

@@ -6,6 +6,9 @@ no rounding depends on where a span begins or ends. Scales have few bits and are
 rounded changes nothing, to the bit. Therefore a live cache may be rounded wherever its prompt is cut, and what is kept
 of it later is still the very value that it went on from.
 
+In host memory `_codec.pyx` makes whole numbers of floats, and floats of those, in one pass each. Torch does the same
+elsewhere, for other types of floats, and where that has not been compiled: with the same bits.
+
 Numbers that are no floats, such as token ids, are never rounded. Casts to bfloat16 would be simpler, and moved the
 logits of a third of the tiny models by more than 5e-3; whole numbers of as many bits move them 40 times less.
 """
@@ -13,13 +16,20 @@ logits of a third of the tiny models by more than 5e-3; whole numbers of as many
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 from .tensors import Tensors
+
+
+try:
+    from .._codec import Codec
+except ImportError:  # the same bits, some ten times slower
+    Codec = None  # type: ignore[assignment, misc]
 
 
 # A scale is one byte: (4 + its two lowest bits) / 4 * 2 ** (the other six - _BIAS).
@@ -69,6 +79,13 @@ class Rounding:
     def restored(self, layer: Tensors) -> Tensors:
         """The tensors of one layer from what `kept` gave, to be changed at will."""
         return {name: own(value) if torch.is_tensor(value) else value for name, value in self.read(layer).items()}
+
+    def packed(self, layer: Tensors) -> dict[str, Any]:
+        """As `read`, with each rounded tensor as it is kept, for `chained`."""
+        return self.read(layer)
+
+    def write_back(self, kept: Tensors, held: Tensors) -> None:
+        """Write what `kept` gave into the floats that it was given."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +140,7 @@ class Rounded(Rounding):
             NotRoundableError: it holds values that no scale fits.
         """
         found: Tensors = {}
-        fits: list[tuple[str, torch.Tensor]] = []
+        fits: list[tuple[str, torch.Tensor | bool]] = []
         for name, value in layer.items():
             width = _EIGHT if part_of(name) in self.eight else _SIXTEEN
             if not torch.is_tensor(value) or not _rounds(value, width):
@@ -132,44 +149,190 @@ class Rounded(Rounding):
             numbers, codes, fit = _encoded(name, value.detach(), width)
             found[f"{name}:{_word(value.dtype)}"], found[f"{name}:{_SCALE}"] = numbers, codes
             fits.append((name, fit))
-        if fits and not bool(torch.stack([fit for _, fit in fits]).all()):  # one wait for an accelerator
+        asked = [fit for _, fit in fits if torch.is_tensor(fit)]
+        # One wait for an accelerator.
+        if any(fit is False for _, fit in fits) or (asked and not bool(torch.stack(asked).all())):
             name = next(name for name, fit in fits if not bool(fit))
             raise NotRoundableError(f"{name} holds values that are not finite, or beyond 1e8, which cannot be rounded")
         return found
 
     def read(self, layer: Tensors) -> Tensors:
-        found: Tensors = {}
+        return {
+            name: value.read() if isinstance(value, Packed) else value for name, value in self.packed(layer).items()
+        }
+
+    def restored(self, layer: Tensors) -> Tensors:
+        found = self.packed(layer)
+        for name, value in found.items():
+            if isinstance(value, Packed):
+                found[name] = value.read()
+            elif torch.is_tensor(value):
+                found[name] = own(value)
+        return found
+
+    def packed(self, layer: Tensors) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for key, value in layer.items():
             name, _, word = key.partition(":")
             if not word:
                 found[name] = value
             elif word != _SCALE:
-                found[name] = _decoded(value, layer[f"{name}:{_SCALE}"], getattr(torch, word))
+                found[name] = Packed(value, layer[f"{name}:{_SCALE}"], getattr(torch, word))
         return found
 
-    def restored(self, layer: Tensors) -> Tensors:
-        read = self.read(layer)
-        return {
-            name: own(value) if value is layer.get(name) and torch.is_tensor(value) else value
-            for name, value in read.items()
-        }
+    def write_back(self, kept: Tensors, held: Tensors) -> None:
+        for name, value in self.packed(kept).items():
+            if isinstance(value, Packed):
+                value.write(held[name])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One rounded tensor.
+
+    Attributes:
+        numbers: whole ones, in the shape of the tensor.
+        codes: of the scales.
+        dtype: of the tensor.
+    """
+
+    numbers: torch.Tensor
+    codes: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return self.numbers.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.numbers.device
+
+    def read(self) -> torch.Tensor:
+        """The tensor, dense."""
+        if not self._plain():
+            return _decoded(self.numbers, self.codes, self.dtype)
+        target = torch.empty(self.numbers.shape, dtype=self.dtype, device=self.device)
+        return target if self._written(target) else _decoded(self.numbers, self.codes, self.dtype)
+
+    def write(self, target: torch.Tensor) -> None:
+        """Write the tensor over another one of its shape and type, which may have gaps."""
+        if not (self._plain() and _plain(target) and self._written(target)):
+            target.copy_(_decoded(self.numbers, self.codes, self.dtype))
+
+    def _plain(self) -> bool:
+        numbers, codes = self.numbers, self.codes
+        return (
+            self.dtype in _CODED
+            and numbers.dtype in (torch.int8, torch.int16)
+            and codes.dtype == torch.uint8
+            and _plain(numbers)
+            and _plain(codes)
+            and numbers.is_contiguous()
+            and codes.is_contiguous()
+        )
+
+    def _written(self, target: torch.Tensor) -> bool:
+        """Whether the codec could write it; nothing has been written otherwise."""
+        group, rest = divmod(self.numbers.numel(), self.codes.numel() or 1)
+        runs = _runs(target, group)
+        if rest or runs is None or target.dtype != self.dtype or target.shape != self.numbers.shape:
+            return False
+        wide = self.numbers.dtype == torch.int16
+        addresses = (self.numbers.data_ptr(), self.codes.data_ptr(), target.data_ptr())
+        _codec(_WIDTHS[self.numbers.dtype], self.dtype).decode(addresses, runs, wide, self.dtype == torch.bfloat16)
+        return True
+
+
+def chained(parts: Sequence[torch.Tensor | Packed], dim: int) -> torch.Tensor:
+    """Tensors as one, behind each other in a dimension; what is packed goes straight to its place."""
+    first = parts[0]
+    if not any(isinstance(part, Packed) for part in parts):
+        return torch.cat([*parts], dim=dim)  # type: ignore[list-item]
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    target = torch.empty(shape, dtype=first.dtype, device=first.device)
+    at = 0
+    for part in parts:
+        place = target.narrow(dim, at, part.shape[dim])
+        at += part.shape[dim]
+        if isinstance(part, Packed):
+            part.write(place)
+        else:
+            place.copy_(part)
+    return target
+
+
+# What the codec reads and writes.
+_CODED = (torch.float32, torch.bfloat16)
+_WIDTHS = {torch.int8: _EIGHT, torch.int16: _SIXTEEN}
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is memory of the host that nothing watches."""
+    return (
+        Codec is not None
+        and type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _runs(tensor: torch.Tensor, group: int) -> tuple[int, int, int, int] | None:
+    """How groups lie in a tensor: (outer, inner, step, group) as `Codec` takes it; nothing where they do not so."""
+    inner = 1
+    shape, strides = tensor.shape, tensor.stride()
+    dim = len(shape) - 1
+    while dim >= 0 and (strides[dim] == inner or shape[dim] == 1):
+        inner *= shape[dim]
+        dim -= 1
+    outer, step = 1, inner
+    if dim >= 0:
+        step = strides[dim]
+        for left in range(dim, -1, -1):
+            if shape[left] != 1 and strides[left] != step * outer:
+                return None
+            outer *= shape[left]
+    if not group or inner % group or step < inner:
+        return None
+    return outer, inner, step, group
+
+
+@cache
+def _codec(width: _Width, dtype: torch.dtype) -> Codec:
+    host = torch.device("cpu")
+    grid = _grid(width.whole, width.fine and dtype in _WIDE, dtype, host)
+    tables = (grid.borders, _table(host, False), _table(host, True))
+    borders, scales, inverse = (table.numpy() for table in tables)
+    return Codec(borders, scales, inverse, grid.every, grid.lowest, grid.highest, grid.limit)
 
 
 def _rounds(value: torch.Tensor, width: _Width) -> bool:
     return value.is_floating_point() and value.element_size() >= width.least_bytes and value.numel() > 0
 
 
-def _encoded(name: str, value: torch.Tensor, width: _Width) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whole numbers, codes of scales, and whether these hold the values, a tensor of one."""
+def _encoded(name: str, value: torch.Tensor, width: _Width) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | bool]:
+    """Whole numbers, codes of scales, and whether these hold the values, which may be a tensor of one to wait for."""
     by_token = name in _BY_TOKEN
     wide = value.dtype in _WIDE
     group = _group(value.shape[-1] if by_token else value[0].numel(), width.group if wide else 2 * width.group)
+    shape = (*value.shape[:-1], -1) if by_token else (len(value), -1)
+    runs = _runs(value, group) if value.dtype in _CODED and _plain(value) else None
+    if runs is not None:
+        numbers = torch.empty(value.shape, dtype=width.whole, device=value.device)
+        codes = torch.empty(value.numel() // group, dtype=torch.uint8, device=value.device)
+        addresses = (value.data_ptr(), numbers.data_ptr(), codes.data_ptr())
+        half = value.dtype == torch.bfloat16
+        fits = _codec(width, value.dtype).encode(addresses, runs, width.whole == torch.int16, half)
+        return numbers, codes.reshape(shape), fits
     groups = value.float().reshape(-1, group)
     largest = torch.linalg.vector_norm(groups, math.inf, dim=-1)
     grid = _grid(width.whole, width.fine and wide, value.dtype, value.device)
     codes = grid.codes(largest)
     numbers = groups.mul(_table(value.device, True)[codes][:, None]).round_().clamp_(-grid.most, grid.most)
-    shape = (*value.shape[:-1], -1) if by_token else (len(value), -1)
     codes = codes.to(torch.uint8).reshape(shape)
     return numbers.to(width.whole).reshape(value.shape), codes, (largest <= grid.limit).all()
 
@@ -217,13 +380,14 @@ def _grid(whole: torch.dtype, fine: bool, result: torch.dtype, device: torch.dev
     if result == torch.float16:  # multiples of its least number, below its largest
         lowest, highest = 4 * (_BIAS - 24), 4 * (_BIAS + 16 - most.bit_length())
     limit = most * _scale(highest) if result != torch.float16 else torch.finfo(torch.float16).max
-    return _Grid(most, torch.tensor(borders, device=device), every, lowest, highest, limit)
+    return _Grid(most, torch.tensor(borders, dtype=torch.float32, device=device), every, lowest, highest, limit)
 
 
 @cache
 def _table(device: torch.device, inverse: bool) -> torch.Tensor:
     scales = [_scale(code) for code in range(_CODES)]
-    return torch.tensor([1 / scale for scale in scales] if inverse else scales, device=device)
+    values = [1 / scale for scale in scales] if inverse else scales
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _decoded(numbers: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

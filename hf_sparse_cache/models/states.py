@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from ..errors import UnsupportedModelError
 from .inputs import input_device
 from .lazy_kv import Waiting, waiting
-from .rounding import EXACT, Rounding, own, plain_name
+from .rounding import EXACT, Rounding, chained, own, plain_name
 from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
 from .tensors import Tensors
 
@@ -29,8 +29,8 @@ class Part:
     """One kind of state in a layer: what is fixed in size, what grows, and how a batch is made of rows.
 
     `fixed` and `span` give the layer's own tensors, or views of them. `restore` returns the layer that takes the place
-    of the one it is given, which may be the same; it keeps the fixed tensors themselves, and reads those of spans.
-    `tensors` names the attributes that the part takes care of.
+    of the one it is given, which may be the same; it keeps the fixed tensors themselves, and reads those of spans,
+    which may be `Packed`. `tensors` names the attributes that the part takes care of.
     """
 
     fixed: Callable[[Any], Tensors]
@@ -176,7 +176,7 @@ def _indexer_span(layer: Any, start: int, end: int) -> Tensors:
 
 def _indexer_restore(layer: Any, fixed: Tensors, spans: Sequence[Tensors]) -> Any:
     if spans and "indexer_keys" in spans[0]:
-        keys = torch.cat([span["indexer_keys"] for span in spans], dim=1)
+        keys = chained([span["indexer_keys"] for span in spans], 1)
         layer.lazy_initialization_indexer(keys)
         layer.indexer_keys = keys
     if spans and "indexer_position_ids" in spans[0]:
@@ -278,9 +278,7 @@ def round_off(cache: Cache, rounding: Rounding, start: int, end: int) -> LayerTe
     for layer, span in zip(_fixed(cache), _span(cache, start, end), strict=True):
         kept.append(rounding.kept(layer))
         for held, rounded in ((layer, kept[-1]), (span, rounding.kept(span) if start < end else {})):
-            for name, value in rounding.read(rounded).items():
-                if torch.is_tensor(value) and value.is_floating_point():
-                    held[name].copy_(value)
+            rounding.write_back(rounded, held)
     return LayerTensors.captured(kept)
 
 
@@ -355,7 +353,7 @@ def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors], ro
         if not any(payload is span for span in later):
             payload.reached()
     for index, layer in enumerate(cache.layers):
-        fixed, grown = rounding.restored(state.layers[index]), [rounding.read(span.layers[index]) for span in spans]
+        fixed, grown = rounding.restored(state.layers[index]), [rounding.packed(span.layers[index]) for span in spans]
         for part in _parts(layer):
             layer = part.restore(layer, fixed, grown)
         if later and isinstance(layer, Waiting):

@@ -30,6 +30,7 @@ TOP_LEVEL = {
     "MANIFEST.in",
     "PKG-INFO",
     "README.md",
+    "_codec.pyx",
     "_planner.pyx",
     "pyproject.toml",
     "setup.cfg",  # written by setuptools
@@ -63,7 +64,13 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = checkout / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
-    for name in ("_planner.c", "hf_sparse_cache/_planner.cpython-311.so", "hf_sparse_cache/_planner.c", "notes.txt"):
+    for name in (
+        "_planner.c",
+        "_codec.c",
+        "hf_sparse_cache/_planner.cpython-311.so",
+        "hf_sparse_cache/_planner.c",
+        "notes.txt",
+    ):
         (checkout / name).write_text("built", encoding="utf-8")
     return build(checkout, "sdist", tmp_path_factory.mktemp("dist") / "sdist")
 
@@ -92,8 +99,10 @@ def test_wheel(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
     extensions = {name for name in names if name.endswith((".so", ".pyd"))}
-    assert len(extensions) == 1
-    assert next(iter(extensions)).startswith("hf_sparse_cache/_planner.")
+    assert sorted(name.partition(".")[0] for name in extensions) == [
+        "hf_sparse_cache/_codec",
+        "hf_sparse_cache/_planner",
+    ]
     own = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt")}
     assert names == {*MODULES, *extensions, *own, f"{info}/licenses/LICENSE"}
     assert "hf-sparse-cache = hf_sparse_cache.cli:main" in entry_points
@@ -119,10 +128,11 @@ import sys
 sys.path += {borrowed!r}
 sys.modules["Cython"] = None
 import hf_sparse_cache
-from hf_sparse_cache import _planner
+from hf_sparse_cache import _codec, _planner
 from hf_sparse_cache.planning.planner import plan_checkpoints
 assert hf_sparse_cache.__file__.startswith(sys.prefix), hf_sparse_cache.__file__
 assert _planner.__file__.startswith(sys.prefix), _planner.__file__
+assert _codec.__file__.startswith(sys.prefix), _codec.__file__
 assert plan_checkpoints([0, 0, 1, 9], 1).positions == (3,)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_sparse_cache.tools import recall
