@@ -15,7 +15,8 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..checks import printable
 from ..errors import DamagedFileError
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
 from ..planning.lineage import Lineage, Span
-from . import files
+from . import files, planes
 from .addresses import BLOCK, Filed, Text, namespace_folder
 from .ahead import Ahead, Pledge, StorageFailedError
 from .hands import BusyError, Hands, Trust
@@ -53,19 +54,19 @@ _MOST_FAILURES = 16  # kinds that are told apart
 
 @dataclass(frozen=True)
 class Resumable:
-    """A unit whose state was read and proved; its keys and values are still to be read.
+    """A unit whose state was read and fits, and with a key is proved; its keys and values are still to be read.
 
     Attributes:
         text: of its own tokens.
         data: the bytes of the state's file.
-        plain: what they say, proved, decrypted and unpacked.
+        opened: the same, decrypted.
     """
 
     files: UnitFiles
     text: Text
     filed: Filed
     data: Plain
-    plain: Plain
+    opened: Plain
     reader: UnitReader
 
 
@@ -157,7 +158,10 @@ class SharedTier:
         return self._asked(lambda: self.shelf.find(text, fits, above, self.is_bad), until, "look-up")
 
     def resume(self, ids: Tokens, expected: Lineage | None, space: str, above: int, tail: int = 1) -> Resumable | None:
-        """The deepest unit that a prompt may resume from, its state proved; None where there is none."""
+        """The deepest unit that a prompt may resume from; None where there is none.
+
+        Without a key its state is proved once its keys and values are begun to be read: see `read`.
+        """
         if self.reader is None:
             return None
         reader = UnitReader(self.reader, self.seal, self._expected.get(space))
@@ -174,12 +178,24 @@ class SharedTier:
             if data is not None:
                 path, text = Path(filed.state), Text(self.seal, space, ids[: filed.position])
                 try:
-                    plain = files.proved(path, data, self.seal, most)
-                    unit = self._proved(filed, text, space, expected, plain)
-                    return Resumable(unit, text, filed, data, plain, reader)
+                    if self.seal.keyed:
+                        files.prove(path, data, self.seal)
+                    with self._blaming(path, data):
+                        opened = self.seal.opened(data)
+                        unit = self._fitting(filed, text, space, expected, opened)
+                    return Resumable(unit, text, filed, data, opened, reader)
                 except DamagedFileError as error:
                     self.refuse(filed, filed.state, error, _digest(data))
         return None
+
+    @contextmanager
+    def _blaming(self, path: Path, data: Plain) -> Iterator[None]:
+        """Whatever is wrong with a state that is not proved is that it is not."""
+        try:
+            yield
+        except Exception:
+            files.prove(path, data, self.seal)
+            raise
 
     def read(self, found: Resumable, spans: Sequence[Span], kept: Callable[[], None]) -> Unit | None:
         """The rest of a unit: threads read and prove its keys and values, while what has come is made into tensors.
@@ -199,8 +215,11 @@ class SharedTier:
                 ahead.begin(name, partial(self.storage.parts, found.text.kv(name), found.reader.most(0, span)))
 
             def fetch(file: StoredFile, most: int | None) -> Plain:
-                return found.plain if file is found.files.state else ahead.plain(file.path.name, most)
+                if file is found.files.state:
+                    return planes.unpacked(found.opened, most)
+                return ahead.plain(file.path.name, most)
 
+            files.prove(found.files.state.path, found.data, self.seal)
             unit = self._made(found, spans, replace(found.reader, fetch=fetch), ahead)
             pledged = self._pledged(unit, partial(self._settled, found, names, ahead, kept), until)
             handed_on = pledged is not None
@@ -435,9 +454,9 @@ class SharedTier:
             raise DamagedFileError(f"it has more than the {most} bytes that what it is for has at most")
         return data
 
-    def _proved(self, filed: Filed, text: Text, space: str, expected: Lineage | None, plain: Plain) -> UnitFiles:
+    def _fitting(self, filed: Filed, text: Text, space: str, expected: Lineage | None, opened: Plain) -> UnitFiles:
         """What a state's file says of its unit, held against where it was filed and what was asked."""
-        record = state_record(*files.record_of(plain))
+        record = state_record(*files.record_of(opened))
         lineage = record.lineage
         if record.space != space:
             raise DamagedFileError("it belongs to another model or namespace than its folder says")
