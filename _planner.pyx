@@ -2,8 +2,10 @@
 # cython: freethreading_compatible=True
 """Exact placement of checkpoints when each of them has a price (the placement problem of arXiv 2605.05219).
 
-Used by `hf_sparse_cache.planner` alone, which also turns a limit on the number into a price. May be touched: the two
-solvers, as long as `tests/planning/test_planner.py` agrees. Arguments are checked before the unchecked loops.
+Reached through `planning/compiled.py`; `planning/planner.py` also turns a limit on the number into a price. May be
+touched: the two solvers, as long as `tests/planning/test_planner.py` agrees. Arguments are checked before the
+unchecked loops. Behind the solvers stand the inner loops of every request, which `tests/planning/test_compiled.py`
+holds against numpy and plain Python.
 
     w[d]      weight of overlap depth d, d = 0..N (p_d in the paper)
     G[t]      cost of prefilling t tokens, increasing; a request of depth d pays G[d] - G[last checkpoint <= d]
@@ -20,8 +22,10 @@ The two solvers of the same recurrence over the nodes:
    best cost keeps its relative precision where it is a tiny part of all that is saved. Rarely needed.
 """
 
+from cpython.array cimport array
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.limits cimport INT_MAX
-from libc.math cimport INFINITY, fabs, frexp, ldexp
+from libc.math cimport INFINITY, NAN, fabs, frexp, ldexp, pow
 
 from numpy import empty  # at run time only: large arrays come in huge pages, and the build needs no numpy
 
@@ -29,6 +33,20 @@ from numpy import empty  # at run time only: large arrays come in huge pages, an
 cdef int SCALED_EXPONENT = 300
 # Two costs this close (relative) may be in the wrong order: `relax` then keeps the later predecessor reachable.
 cdef double TIE = 1e-14
+# Passes that are fewer than this: the forecast sees nobody.
+cdef double LEAST_ENTERING = 1e-9
+
+
+def sound(const double[::1] weights not None, const double[::1] prefill_cost not None):
+    """Whether weights are finite and not negative, and costs finite, never decreasing, and not too far apart."""
+    cdef Py_ssize_t d
+    for d in range(weights.shape[0]):
+        if not 0.0 <= weights[d] < INFINITY:
+            return False
+    for d in range(prefill_cost.shape[0]):
+        if not fabs(prefill_cost[d]) < INFINITY or (d > 0 and prefill_cost[d] < prefill_cost[d - 1]):
+            return False
+    return not prefill_cost.shape[0] or prefill_cost[prefill_cost.shape[0] - 1] - prefill_cost[0] < INFINITY
 
 
 cdef class Problem:
@@ -66,9 +84,10 @@ cdef class Problem:
             largest = max(largest, weights[d])
         self.shift = shift_for(largest)
         self.cost_shift = shift_for(max(fabs(prefill_cost[0]), fabs(prefill_cost[last])))
-        self.g, self.m, self.tail = empty(size), empty(size), empty(size)
-        self.saved, self.slope = empty(size), empty(size)
-        self.position, self.hull, self.previous = empty(size, "i"), empty(size, "i"), empty(size, "i")
+        cdef double[:, ::1] numbers = empty((5, size))
+        cdef int[:, ::1] places = empty((3, size), "i")
+        self.g, self.m, self.tail, self.saved, self.slope = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+        self.position, self.hull, self.previous = places[0], places[1], places[2]
         self.reduce(weights, prefill_cost, candidates, ldexp(1.0, self.shift), ldexp(1.0, self.cost_shift))
         self.shift += self.cost_shift
         tail_sums(self.m, self.tail, self.nodes)
@@ -290,3 +309,575 @@ cdef int shift_for(double largest) noexcept nogil:
     cdef int exponent = 0
     frexp(largest, &exponent)
     return min(SCALED_EXPONENT - exponent, 1023)
+
+
+# -- what a request looks up one by one -------------------------------------------------------------------------------
+#
+# A path has a handful of checkpoints and a prompt a few dozen cuts: arrays of numpy take longer to call than to
+# compute on these. Every sum has its terms in one order, as decisions compare them.
+
+
+cdef class Histogram:
+    """Decayed counts over fixed edges, read as a piecewise linear distribution function.
+
+    Args:
+        edges: ascending, of shape (B + 1,).
+        prior: mass that the bins share before anything is counted.
+    """
+
+    cdef public array borders, counts, total
+
+    def __init__(self, edges, double prior = 1.0):
+        cdef Py_ssize_t bins = len(edges) - 1
+        if bins < 1:
+            raise ValueError(f"edges has {bins + 1} entries: give at least two")
+        self.borders = array("d", edges.tolist())
+        self.counts = array("d", [prior / bins]) * bins
+        self.total = array("d", [0.0]) * (bins + 1)
+        self.sum_up()
+
+    cdef int sum_up(self) except -1:
+        cdef Py_ssize_t i
+        cdef double mass = 0.0
+        for i in range(len(self.counts)):
+            mass += self.counts.data.as_doubles[i]
+            self.total.data.as_doubles[i + 1] = mass
+        return 0
+
+    def add(self, double value, double credit, double decay):
+        """Counts one value; old counts fade by `decay` for each full unit of credit."""
+        cdef Py_ssize_t i, bins = len(self.counts)
+        cdef Py_ssize_t index = min(bin_of(self.borders.data.as_doubles, bins, value, 0) + 1, bins) - 1
+        cdef double keep = pow(decay, credit)
+        for i in range(bins):
+            self.counts.data.as_doubles[i] *= keep
+        if index >= 0:
+            self.counts.data.as_doubles[index] += credit
+        else:
+            self.counts.data.as_doubles[bins - 1] += credit
+        self.sum_up()
+
+    def upto(self, const double[:] values not None):
+        """Unnormalised mass below each value, of shape (n,)."""
+        found = empty(values.shape[0])
+        self.fill(values, found)
+        return found
+
+    def below(self, const double[:] values not None, double whole):
+        """The mass below each value, of shape (n,), as a part of `whole`."""
+        cdef Py_ssize_t i
+        found = empty(values.shape[0])
+        cdef double[::1] mass = found
+        self.fill(values, mass)
+        for i in range(values.shape[0]):
+            mass[i] /= whole
+        return found
+
+    def above(self, const double[:] values not None, double whole):
+        """All but the mass below each value, of shape (n,), as a part of `whole`."""
+        cdef Py_ssize_t i
+        found = empty(values.shape[0])
+        cdef double[::1] mass = found
+        self.fill(values, mass)
+        for i in range(values.shape[0]):
+            mass[i] = 1.0 - mass[i] / whole
+        return found
+
+    cdef int fill(self, const double[:] values, double[::1] mass) except -1:
+        cdef Py_ssize_t i, at = 0, bins = len(self.counts), n = values.shape[0]
+        cdef const double *x = self.borders.data.as_doubles
+        cdef const double *y = self.total.data.as_doubles
+        for i in range(n):
+            at = bin_of(x, bins, values[i], at)
+            if at < 0:
+                mass[i] = y[0]
+                at = 0
+            elif at >= bins:
+                mass[i] = y[bins]
+            elif x[at] == values[i]:
+                mass[i] = y[at]
+            else:
+                mass[i] = (y[at + 1] - y[at]) / (x[at + 1] - x[at]) * (values[i] - x[at]) + y[at]
+        return 0
+
+    def mass(self, double value):
+        """The same for one value."""
+        cdef Py_ssize_t bins = len(self.counts), at = bin_of(self.borders.data.as_doubles, bins, value, 0)
+        cdef const double *x = self.borders.data.as_doubles
+        cdef const double *y = self.total.data.as_doubles
+        if at >= bins:
+            return y[bins]
+        if at < 0:
+            return y[0]
+        return (y[at + 1] - y[at]) / (x[at + 1] - x[at]) * (value - x[at]) + y[at]
+
+
+cdef Py_ssize_t bin_of(const double *borders, Py_ssize_t bins, double value, Py_ssize_t near) noexcept nogil:
+    """The last of `bins` + 1 ascending borders that is at most `value`, -1 for none; looks around `near` first."""
+    cdef Py_ssize_t low = 0, high = bins + 1, middle
+    if 0 <= near <= bins and borders[near] <= value:
+        low = near + 1
+        while low <= near + 4:
+            if low > bins or borders[low] > value:
+                return low - 1
+            low += 1
+    while low < high:
+        middle = (low + high) // 2
+        if borders[middle] <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+def left(const double[:] depths not None, const long long[::1] ends not None, const long long[::1] stops not None):
+    """Of those that stop at `ends`, ascending, so many at each, the part that stops before each depth, of shape (n,).
+
+    Returns:
+        None where nobody stops.
+    """
+    cdef Py_ssize_t i, before, n = ends.shape[0]
+    cdef long long total = 0, seen = 0
+    if stops.shape[0] != n:
+        raise ValueError(f"{n} ends need as many stops, got {stops.shape[0]}")
+    for i in range(n):
+        total += stops[i]
+    if not total:
+        return None
+    found = empty(depths.shape[0])
+    cdef double[::1] part = found
+    before = 0
+    for i in range(depths.shape[0]):
+        if i and depths[i] < depths[i - 1]:
+            before, seen = 0, 0
+        while before < n and ends[before] < depths[i]:
+            seen += stops[before]
+            before += 1
+        part[i] = <double> seen / <double> total
+    return found
+
+
+def missed(const double[:] depths not None, const long long[::1] cuts not None):
+    """How many of ascending cuts lie at or behind each depth, as floats of shape (n,)."""
+    cdef Py_ssize_t i, before = 0
+    found = empty(depths.shape[0])
+    cdef double[::1] count = found
+    for i in range(depths.shape[0]):
+        if i and depths[i] < depths[i - 1]:
+            before = 0
+        while before < cuts.shape[0] and cuts[before] < depths[i]:
+            before += 1
+        count[i] = cuts.shape[0] - before
+    return found
+
+
+def shares(
+    const double[::1] reaching not None, const long long[::1] cuts not None, list positions not None,
+    list starts not None, list following not None,
+):
+    """What `Forecast.shares` says, as two lists; reaching[c] is P(next overlap >= cut c), with a 0 behind the last."""
+    cdef Py_ssize_t i, n = len(positions)
+    cdef double here, behind, entering, follows, onward, stopping
+    cdef bint seen
+    if reaching.shape[0] != cuts.shape[0] + 1:
+        raise ValueError(f"reaching has {reaching.shape[0]} entries for {cuts.shape[0]} cuts: give one more")
+    stop, go = [], []
+    behind = reaching[first_from(cuts, positions[0])] if n else 0.0
+    for i in range(n):
+        here = behind
+        behind = reaching[first_from(cuts, positions[i + 1])] if i + 1 < n else 0.0
+        entering = reaching[first_from(cuts, <long long> starts[i] + 1)]
+        follows = min(<double> following[i], 1.0)
+        onward = follows * behind
+        seen = entering > LEAST_ENTERING
+        # Where the forecast sees nobody enter, only the rates say who goes on.
+        stopping = (here - onward) / entering if seen else 1.0 - follows
+        stop.append(max(stopping, 0.0))
+        go.append(onward / entering if seen else follows)
+    return stop, go
+
+
+cdef Py_ssize_t first_from(const long long[::1] cuts, long long position) noexcept nogil:
+    """How many of ascending cuts lie before a position."""
+    cdef Py_ssize_t low = 0, high = cuts.shape[0], middle
+    while low < high:
+        middle = (low + high) // 2
+        if cuts[middle] < position:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def walk(dict children not None, const int[::1] ids not None):
+    """Follows `ids` through a radix tree, token by token.
+
+    Args:
+        children: of the root, by first token; nodes as of `store.tree`.
+        ids: the tokens.
+
+    Returns:
+        The nodes entered, shallow to deep, and the number of tokens shared; the last node may be shared in part.
+    """
+    cdef Py_ssize_t i, span, depth = 0, length = ids.shape[0]
+    cdef const int[::1] tokens
+    path = []
+    while depth < length:
+        child = children.get(ids[depth])
+        if child is None:
+            break
+        path.append(child)
+        tokens = child.tokens
+        span = min(tokens.shape[0], length - depth)
+        i = 0
+        while i < span and tokens[i] == ids[depth + i]:
+            i += 1
+        depth += i
+        if i < tokens.shape[0]:
+            break
+        children = child.children
+    return path, depth
+
+
+def levels(path not None, Py_ssize_t least):
+    """Which turn each edge of a path is: the number of edges up to it of at least `least` tokens."""
+    cdef Py_ssize_t level = 0
+    found = []
+    for node in path:
+        level += <Py_ssize_t> node.end - <Py_ssize_t> node.start >= least
+        found.append(max(level, 1))
+    return found
+
+
+def age(
+    short[:, ::1] alive not None, double[:, ::1] waiting not None, double[:, ::1] exposure not None,
+    const long long[::1] later not None, long long clock,
+):
+    """One tick: those that come of each later age move to its row of `waiting`; then each waits one tick more.
+
+    Args:
+        alive: how many entered each cell at a tick, of shape (W, cells), by tick modulo W.
+        waiting: the same by row of ages, of shape (A, cells).
+        exposure: ticks that they waited; of the same shape.
+        later: the ages at which the rows behind the first begin, of shape (A - 1,), at most W.
+        clock: the tick, which has nobody yet.
+    """
+    cdef Py_ssize_t row, cell, rows = later.shape[0], cells = alive.shape[1], when
+    if waiting.shape[0] != rows + 1 or exposure.shape[0] != rows + 1:
+        raise ValueError(f"{rows} later ages need {rows + 1} rows, got {waiting.shape[0]} and {exposure.shape[0]}")
+    if waiting.shape[1] != cells or exposure.shape[1] != cells:
+        raise ValueError(f"alive has {cells} cells, but waiting {waiting.shape[1]} and exposure {exposure.shape[1]}")
+    if not rows or clock < 0:
+        raise ValueError(f"clock={clock} with {rows} later ages: give a tick of at least 0, and an age")
+    for row in range(rows):
+        when = (clock + alive.shape[0] - later[row]) % alive.shape[0]
+        if later[row] > alive.shape[0] or when < 0:
+            raise ValueError(f"later[{row}] is {later[row]}: more than the {alive.shape[0]} ticks that are known")
+        for cell in range(cells):
+            waiting[row, cell] -= alive[when, cell]
+        if row + 1 < rows:  # the last fall out of the window
+            for cell in range(cells):
+                waiting[row + 1, cell] += alive[when, cell]
+    when = clock % alive.shape[0]
+    for cell in range(cells):
+        alive[when, cell] = 0
+    for row in range(rows + 1):
+        for cell in range(cells):
+            exposure[row, cell] += waiting[row, cell]
+
+
+def looked_up(
+    const double[:, ::1] index not None, const long long[::1] cells not None, const long long[::1] ticks not None,
+    long long now, const long long[::1] bins not None,
+):
+    """index[cell, bins[age]] for each, the age being how long before `now` its tick was; of shape (n,)."""
+    cdef Py_ssize_t i, n = cells.shape[0]
+    cdef long long age, most = bins.shape[0] - 1
+    if ticks.shape[0] != n or most < 0:
+        raise ValueError(f"{n} cells need as many ticks, got {ticks.shape[0]}")
+    found = empty(n)
+    cdef double[::1] rates = found
+    for i in range(n):
+        age = min(now - ticks[i], most)
+        if age < 0 or not 0 <= cells[i] < index.shape[0] or not 0 <= bins[age] < index.shape[1]:
+            raise ValueError(f"cell {cells[i]} of age {age} is none of the {index.shape[0]}")
+        rates[i] = index[cells[i], bins[age]]
+    return found
+
+
+# -- what comes free, and what is lost, if checkpoints go -------------------------------------------------------------
+
+
+def nearest_above(checkpoint):
+    """The nearest checkpoint nearer to the start of the prompt; None where there is none."""
+    return above_of(checkpoint)
+
+
+cdef object above_of(checkpoint):
+    cdef long long position = checkpoint.position
+    node = checkpoint.node
+    found = None
+    for other in <list> node.checkpoints:
+        if <long long> other.position >= position:
+            break
+        found = other
+    node = node.parent
+    while found is None and node is not None:
+        stored = <list> node.checkpoints
+        if stored:  # all of them lie above
+            found = stored[len(stored) - 1]
+        node = node.parent
+    return found
+
+
+def held_bytes(checkpoint):
+    """Bytes of a state, and of its KV chain down to the first segment that something else needs."""
+    cdef long long total = checkpoint.nbytes
+    segment = checkpoint.kv
+    while segment is not None and <long long> segment.refs <= 1:
+        total += <long long> segment.nbytes
+        segment = segment.parent
+    return total
+
+
+def chain_bytes(list ends not None):
+    """Bytes of the KV segments of some chains, each counted once; their ends, or None for one of nothing."""
+    cdef long long total = 0
+    counted = set()
+    for segment in ends:
+        while segment is not None and segment not in counted:
+            counted.add(segment)
+            total += <long long> segment.nbytes
+            segment = segment.parent
+    return total
+
+
+def gained(checkpoint, double least):
+    """Tokens that a checkpoint saves a pass, times its share, at least `least`, for each byte that goes with it."""
+    cdef double share = checkpoint.share
+    cdef long long held = checkpoint.held, saved = checkpoint.position
+    above = above_of(checkpoint)
+    if above is not None:
+        saved -= <long long> above.position
+    # Without a state of fixed size, a checkpoint under deeper ones holds nothing alone.
+    return saved * (share if share > least else least) / max(held, 1)
+
+
+cdef class Leaving:
+    """A set of checkpoints that are to go, in the order in which they were added. Nothing goes yet.
+
+    Checkpoints of one path share keys and values, which come free only when all of them have gone; and whoever resumed
+    at one that goes resumes at the one above it. So the bytes and the value of a set are not the sums over its
+    members: they are counted here while the set grows.
+
+    Args:
+        least: of the prompts that enter its edge, the share that each checkpoint is taken to serve.
+
+    Attributes:
+        gone: the set.
+        freed: bytes that come free when all of it has gone.
+        lost: what all of it is worth, as `until` counts it.
+        looked_at: how often a checkpoint was valued so far.
+    """
+
+    cdef readonly dict gone
+    cdef readonly long long freed, looked_at
+    cdef readonly double lost
+    cdef double least
+    cdef dict references, shares, known  # references that are left, where some are gone; what was given; what is above
+
+    def __init__(self, double least):
+        self.gone, self.references, self.shares, self.known = {}, {}, {}, {}
+        self.freed = self.looked_at = 0
+        self.lost = 0.0
+        self.least = least
+
+    def bytes_of(self, checkpoint):
+        """What comes free if it goes as well: its state, and the keys and values that nothing else needs then."""
+        return self.bytes_with(checkpoint)
+
+    cdef long long bytes_with(self, checkpoint) except -1:
+        cdef long long total = checkpoint.nbytes, references
+        segment = checkpoint.kv
+        while segment is not None and not segment.holds:
+            references = segment.refs
+            if references > 1:
+                left = self.references.get(segment)
+                if left is None or <long long> left > 1:
+                    break
+            total += <long long> segment.nbytes
+            segment = segment.parent
+        return total
+
+    def above(self, checkpoint):
+        """The nearest one nearer to the start of the prompt that stays."""
+        return self.staying(checkpoint)
+
+    cdef object staying(self, checkpoint):
+        found = self.known[checkpoint] if checkpoint in self.known else above_of(checkpoint)
+        while found is not None and found in self.gone:
+            found = self.known[found] if found in self.known else above_of(found)
+        self.known[checkpoint] = found
+        return found
+
+    cdef double valued(self, checkpoint, above, double rate, double *value) except? -1.0:
+        """Tokens that a checkpoint saves over the one above while others leave; and in `value` for each byte."""
+        cdef double share = checkpoint.share, worth
+        cdef long long nbytes, saved = checkpoint.position
+        self.looked_at += 1
+        rate *= (share if share > self.least else self.least) + self.given(checkpoint)
+        if above is not None:
+            saved -= <long long> above.position
+        worth = rate * saved
+        nbytes = self.bytes_with(checkpoint)
+        value[0] = worth / (nbytes if nbytes else 1)
+        return worth
+
+    cdef double given(self, checkpoint) except? -1.0:
+        """Of the prompts that enter its edge, those that resume here as what they would have resumed at is gone."""
+        given = self.shares.get(checkpoint)
+        return 0.0 if given is None else given
+
+    def add(self, checkpoint):
+        """Lets one go."""
+        cdef long long freed = checkpoint.nbytes, left
+        segment = checkpoint.kv
+        while segment is not None:
+            known = self.references.get(segment)
+            left = <long long> (segment.refs if known is None else known) - 1
+            self.references[segment] = left
+            if left or segment.holds:
+                break
+            freed += <long long> segment.nbytes
+            segment = segment.parent
+        self.freed += freed
+        self.gone[checkpoint] = None
+
+    def until(
+        self, double need, list items not None, const double[::1] gains not None, const double[::1] rates not None,
+    ):
+        """Lets go until `need` bytes come free, or all that can: the least value a byte first, the first of equals.
+
+        One that stays takes over who resumed at one that goes, and the bytes that they shared: it is ranked again.
+
+        Args:
+            need: bytes.
+            items: the checkpoint of each slot, None in a free one.
+            gains: tokens saved a pass for each byte, of shape (n,).
+            rates: of passes, of shape (n,).
+        """
+        cdef Py_ssize_t slot, n = len(items), size = 0
+        cdef double value = 0.0, worth
+        cdef Ranked least
+        cdef Ranked *ranks
+        cdef double *latest
+        if rates.shape[0] != n or gains.shape[0] != n:
+            raise ValueError(f"{n} items need as many rates and gains, got {rates.shape[0]} and {gains.shape[0]}")
+        ranks = <Ranked *> PyMem_Malloc((n + 1) * sizeof(Ranked))  # one that is ranked again has left its place
+        latest = <double *> PyMem_Malloc((n + 1) * sizeof(double))  # of those whose value changed meanwhile
+        if ranks is NULL or latest is NULL:
+            PyMem_Free(ranks)
+            PyMem_Free(latest)
+            raise MemoryError
+        try:
+            for slot in range(n):
+                latest[slot] = NAN
+                if items[slot] is not None:
+                    ranks[size] = Ranked(rates[slot] * gains[slot], slot, False)
+                    size += 1
+            for slot in range(size // 2 - 1, -1, -1):
+                sink(ranks, size, slot)
+            while self.freed < need and size > 0:
+                least = ranks[0]
+                slot = least.slot
+                checkpoint = items[slot]
+                if (
+                    (latest[slot] != least.value if least.again else latest[slot] == latest[slot])
+                    or checkpoint.pins or checkpoint in self.gone
+                ):
+                    size -= 1
+                    ranks[0] = ranks[size]
+                    sink(ranks, size, 0)
+                    continue
+                above = self.staying(checkpoint)
+                worth = self.valued(checkpoint, above, rates[slot], &value)
+                if value > 1.001 * least.value:
+                    latest[slot] = value
+                    ranks[0] = Ranked(value, slot, True)
+                    sink(ranks, size, 0)
+                    continue
+                size -= 1
+                ranks[0] = ranks[size]
+                sink(ranks, size, 0)
+                self.lost += worth
+                self.add(checkpoint)
+                if above is not None:
+                    self.shares[above] = self.given(above) + given_back(checkpoint, above, self.given(checkpoint))
+                    slot = above.slot
+                    if not 0 <= slot < n:
+                        raise ValueError(f"a checkpoint has slot {slot} of {n}")
+                    self.valued(above, self.staying(above), rates[slot], &value)
+                    latest[slot] = value
+                    ranks[size] = Ranked(value, slot, True)
+                    size += 1
+                    rise(ranks, size - 1)
+        finally:
+            PyMem_Free(ranks)
+            PyMem_Free(latest)
+
+
+def returned(checkpoint, above):
+    """Of the prompts that enter the edge of the checkpoint above, those that stop there once this one has gone.
+
+    The latest prompt's path alone was taken off the share of the one above.
+    """
+    return given_back(checkpoint, above, 0.0)
+
+
+cdef double given_back(checkpoint, above, double given) except? -1.0:
+    """The same, where `given` was given to this one meanwhile."""
+    cdef double share, passing
+    node, home = checkpoint.node, above.node
+    while node is not home:
+        parent = node.parent
+        if parent is None or parent.recent is not node:
+            return 0.0
+        node = parent
+    share = checkpoint.share
+    passing = share + <double> checkpoint.onward
+    return <double> above.onward * (share + given) / passing if passing > 0.0 else 0.0
+
+
+cdef struct Ranked:
+    double value
+    Py_ssize_t slot
+    bint again  # whether it was ranked anew; of equals it comes later
+
+
+cdef bint before(Ranked a, Ranked b) noexcept nogil:
+    if a.value != b.value:
+        return a.value < b.value
+    return a.slot < b.slot if a.slot != b.slot else a.again < b.again
+
+
+cdef void sink(Ranked *ranks, Py_ssize_t size, Py_ssize_t place) noexcept nogil:
+    """Moves one down a heap, the least at the top, to where it belongs."""
+    cdef Ranked moved = ranks[place]
+    cdef Py_ssize_t below = 2 * place + 1
+    while below < size:
+        if below + 1 < size and before(ranks[below + 1], ranks[below]):
+            below += 1
+        if not before(ranks[below], moved):
+            break
+        ranks[place] = ranks[below]
+        place, below = below, 2 * below + 1
+    ranks[place] = moved
+
+
+cdef void rise(Ranked *ranks, Py_ssize_t place) noexcept nogil:
+    """Moves one up a heap to where it belongs."""
+    cdef Ranked moved = ranks[place]
+    while place > 0 and before(moved, ranks[(place - 1) // 2]):
+        ranks[place] = ranks[(place - 1) // 2]
+        place = (place - 1) // 2
+    ranks[place] = moved

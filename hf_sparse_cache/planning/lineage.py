@@ -101,7 +101,7 @@ class Lineage:
 
     def begins_with(self, other: Lineage) -> bool:
         """Whether its first segments are those of another lineage."""
-        return np.array_equal(self._ends[: len(other._ends)], other._ends)
+        return self._ends[: len(other._ends)].tobytes() == other._ends.tobytes()
 
     def upto(self, position: int) -> Lineage:
         """Its first segments, up to the one that ends at `position`, without a rounding there.
@@ -149,8 +149,7 @@ class Lineage:
     @property
     def positions(self) -> list[int]:
         """Where its segments and runs of decoded tokens end."""
-        ends: list[int] = np.unique(np.abs(self._ends)).tolist()
-        return ends
+        return list(dict.fromkeys(np.abs(self._ends).tolist()))
 
     @property
     def ends(self) -> tuple[int | tuple[int, int], ...]:
@@ -205,7 +204,7 @@ class Lineage:
         return len(self._ends)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Lineage) and np.array_equal(self._ends, other._ends)
+        return isinstance(other, Lineage) and self._ends.tobytes() == other._ends.tobytes()
 
     def __hash__(self) -> int:
         return hash(self._ends.tobytes())

@@ -7,11 +7,13 @@ from what it explains. The shares depend on how the prompt itself met the tree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from .compiled import shares
 from .cuts import Positions
 from .views import VIEWS, Floats, Shape
 
@@ -19,7 +21,6 @@ from .views import VIEWS, Floats, Shape
 # Nothing shared; longer than an earlier prompt; leaves at a new junction; at a known one.
 FRESH, EXTENDS, BRANCHES, RETURNS = range(4)
 NEAR_END_TOKENS = 16
-TINY = 1e-9
 LEAN = 8.0  # observations with which a context leans on the shares of all contexts
 
 
@@ -37,30 +38,28 @@ class Forecast:
 
     @cached_property
     def _reaching(self) -> Floats:
-        return np.append(1.0 - self.below, 0.0)
+        found = np.zeros(len(self.below) + 1)
+        np.subtract(1.0, self.below, out=found[:-1])
+        return found
 
     def passing(self, positions: Positions) -> Floats:
         """P(next overlap >= position), of shape `(P,)`; positions between two cuts count as the deeper one."""
         found: Floats = self._reaching[self.cuts.searchsorted(positions)]
         return found
 
-    def shares(self, positions: Positions, starts: Positions, following: Floats) -> tuple[Floats, Floats]:
+    def shares(
+        self, positions: Sequence[int], starts: Sequence[int], following: Sequence[float]
+    ) -> tuple[list[float], list[float]]:
         """Of the prompts that enter the edge of each position, those that leave between it and the next position, and
         those that go on to that one.
 
         Args:
-            positions: cuts on one path, ascending, of shape `(P,)`.
+            positions: cuts on one path, ascending.
             starts: where the edge of each of them starts.
             following: rate of passes at the next position over that here: at a junction most prompts go elsewhere.
                 0 for the last, behind which nothing is stored.
         """
-        reaching, entering = self.passing(positions), self.passing(starts + 1)
-        following = np.minimum(following, 1.0)
-        onward = following * np.append(reaching[1:], 0.0)
-        # Where the forecast sees nobody enter, only the rates say who goes on.
-        seen, entering = entering > TINY, np.maximum(entering, TINY)
-        stopping = np.where(seen, (reaching - onward) / entering, 1.0 - following)
-        return np.maximum(stopping, 0.0), np.where(seen, onward / entering, following)
+        return shares(self._reaching, self.cuts, [*positions], [*starts], [*following])
 
 
 class OverlapModel:
@@ -75,12 +74,12 @@ class OverlapModel:
         self.decay, self.rate = decay, rate
         self.views = [view() for view in VIEWS]
         self.shares = np.full((5, len(self.views)), 1.0 / len(self.views))  # one row a context, the last for all
-        self._seen = np.zeros(5)
+        self._seen = [0] * 5
 
     @property
     def observations(self) -> int:
         """Overlaps that it has learned from."""
-        return int(self._seen[-1])
+        return self._seen[-1]
 
     def forecast(self, cuts: Positions, shape: Shape) -> Forecast:
         """Predicts the next overlap with a prompt of this shape."""
@@ -89,7 +88,7 @@ class OverlapModel:
     def learn(self, depth: int, cuts: Positions, previous: Shape) -> None:
         """Learns that a prompt left an earlier one, of shape `previous`, at `depth`; `cuts` are the later prompt's."""
         depth = min(depth, previous.length)
-        index = int(np.searchsorted(cuts, depth, side="right"))
+        index = int(cuts.searchsorted(depth, side="right"))
         if not index:  # no checkpoint could have helped: nothing to learn for placing them
             return
         low = float(cuts[index - 1])
@@ -100,7 +99,8 @@ class OverlapModel:
         credit /= credit.sum()
         for row in (previous.kind, -1):
             self._seen[row] += 1
-            self.shares[row] += max(1.0 / (self._seen[row] + 4.0), self.rate) * (credit - self.shares[row])
+            own = self.shares[row]
+            own += max(1.0 / (self._seen[row] + 4.0), self.rate) * (credit - own)
         for view, amount in zip(self.views, credit.tolist(), strict=True):
             if amount > 1e-3:
                 view.learn(depth, previous, amount, self.decay)
@@ -131,9 +131,11 @@ def shape_of(
         cuts: its cuts.
         previous: shape of the latest prompt along the last of these edges.
     """
-    known = ends <= overlap
-    ends = ends[known]
-    stops = passes[known] - np.append(passes[1:], 0)[known]
+    known = int(ends.searchsorted(overlap, side="right"))
+    stops = passes[:known].copy()
+    further = passes[1 : known + 1]  # of those behind each end; of the last edge on the path none
+    stops[: len(further)] -= further
+    ends = ends[:known]
     if not len(cuts) or overlap < cuts[0]:
         kind = FRESH
     elif previous is not None and overlap >= previous.length - NEAR_END_TOKENS:

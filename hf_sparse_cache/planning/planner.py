@@ -1,7 +1,7 @@
 """Where to put checkpoints: exact placement for a limit on their number, a price for each, or both.
 
 Reads top to bottom: the public call, then how a limit is turned into a price. The dynamic programming itself is the
-compiled `_planner.Problem` (see `_planner.pyx`); this is the only module that touches it. Symbols as in the paper
+compiled `_planner.Problem` (see `_planner.pyx`); reached through `compiled.py`. Symbols as in the paper
 (arXiv 2605.05219): N positions, M checkpoints, weights w of overlap depths, prefill cost G.
 """
 
@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -20,30 +19,8 @@ import numpy as np
 from ..checks import shown
 from ..hub import Shareable
 from ..stats import html_table
+from .compiled import Problem, sound
 
-
-def _why_missing(root: Path, error: ImportError) -> str:
-    """What to say when `_planner` cannot be imported.
-
-    Args:
-        root: the folder that the package lies in.
-        error: what the import said.
-    """
-    if (root / "_planner.pyx").exists():
-        return (
-            f"hf_sparse_cache._planner is not compiled: you are in the source folder {root}, which hides the "
-            "installed package; leave it, or run `pip install -e .` there (this needs a C compiler)."
-        )
-    return (
-        f"hf_sparse_cache._planner cannot be loaded ({error}): install hf_sparse_cache anew for this version of "
-        "Python, from a wheel or with a C compiler."
-    )
-
-
-try:
-    from .._planner import Problem
-except ImportError as error:  # no silent Python fallback: it would be a thousand times slower
-    raise ImportError(_why_missing(Path(__file__).parents[2], error)) from None
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -143,18 +120,17 @@ def plan_checkpoints(
     n_positions = len(w) - 1
     if n_positions < 0:
         raise ValueError("weights is empty: give the weights of the overlap depths 0, ..., N")
-    if not 0 <= w.min() <= w.max() < math.inf:
-        _refuse("weights", w, ~(np.isfinite(w) & (w >= 0)), "weights must be finite and not negative")
     if prefill_cost is None:
         g = np.arange(n_positions + 1, dtype=np.float64)
     else:
         g = _vector("prefill_cost", prefill_cost)
         if len(g) != n_positions + 1:
             raise ValueError(f"prefill_cost has {len(g)} entries but weights has {len(w)}: give G(0), ..., G(N)")
+    if not sound(w, g):
+        _refuse("weights", w, ~(np.isfinite(w) & (w >= 0)), "weights must be finite and not negative")
         _refuse("prefill_cost", g, ~np.isfinite(g), "costs must be finite")
         _refuse("prefill_cost", g[1:], g[1:] < g[:-1], "costs must not decrease", first=1)
-        if not math.isfinite(float(g[-1]) - float(g[0])):
-            raise ValueError(f"prefill_cost spans from {g[0]} to {g[-1]}: the difference must be finite, rescale it")
+        raise ValueError(f"prefill_cost spans from {g[0]} to {g[-1]}: the difference must be finite, rescale it")
     allowed = None if candidates is None else _positions("candidates", candidates, n_positions)
     limit = n_positions if max_checkpoints is None else _count("max_checkpoints", max_checkpoints)
     price = _price("checkpoint_cost", checkpoint_cost)

@@ -235,18 +235,18 @@ class Learned(Policy):
         if not limit or not len(cuts):
             return []
         first = len(prompt.cuts) - len(cuts)
-        below = np.append(forecast.below[first:], 1.0)
-        weights = np.diff(
-            np.append(forecast.below[first - 1] if first else 0.0, below)
-        )  # of the cells before each cut
-        split = int(np.searchsorted(cuts, prompt.overlap, side="right"))  # cells from here on are new
+        below = np.empty(len(prompt.cuts) + 2)
+        below[0], below[1:-1], below[-1] = 0.0, forecast.below, 1.0
+        weights = below[first + 1 :] - below[first:-1]  # of the cells before each cut, and of the one behind the last
+        split = int(cuts.searchsorted(prompt.overlap, side="right"))  # cells from here on are new
         terms = prompt.terms
         known, new = weights[: split + 1].sum(), weights[split + 1 :].sum()
         weights[: split + 1] *= terms.known_rate / max(known + new, 1e-12)
         weights[split + 1 :] *= terms.new_rate / max(new, 1e-12)
         cut_price = prompt.cut_tokens * float(weights.sum())  # paid once, as what a pass saves is counted once
         self._charge(weights, terms.price * prompt.kv_bytes_per_token)
-        cost = np.concatenate([[prompt.resumed], cuts]).astype(np.float64)
+        cost = np.empty(len(cuts) + 1)
+        cost[0], cost[1:] = prompt.resumed, cuts
         cost = cost - cost[0] if self.prefill_cost is None else self.prefill_cost(cost) - self.prefill_cost(cost[:1])
         price = terms.price * prompt.state_bytes
         plan = plan_checkpoints(weights, limit, prefill_cost=cost, checkpoint_cost=price + cut_price).positions

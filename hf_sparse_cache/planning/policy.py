@@ -83,7 +83,7 @@ class Prompt:
     @property
     def open_cuts(self) -> Positions:
         """The cuts that this prefill passes: those behind the resumed position."""
-        return self.cuts[np.searchsorted(self.cuts, self.resumed, side="right") :]
+        return self.cuts[self.cuts.searchsorted(self.resumed, side="right") :]
 
     def share(self, position: int, planned: list[int]) -> float:
         """Of the prompts that will enter the edge of `position`, those expected to leave between it and the next
@@ -94,12 +94,12 @@ class Prompt:
         after = [other for other in planned if other > position][:1]
         leaves = position <= self.overlap and bool(after) and after[0] > self.overlap
         known = self.terms.known_rate
-        following = np.zeros(1 + len(after))
-        following[: len(after)] = self._onward_rate / known if leaves and known else 1.0
-        above = self.path_ends[self.path_ends < min(position, self.overlap)]
-        start = self.overlap if position > self.overlap else int(above[-1]) if len(above) else 0
-        positions = np.asarray([position, *after])
-        return float(self.forecast.shares(positions, np.full_like(positions, start), following)[0][0])
+        following = [self._onward_rate / known if leaves and known else 1.0] * len(after)
+        start = self.overlap
+        if position <= self.overlap:
+            start = max((end for end in self.path_ends.tolist() if end < position), default=0)
+        positions = [position, *after]
+        return self.forecast.shares(positions, [start] * len(positions), [*following, 0.0])[0][0]
 
     @property
     def _onward_rate(self) -> float:

@@ -188,7 +188,10 @@ class Bitwise(Segmenting):
 
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         """From cut to cut."""
-        return np.append(cuts[(cuts > start) & (cuts < length)], length)
+        first, last = cuts.searchsorted((start + 1, length)).tolist()
+        found: Positions = np.empty(last - first + 1, dtype=np.int64)
+        found[:-1], found[-1] = cuts[first:last], length
+        return found
 
     def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:
         """At its cuts, by segments: by one who reads the whole text once more. Decoding does not pass there."""
@@ -242,15 +245,17 @@ class Replayable(Segmenting):
     def cuts(self, ids: Tokens, marked: Sequence[int] = ()) -> Positions:
         """Multiples of the step, ends of messages and strings, announced ends, and the end of the prompt."""
         strings = () if self.rule.cut_after is None else self.rule.cut_after.positions(ids).tolist()
-        regular = cut_positions(ids, self.step, self.rule.cut_ids, MIN_SUFFIX_TOKENS).tolist()
-        return _spaced(((len(ids),), marked, strings, regular), len(ids))
+        regular = cut_positions(ids, self.step, self.rule.cut_ids, MIN_SUFFIX_TOKENS)
+        if not len(marked) and not len(strings) and self.step >= MIN_SUFFIX_TOKENS:
+            return np.append(regular, len(ids))  # these are apart as they are
+        return _spaced(((len(ids),), marked, strings, regular.tolist()), len(ids))
 
     def joined(self, cuts: Positions, overlap: int, length: int) -> Positions:
         """With the exact junction, in place of a cut one token beside it."""
         if not MIN_SUFFIX_TOKENS <= overlap <= length - MIN_SUFFIX_TOKENS:
             return cuts
-        near = np.abs(cuts - overlap) < MIN_SUFFIX_TOKENS
-        found: Positions = np.sort(np.append(cuts[~near], overlap))
+        low, high = cuts.searchsorted((overlap - MIN_SUFFIX_TOKENS + 1, overlap + MIN_SUFFIX_TOKENS)).tolist()
+        found: Positions = np.concatenate((cuts[:low], (overlap,), cuts[high:]))
         return found
 
     def foreseen(self, ids: Tokens, positions: Sequence[int], marked: Sequence[int] = ()) -> Positions:

@@ -7,11 +7,13 @@ A view answers with a distribution function over depths. It is one small class; 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .compiled import Histogram as Histogram
+from .compiled import left, missed
 
 
 Floats = NDArray[np.float64]
@@ -50,36 +52,6 @@ class View:
         """Learns from a prompt that left one of this shape at `depth`."""
 
 
-class Histogram:
-    """Decayed counts over fixed edges, read as a piecewise linear distribution function."""
-
-    def __init__(self, edges: Floats, prior: float = 1.0) -> None:
-        self.edges = edges
-        self._borders: list[float] = edges.tolist()
-        self._counts = np.full(len(edges) - 1, prior / (len(edges) - 1))
-        self._total = np.concatenate([[0.0], np.cumsum(self._counts)])
-
-    def add(self, value: float, credit: float, decay: float) -> None:
-        """Counts one value; old counts fade by `decay` for each full unit of credit."""
-        index = min(bisect_right(self._borders, value), len(self._counts)) - 1
-        self._counts *= decay**credit
-        self._counts[index] += credit
-        self._total[1:] = np.cumsum(self._counts)
-
-    def upto(self, values: Floats) -> Floats:
-        """Unnormalised mass below each value."""
-        mass: Floats = np.interp(values, self.edges, self._total)
-        return mass
-
-    def mass(self, value: float) -> float:
-        """The same for one value."""
-        index = bisect_right(self._borders, value) - 1
-        if index >= len(self._counts):
-            return float(self._total[-1])
-        low, here = self._borders[index], float(self._total[index])
-        return (float(self._total[index + 1]) - here) / (self._borders[index + 1] - low) * (value - low) + here
-
-
 class Uniform(View):
     """Anywhere: edited text."""
 
@@ -96,8 +68,8 @@ class Absolute(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """The histogram, cut off at the prompt's end."""
-        mass = self._seen.upto(depths)
-        return mass / max(self._seen.mass(shape.length + 1.0), 1e-9)
+        below: Floats = self._seen.below(depths, max(self._seen.mass(shape.length + 1.0), 1e-9))
+        return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the depth."""
@@ -112,7 +84,7 @@ class Ratio(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """The histogram, stretched to the prompt."""
-        below: Floats = self._seen.upto(depths / (shape.length + 1)) / self._seen.mass(1.0)
+        below: Floats = self._seen.below(depths / (shape.length + 1), self._seen.mass(1.0))
         return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
@@ -129,7 +101,7 @@ class FromEnd(View):
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance."""
         whole = self._seen.mass(shape.length + 1.0)
-        below: Floats = 1.0 - self._seen.upto(shape.length + 1 - depths) / whole
+        below: Floats = self._seen.above(shape.length + 1 - depths, whole)
         return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
@@ -145,14 +117,13 @@ class CutsFromEnd(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even over the cuts inside each power of two of their number."""
-        missed = len(shape.cuts) - shape.cuts.searchsorted(depths)
         whole = self._seen.mass(len(shape.cuts) + 1.0)
-        below: Floats = 1.0 - self._seen.upto(missed.astype(np.float64)) / whole
+        below: Floats = self._seen.above(missed(depths, shape.cuts), whole)
         return np.where(depths > 0.0, below, 0.0)
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the cuts."""
-        self._seen.add(len(shape.cuts) - int(np.searchsorted(shape.cuts, depth, side="right")), credit, decay)
+        self._seen.add(len(shape.cuts) - int(shape.cuts.searchsorted(depth, side="right")), credit, decay)
 
 
 class Beyond(View):
@@ -164,7 +135,7 @@ class Beyond(View):
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """Even inside each power of two of the distance; nothing before the overlap."""
         whole = self._seen.mass(shape.length + 1.0 - shape.overlap)
-        below: Floats = self._seen.upto(np.maximum(depths - shape.overlap, 0.0)) / max(whole, 1e-9)
+        below: Floats = self._seen.below(np.maximum(depths - shape.overlap, 0.0), max(whole, 1e-9))
         return below
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
@@ -186,11 +157,8 @@ class Junctions(View):
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """A step at each junction; even over the prompt when there is none."""
-        total = shape.stops.sum()
-        if not total:
-            return depths / (shape.length + 1)
-        steps = np.concatenate([[0.0], np.cumsum(shape.stops) / total])
-        return steps[shape.ends.searchsorted(depths)]
+        below: Floats | None = left(depths, shape.ends, shape.stops)
+        return depths / (shape.length + 1) if below is None else below
 
 
 VIEWS: tuple[type[View], ...] = (Uniform, Absolute, Ratio, FromEnd, CutsFromEnd, Beyond, Again, Junctions)

@@ -155,7 +155,10 @@ def unit_for(
 
 def spans_of(segmenting: Segmenting, lineage: Lineage, below: Sequence[Span], captured: Sequence[int]) -> list[Span]:
     """The KV spans of a checkpoint of this lineage: those of one below it, and its own behind them."""
-    found = [span for span in below if span.end <= lineage.end]
+    whole = lineage.end
+    found = [span for span in below if abs(span[-1]) <= whole]
     last = found[-1].end if found else 0
-    ends = [end for end in segmenting.kv_ends(lineage, captured) if last < end < lineage.end]
-    return found + lineage.spans(last, [*ends, *([lineage.end] if lineage.end > last else [])])
+    if last == whole:
+        return found
+    ends = [end for end in segmenting.kv_ends(lineage, captured) if last < end < whole]
+    return found + lineage.spans(last, [*ends, whole])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..planning.compiled import walk
 from ..planning.cuts import Tokens
 from ..planning.views import Shape
 from .tree import DESCRIPTION_BYTES, NODE_BYTES, TOKEN_BYTES, Departure, Node, Tree, nearest
@@ -48,24 +49,9 @@ class Forest:
         Returns:
             The nodes entered, shallow to deep, and the number of tokens shared; the last node may be shared in part.
         """
-        path: list[Node] = []
-        depth, length = 0, len(ids)
-        node = self.trees[space].root if space in self.trees else None
-        while node is not None and depth < length:
-            child = node.children.get(int(ids[depth]))
-            if child is None:
-                break
-            path.append(child)
-            span = min(child.end, length) - depth
-            different = child.tokens[:span] != ids[depth : depth + span]
-            first = int(different.argmax())
-            if different[first]:
-                return path, depth + first
-            depth += span
-            if depth < child.end:
-                break
-            node = child
-        return path, depth
+        if space not in self.trees:
+            return [], 0
+        return walk(self.trees[space].root.children, np.ascontiguousarray(ids, dtype=np.int32))
 
     def departure(self, ids: Tokens, space: str, most: int) -> Departure:
         """Where `ids` have another token than what the space knows, with `most` of the tokens that stand there."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from ..planning.compiled import chain_bytes
 from ..planning.cuts import Tokens
 from ..planning.lineage import Span
 from .chains import Chains, Footing
@@ -476,8 +477,8 @@ class Ledger:
     def _locked_bytes(self) -> int:
         """Bytes that no eviction can free now: pinned checkpoints and the chains that open requests need."""
         pinned = [checkpoint for checkpoint in self.pinned.values() if checkpoint.stored]
-        segments = self.chains.below([*self.chains.held, *(checkpoint.kv for checkpoint in pinned)])
-        return sum(item.nbytes for item in pinned) + sum(segment.nbytes for segment in segments)
+        chains = chain_bytes([*self.chains.held, *(checkpoint.kv for checkpoint in pinned)])
+        return sum(item.nbytes for item in pinned) + chains
 
     def _count(self, checkpoint: Checkpoint, sign: int) -> None:
         self.checkpoint_count += sign

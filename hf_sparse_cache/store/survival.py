@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..planning.compiled import age, looked_up
 from ..planning.views import Floats
 
 
@@ -102,11 +103,7 @@ class SurvivalTables:
         """Moves the clock to `now`, one tick a request."""
         while self._clock < now:
             self._clock += 1
-            older = self._alive[(self._clock - _LATER_AGES) % WINDOW]  # those that come of each later age now
-            self._waiting[:-1] -= older
-            self._waiting[1:-1] += older[:-1]  # the last fall out of the window
-            self._alive[self._clock % WINDOW] = 0
-            self._new_exposure += self._waiting
+            age(self._alive, self._waiting, self._new_exposure, _LATER_AGES, self._clock)
         ticks = now - self._updated
         if ticks >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
             self._judge()
@@ -165,7 +162,7 @@ class SurvivalTables:
         """The index of one individual, in hits a request."""
         return self._rates[cell][_AGE_BINS[min(age, WINDOW)]]
 
-    def rates(self, cells: NDArray[np.int64], ages: NDArray[np.int64]) -> Floats:
-        """The index of many individuals, of shape `(n,)`."""
-        found: Floats = self.index[cells, _AGE_BIN[np.minimum(ages, WINDOW)]]
+    def rates(self, cells: NDArray[np.int64], ticks: NDArray[np.int64], now: int) -> Floats:
+        """The index of many individuals that were passed last at `ticks`, of shape `(n,)`."""
+        found: Floats = looked_up(self.index, cells, ticks, now, _AGE_BIN)
         return found

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ..planning.compiled import held_bytes, nearest_above
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
 from ..planning.lineage import Lineage, Span
 from ..planning.views import Shape
@@ -124,24 +125,11 @@ class Checkpoint:
 
     def held_bytes(self) -> int:
         """Counts `held` anew: the state, and its KV chain down to the first segment that something else needs."""
-        total, segment = self.nbytes, self.kv
-        while segment is not None and segment.refs <= 1:
-            total += segment.nbytes
-            segment = segment.parent
-        return total
+        return held_bytes(self)
 
     def above(self) -> Checkpoint | None:
         """The nearest checkpoint nearer to the start of the prompt."""
-        node, position, found = self.node, self.position, None
-        for checkpoint in node.checkpoints:
-            if checkpoint.position >= position:
-                break
-            found = checkpoint
-        above = node.parent
-        while found is None and above is not None:
-            if above.checkpoints:  # all of them lie above
-                found = above.checkpoints[-1]
-            above = above.parent
+        found: Checkpoint | None = nearest_above(self)
         return found
 
     def below(self, limit: int = 16) -> list[Checkpoint]:

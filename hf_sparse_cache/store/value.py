@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from heapq import heappop, heappush
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..planning.compiled import Leaving, gained, levels, returned
 from ..planning.policy import Terms
 from ..planning.views import Floats
 from .eviction import Eviction
-from .leaving import LEAST_STOPPING, Leaving
 from .survival import SurvivalTables, cell_of
 
 
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 FORK_CHILDREN = 3  # more make a hub, such as a shared system prompt, where one path says nothing about the others
 MIN_STEM_TOKENS = 64  # two texts that part before were never one
 NEARLY_TIED = 0.7  # values this close are noise, and then the newcomer is the better guess, as in plain recency
-MANY = 192  # of all values, most walks need no more
+LEAST_STOPPING = 1e-6  # of the prompts that enter its edge: none at all would make all such checkpoints alike
 MIN_EDGE_TOKENS = 16  # shorter edges, such as the last tokens of a template, say nothing about what comes back
 
 
@@ -62,7 +60,7 @@ class Scored(Eviction, ABC):
     def passed(self, path: Sequence[Node], overlap: int, resumed: Checkpoint | None, now: int) -> None:
         """Marks every checkpoint that the prompt shares as passed now."""
         self.now = now
-        for level, node in zip(_levels(path), path, strict=True):
+        for level, node in zip(levels(path, MIN_EDGE_TOKENS), path, strict=True):
             for checkpoint in node.checkpoints:
                 if checkpoint.position <= overlap and self.touched(checkpoint.slot, checkpoint is resumed):
                     self.ticks[checkpoint.slot] = now
@@ -101,10 +99,7 @@ class Scored(Eviction, ABC):
 
     def gain(self, checkpoint: Checkpoint) -> float:
         """Tokens saved a pass for each byte."""
-        above = checkpoint.above()
-        saved = checkpoint.position - (above.position if above else 0)
-        # Without a state of fixed size, a checkpoint under deeper ones holds nothing alone.
-        return saved * max(checkpoint.share, LEAST_STOPPING) / max(checkpoint.held, 1)
+        return gained(checkpoint, LEAST_STOPPING)
 
     def ranked(self) -> tuple[NDArray[np.int64], Floats]:
         """Slots in use, least value first, and the values by slot."""
@@ -147,14 +142,14 @@ class LeastValue(Scored):
         """Gives the slot back, and those that stopped there to the checkpoint above."""
         above = checkpoint.above()
         if above is not None:
-            returned = _returned(checkpoint, above)
-            above.share += returned
-            above.onward -= returned
+            moved = returned(checkpoint, above)
+            above.share += moved
+            above.onward -= moved
         super().dropped(checkpoint)
 
     def values(self) -> Floats:
         """Expected tokens saved a request for each byte."""
-        return self.tables.rates(self.cells, self.now - self.ticks) * self.gains
+        return self.tables.rates(self.cells, self.ticks, self.now) * self.gains
 
     def passed(self, path: Sequence[Node], overlap: int, resumed: Checkpoint | None, now: int) -> None:
         """Counts the passes in the tables as well."""
@@ -174,10 +169,11 @@ class LeastValue(Scored):
     def settled(self, path: Sequence[Node], forecast: Forecast | None, now: int) -> None:
         """Lets the prompt's edges wait for their next pass; asks the forecast who stops at its checkpoints."""
         stored: list[Checkpoint] = []
-        rates: list[float] = []
-        apart: list[int] = []  # junctions above the edge of each, at which other prompts leave the path
-        junctions = 0
-        for level, node, child in zip(_levels(path), path, [*path[1:], None], strict=True):
+        following: list[float] = []  # rate of passes at the next one over that here, where other prompts leave between
+        rate, parts = 0.0, False
+        last = len(path) - 1
+        for place, (level, node) in enumerate(zip(levels(path, MIN_EDGE_TOKENS), path, strict=True)):
+            child = path[place + 1] if place < last else None
             if node.waiting is None and len(node.tokens) >= MIN_EDGE_TOKENS:
                 cell = cell_of(node.passes, level)
                 node.waiting = cell, self.now
@@ -187,19 +183,20 @@ class LeastValue(Scored):
                     self._bypass(node.recent)
                 node.recent = child
             if node.checkpoints:
+                here = self.tables.rate(cell_of(node.passes, level))
+                if stored:
+                    following.append(here / rate if parts else 1.0)
+                following += [1.0] * (len(node.checkpoints) - 1)
                 stored += node.checkpoints
-                rates += [self.tables.rate(cell_of(node.passes, level))] * len(node.checkpoints)
-                apart += [junctions] * len(node.checkpoints)
-            junctions += _branches(node, child)
+                rate, parts = here, False
+            parts = parts or _branches(node, child)
         if forecast is None or not stored:
             return
-        following = np.ones(len(stored))
-        following[-1] = 0.0
-        following[:-1] = np.where(np.diff(apart) > 0, np.divide(rates[1:], rates[:-1]), 1.0)
-        positions = np.asarray([checkpoint.position for checkpoint in stored])
-        starts = np.asarray([checkpoint.node.start for checkpoint in stored])
-        shares, onward = forecast.shares(positions, starts, following)
-        for checkpoint, share, passing in zip(stored, shares.tolist(), onward.tolist(), strict=True):
+        positions = [checkpoint.position for checkpoint in stored]
+        starts = [checkpoint.node.start for checkpoint in stored]
+        for checkpoint, share, passing in zip(
+            stored, *forecast.shares(positions, starts, [*following, 0.0]), strict=True
+        ):
             checkpoint.share, checkpoint.onward = share, passing
             self.weigh(checkpoint)
 
@@ -215,12 +212,12 @@ class LeastValue(Scored):
 
     def terms(self, path: Sequence[Node], overlap: int, need: float, resumed: Checkpoint | None) -> Terms:
         """Rates of a path passed just now, and the value of what would have to go, by the byte."""
-        level = _levels(path)[-1] if path else 0
+        level = levels(path, MIN_EDGE_TOKENS)[-1] if path else 0
         known = self.tables.rate(cell_of(path[-1].passes + 1, level)) if path else 0.0
         price = 0.0
         if need > 0.0:
-            leaving, lost = self._leaving(need)
-            price = lost / leaving.freed if leaving.freed else 0.0
+            leaving = self._leaving(need)
+            price = leaving.lost / leaving.freed if leaving.freed else 0.0
         resumed_rate = known
         if resumed is not None and resumed.node is not path[-1]:
             between = path[path.index(resumed.node) :]
@@ -230,92 +227,22 @@ class LeastValue(Scored):
 
     def victim(self, incoming: Checkpoint | None, need: int) -> Checkpoint | None:
         """The checkpoint of least value a byte, or None if all that must go is worth more than the newcomer."""
-        leaving, lost = self._leaving(need)
+        leaving = self._leaving(need)
         if incoming is not None:
-            lost *= max(0.0, need - incoming.refund) / max(need, 1)
+            lost = leaving.lost * max(0.0, need - incoming.refund) / max(need, 1)
             offer = self._rate(incoming) * self.gain(incoming) * incoming.held
             if leaving.freed < need or offer <= NEARLY_TIED * lost:
                 return None
         return next(iter(leaving.gone), None)
 
-    def _leaving(self, need: float) -> tuple[Leaving, float]:
-        """What goes so that `need` bytes come free, or all that can, least value a byte first; and what it is worth.
-
-        One that stays takes over who resumed at one that goes, and the bytes that they shared: it is ranked again.
-        """
-        leaving, lost = Leaving(), 0.0
-        items, gone = self.items, leaving.gone
-        rates = self.tables.rates(self.cells, self.now - self.ticks)
-        ranked = _ascending(rates * self.gains, len(items) - len(self._free))
-        first = next(ranked, None)
-        again: list[tuple[float, int]] = []
-        latest: dict[int, float] = {}  # of those whose value changed meanwhile
-        while leaving.freed < need and (first is not None or again):
-            if first is None or (again and again[0] < first):
-                known, slot = heappop(again)
-                current = latest[slot] == known
-            else:
-                (known, slot), first = first, next(ranked, None)
-                current = slot not in latest
-            checkpoint = items[slot]
-            if not current or checkpoint.pins or checkpoint in gone:
-                continue
-            above = leaving.above(checkpoint)
-            worth, value = leaving.worth(checkpoint, above, rates.item(slot))
-            if value > 1.001 * known:
-                latest[slot] = value
-                heappush(again, (value, slot))
-                continue
-            lost += worth
-            leaving.add(checkpoint)
-            if above is not None:
-                leaving.give(above, _returned(checkpoint, above, leaving.given(checkpoint)))
-                slot = above.slot
-                latest[slot] = value = leaving.worth(above, leaving.above(above), rates.item(slot))[1]
-                heappush(again, (value, slot))
-        return leaving, lost
+    def _leaving(self, need: float) -> Leaving:
+        """What goes so that `need` bytes come free, or all that can: the least value a byte first."""
+        leaving = Leaving(LEAST_STOPPING)
+        leaving.until(need, self.items, self.gains, self.tables.rates(self.cells, self.ticks, self.now))
+        return leaving
 
     def _rate(self, checkpoint: Checkpoint) -> float:
         return self.tables.rate(_cell(checkpoint))
-
-
-def _ascending(values: Floats, count: int) -> Iterator[tuple[float, int]]:
-    """The least `count` values with their places, the first of equals first; whoever stops soon pays little.
-
-    Args:
-        values: not NaN, of shape `(n,)`.
-        count: at most n.
-    """
-    rest = np.arange(len(values))
-    while count > 2 * MANY:
-        bar = np.partition(values[rest], MANY)[MANY]
-        below = values[rest] < bar
-        chosen, rest = rest[below], rest[~below]
-        if not len(chosen):
-            break
-        count -= len(chosen)
-        yield from _pairs(values, chosen)
-    yield from itertools.islice(_pairs(values, rest), count)
-
-
-def _pairs(values: Floats, places: NDArray[np.int64]) -> Iterator[tuple[float, int]]:
-    found = values[places]
-    order = np.argsort(found, kind="stable")
-    return zip(found[order].tolist(), places[order].tolist(), strict=True)
-
-
-def _returned(checkpoint: Checkpoint, above: Checkpoint, given: float = 0.0) -> float:
-    """Of the prompts that enter the edge of the checkpoint above, those that stop there once this one has gone.
-
-    The latest prompt's path alone was taken off the share of the one above. `given` was given to this one meanwhile.
-    """
-    node = checkpoint.node
-    while node is not above.node:
-        if node.parent is None or node.parent.recent is not node:
-            return 0.0
-        node = node.parent
-    passing = checkpoint.share + checkpoint.onward
-    return above.onward * (checkpoint.share + given) / passing if passing > 0.0 else 0.0
 
 
 def _branches(node: Node, child: Node | None) -> bool:
@@ -332,13 +259,4 @@ def _cell(checkpoint: Checkpoint) -> int:
     while node.parent is not None:
         path.append(node)
         node = node.parent
-    return cell_of(checkpoint.node.passes + 1, _levels(path[::-1])[-1])
-
-
-def _levels(path: Sequence[Node]) -> list[int]:
-    """Which turn each edge is: the number of edges up to it that are long enough to say something."""
-    found, level = [], 0
-    for node in path:
-        level += len(node.tokens) >= MIN_EDGE_TOKENS
-        found.append(max(level, 1))
-    return found
+    return cell_of(checkpoint.node.passes + 1, levels(path[::-1], MIN_EDGE_TOKENS)[-1])

@@ -89,11 +89,9 @@ def test_prompts_shared_in_whole_blocks_are_foreseen_by_the_block() -> None:
 
 def test_shares_are_of_those_that_enter_the_edge() -> None:
     forecast = Forecast(np.asarray([64, 128, 192, 256]), np.asarray([0.5, 0.5, 0.75, 0.9]))
-    alone = np.zeros(1)
-    assert forecast.shares(np.asarray([128]), np.asarray([64]), alone)[0] == pytest.approx(1.0)
-    assert forecast.shares(np.asarray([192]), np.asarray([64]), alone)[0] == pytest.approx(0.5)
-    assert forecast.shares(np.asarray([256]), np.asarray([0]), alone)[0] == pytest.approx(0.2)
-    both, starts = np.asarray([128, 256]), np.asarray([0, 0])
-    assert forecast.shares(both, starts, np.asarray([1.0, 0.0]))[0] == pytest.approx([0.8, 0.2])
-    assert forecast.shares(both, starts, np.asarray([0.5, 0.0]))[0] == pytest.approx([0.9, 0.2])
-    assert forecast.shares(both, starts, np.asarray([0.5, 0.0]))[1] == pytest.approx([0.1, 0.0])
+    assert forecast.shares([128], [64], [0.0])[0] == pytest.approx([1.0])
+    assert forecast.shares([192], [64], [0.0])[0] == pytest.approx([0.5])
+    assert forecast.shares([256], [0], [0.0])[0] == pytest.approx([0.2])
+    assert forecast.shares([128, 256], [0, 0], [1.0, 0.0])[0] == pytest.approx([0.8, 0.2])
+    assert forecast.shares([128, 256], [0, 0], [0.5, 0.0])[0] == pytest.approx([0.9, 0.2])
+    assert forecast.shares([128, 256], [0, 0], [0.5, 0.0])[1] == pytest.approx([0.1, 0.0])

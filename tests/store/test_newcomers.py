@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_sparse_cache.planning.compiled import Leaving
 from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import Policy, Prompt, make_policy
 from hf_sparse_cache.planning.segments import Bitwise, Replayable, Segmenting
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.simulator import Sized
-from hf_sparse_cache.store.leaving import Leaving
 from hf_sparse_cache.store.store import CheckpointStore
 
 
@@ -105,7 +105,7 @@ def test_a_set_frees_what_the_books_say_when_it_goes(mode: str, lengths: list[in
         serve(store, Close((0, 2)), mode, ids)
     order = store.stored()
     random.shuffle(order)  # type: ignore[attr-defined]
-    leaving, before = Leaving(), store.used_bytes
+    leaving, before = Leaving(0.0), store.used_bytes
     for checkpoint in order:
         above = leaving.above(checkpoint)
         assert above is None or above in store.stored()

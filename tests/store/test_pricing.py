@@ -1,11 +1,10 @@
-"""What pricing memory looks at: values in order, as far as they are needed; nothing more where nothing is to place."""
+"""What pricing memory looks at: nothing more than the first to go where nothing is to place."""
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hf_sparse_cache import CheckpointStore
 from hf_sparse_cache.planning.cuts import CutRule
@@ -13,20 +12,9 @@ from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized
-from hf_sparse_cache.store import value
-from hf_sparse_cache.store.leaving import Leaving
 
 
 GRID, STATE, KV = 64, 1000, 4
-
-
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, np.inf]) | st.floats(0, 4), max_size=60), st.data())
-def test_values_come_in_the_order_of_a_stable_sort(values: list[float], data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, len(values)))
-    with mock.patch.object(value, "MANY", data.draw(st.integers(1, 20))):
-        found = list(value._ascending(np.asarray(values), count))
-    order = np.argsort(np.asarray(values), kind="stable")[:count].tolist()
-    assert found == [(values[place], place) for place in order]
 
 
 def served(store: CheckpointStore, tokens: np.ndarray, policy: object) -> None:
@@ -47,9 +35,10 @@ def test_a_prompt_without_an_open_cut_prices_one_checkpoint(length: int, most: i
     known = generator.integers(0, 50_000, GRID * 7 + 30).astype(np.int32)
     with mock.patch.object(store.ledger, "max_memory", None):  # its last cut is kept, and memory is full
         served(store, known[: GRID * 6 + 20], policy)
-    with mock.patch.object(Leaving, "worth", autospec=True, side_effect=Leaving.worth) as worth:
+    eviction: Any = store.eviction
+    with mock.patch.object(eviction, "_leaving", side_effect=eviction._leaving) as leaving:
         request = open_request(store, policy, known[:length], Bitwise(CutRule(GRID)))
-        looked_at = worth.call_count
+        looked_at = eviction._leaving(leaving.call_args.args[0]).looked_at
         assert request.resumed_tokens == GRID * 6 and request._prompt.terms.price > 0.0
         request.close()
     if most is None:

@@ -1,0 +1,234 @@
+"""The compiled inner loops of a request say what numpy and plain Python say, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_sparse_cache import CheckpointStore, _planner
+from hf_sparse_cache.planning import compiled
+from hf_sparse_cache.planning.cuts import CutRule
+from hf_sparse_cache.planning.policies import make_policy
+from hf_sparse_cache.planning.segments import Bitwise, Replayable, Segmenting
+from hf_sparse_cache.request import open_request
+from hf_sparse_cache.simulator import Sized
+from hf_sparse_cache.store.value import LEAST_STOPPING, LeastValue
+
+
+DEPTHS = st.lists(st.floats(0, 300), max_size=40)
+PLACES = st.lists(st.integers(0, 300), max_size=20, unique=True).map(sorted)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1.5), st.floats(0, 1)), max_size=12), DEPTHS)
+def test_a_histogram_is_that_of_numpy(counted: list[tuple[float, float]], values: list[float]) -> None:
+    edges = np.linspace(0.0, 1.0, 17)
+    found, counts = compiled.Histogram(edges, 2.0), np.full(16, 2.0 / 16)
+    for value, credit in counted:
+        found.add(value, credit, 0.9)
+        counts *= 0.9**credit
+        counts[min(int(np.searchsorted(edges, value, side="right")), 16) - 1] += credit
+    total = np.concatenate([[0.0], np.cumsum(counts)])
+    asked = np.asarray([*values, *edges, 1.0, 2.0]) / 1.7
+    expected = np.interp(asked, edges, total)
+    assert found.upto(asked).tobytes() == expected.tobytes()
+    assert found.upto(asked[::-1]).tobytes() == expected[::-1].tobytes()
+    assert found.below(asked, 3.0).tobytes() == (expected / 3.0).tobytes()
+    assert found.above(asked, 3.0).tobytes() == (1.0 - expected / 3.0).tobytes()
+    assert [found.mass(value) for value in asked.tolist()] == expected.tolist()
+    for copied in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        copied.add(0.5, 1.0, 0.5)
+        assert copied.total != found.total and found.upto(asked).tobytes() == expected.tobytes()
+
+
+@given(DEPTHS, PLACES, st.data())
+def test_where_others_left_is_counted_as_by_numpy(depths: list[float], places: list[int], data: st.DataObject) -> None:
+    asked, ends = np.asarray(depths), np.asarray(places, dtype=np.int64)
+    stops = np.asarray(data.draw(st.lists(st.integers(0, 9), min_size=len(ends), max_size=len(ends))), dtype=np.int64)
+    missed = len(ends) - np.searchsorted(ends, asked)
+    assert compiled.missed(asked, ends).tolist() == missed.tolist()
+    found = compiled.left(asked, ends, stops)
+    if not stops.sum():
+        assert found is None
+        return
+    steps = np.concatenate([[0.0], np.cumsum(stops) / stops.sum()])
+    assert found is not None and found.tobytes() == steps[ends.searchsorted(asked)].tobytes()
+
+
+def test_one_tick_moves_who_comes_of_each_age() -> None:
+    generator, later, window = np.random.default_rng(0), np.asarray([1, 4, 16]), 16
+    alive = generator.integers(0, 9, (window, 7)).astype(np.int16)
+    waiting, exposure = generator.integers(0, 99, (2, 4, 7)).astype(float)
+    for clock in range(40, 80):
+        older = alive[(clock - later) % window]
+        expected = waiting.copy()
+        expected[:-1] -= older
+        expected[1:-1] += older[:-1]
+        spent = exposure + expected
+        compiled.age(alive, waiting, exposure, later, clock)
+        assert (waiting == expected).all() and (exposure == spent).all() and not alive[clock % window].any()
+        alive[clock % window] = generator.integers(0, 9, 7)
+
+
+def test_what_would_lead_outside_an_array_is_refused() -> None:
+    counts, places = np.zeros((3, 4)), np.asarray([1, 2])
+    alive = np.zeros((8, 4), dtype=np.int16)
+    for later, clock, waiting in ((places, -1, counts), (np.asarray([1, 9]), 9, counts), (places, 9, counts[:2])):
+        with pytest.raises(ValueError):
+            compiled.age(alive, waiting, counts, later, clock)
+    bins = np.asarray([0, 1, 2])
+    for cells, ticks, now in (([3], [5], 5), ([-1], [5], 5), ([0], [5], 4), ([0, 1], [5], 5)):
+        with pytest.raises(ValueError):
+            compiled.looked_up(counts, np.asarray(cells), np.asarray(ticks), now, bins)
+    with pytest.raises(ValueError, match="rates"):
+        compiled.Leaving(0.0).until(1.0, [None], np.ones(2), np.ones(1))
+    with pytest.raises(ValueError, match="cuts"):
+        compiled.shares(np.ones(2), np.asarray([64, 128]), [64], [0], [0.0])
+    with pytest.raises(ValueError, match="stops"):
+        compiled.left(np.ones(1), places, places[:1])
+    with pytest.raises(ValueError, match="edges"):
+        compiled.Histogram(np.ones(1))
+
+
+class Reference:
+    """What goes, in plain Python: a heap of what changed beside a sorted list of the rest."""
+
+    def __init__(self) -> None:
+        self.gone: dict[Any, None] = {}
+        self.freed, self.lost = 0, 0.0
+        self.references: dict[Any, int] = {}
+        self.given: dict[Any, float] = {}
+
+    def above(self, checkpoint: Any) -> Any:
+        found = checkpoint.above()
+        while found is not None and found in self.gone:
+            found = found.above()
+        return found
+
+    def bytes_of(self, checkpoint: Any) -> int:
+        total, segment = checkpoint.nbytes, checkpoint.kv
+        while segment is not None and not segment.holds and self.references.get(segment, segment.refs) <= 1:
+            total += segment.nbytes
+            segment = segment.parent
+        return int(total)
+
+    def worth(self, checkpoint: Any, rate: float) -> tuple[float, float]:
+        above = self.above(checkpoint)
+        worth = rate * (max(checkpoint.share, LEAST_STOPPING) + self.given.get(checkpoint, 0.0))
+        worth *= checkpoint.position - (above.position if above else 0)
+        return worth, worth / (self.bytes_of(checkpoint) or 1)
+
+    def add(self, checkpoint: Any) -> None:
+        self.freed += checkpoint.nbytes
+        segment = checkpoint.kv
+        while segment is not None:
+            self.references[segment] = self.references.get(segment, segment.refs) - 1
+            if self.references[segment] or segment.holds:
+                break
+            self.freed += segment.nbytes
+            segment = segment.parent
+        self.gone[checkpoint] = None
+
+    def until(self, need: float, items: list[Any], values: np.ndarray, rates: np.ndarray) -> None:
+        ranked = [(value, slot, 0) for slot, value in enumerate(values.tolist()) if items[slot] is not None]
+        heapq.heapify(ranked)
+        latest: dict[int, float] = {}
+        while self.freed < need and ranked:
+            known, slot, again = heapq.heappop(ranked)
+            checkpoint = items[slot]
+            current = latest.get(slot) == known if again else slot not in latest
+            if not current or checkpoint.pins or checkpoint in self.gone:
+                continue
+            above = self.above(checkpoint)
+            worth, value = self.worth(checkpoint, rates.item(slot))
+            if value > 1.001 * known:
+                latest[slot] = value
+                heapq.heappush(ranked, (value, slot, 1))
+                continue
+            self.lost += worth
+            self.add(checkpoint)
+            if above is not None:
+                self.given[above] = self.given.get(above, 0.0) + self._back(checkpoint, above)
+                latest[above.slot] = value = self.worth(above, rates.item(above.slot))[1]
+                heapq.heappush(ranked, (value, above.slot, 1))
+
+    def _back(self, checkpoint: Any, above: Any) -> float:
+        node = checkpoint.node
+        while node is not above.node:
+            if node.parent is None or node.parent.recent is not node:
+                return 0.0
+            node = node.parent
+        passing = checkpoint.share + checkpoint.onward
+        part = checkpoint.share + self.given.get(checkpoint, 0.0)
+        return float(above.onward * part / passing) if passing > 0.0 else 0.0
+
+
+def filled(segmenting: Segmenting, kv: int, seed: int) -> CheckpointStore:
+    """A store after conversations that grow, part and are asked again."""
+    generator, policy, store = np.random.default_rng(seed), make_policy("learned"), CheckpointStore(60_000)
+    texts = [generator.integers(0, 99, 300) for _ in range(6)]
+    for _ in range(250):
+        text = texts[place := int(generator.integers(6))]
+        end = int(generator.integers(100, len(text) + 1))
+        ids = np.concatenate([text[:end], generator.integers(0, 99, 80)]).astype(np.int32)
+        texts[place] = ids if len(ids) < 900 and generator.random() < 0.6 else text
+        with open_request(store, policy, ids, segmenting) as request:
+            for position in request.planned:
+                request.add(position, Sized(700), (lambda start, end: Sized((end - start) * kv)) if kv else None)
+    return store
+
+
+@pytest.mark.parametrize("kv", [0, 3])
+@pytest.mark.parametrize(
+    "segmenting", [Bitwise(CutRule(32)), Replayable(CutRule(32), 32)], ids=["bitwise", "replayable"]
+)
+def test_what_goes_is_what_plain_python_says(segmenting: Segmenting, kv: int) -> None:
+    for seed in range(3):
+        store = filled(segmenting, kv, seed)
+        eviction = store.eviction
+        assert isinstance(eviction, LeastValue) and store.evictions
+        rates, values = eviction.tables.rates(eviction.cells, eviction.ticks, eviction.now), eviction.values()
+        several = 0
+        for need in (1.0, 2_000.0, 20_000.0, 1e9):
+            found, expected = compiled.Leaving(LEAST_STOPPING), Reference()
+            found.until(need, eviction.items, eviction.gains, rates)
+            expected.until(need, eviction.items, values, rates)
+            assert list(found.gone) == list(expected.gone) and found.freed == expected.freed
+            assert found.lost == expected.lost
+            several = max(several, len(found.gone))
+        assert several > 5 and found.freed == store.used_bytes
+
+
+def test_the_twin_that_ranks_nothing_again_differs() -> None:
+    """A set that frees keys and values together is worth other than its members: the walk has to rank anew."""
+    differs = 0
+    for seed in range(3):
+        eviction: Any = filled(Bitwise(CutRule(32)), 3, seed).eviction
+        order = [eviction.items[slot] for slot in eviction.ranked()[0].tolist()]
+        differs += order != list(eviction._leaving(1e9).gone)
+    assert differs == 3
+
+
+def test_a_walk_compares_tokens() -> None:
+    store = CheckpointStore(None)
+    for tail in ([1, 2, 3], [1, 2, 4, 5], [9]):
+        store.remember(np.asarray([7, 7, *tail], dtype=np.int32))
+    for ids, depth, nodes in (
+        ([7, 7, 1, 2, 4, 6], 5, 3),
+        ([7, 7, 1, 9], 3, 2),
+        ([7], 1, 1),
+        ([8, 7], 0, 0),
+        ([], 0, 0),
+    ):
+        path, found = store.forest.walk(np.asarray(ids, dtype=np.int64), "")
+        assert (found, len(path)) == (depth, nodes)
+
+
+def test_all_that_is_compiled_has_its_place() -> None:
+    assert set(compiled.__all__) == {name for name in dir(_planner) if not name.startswith("_")} - {"array", "empty"}
