@@ -5,9 +5,10 @@
 
 Deciding is everything of a request that is neither the model nor a copy of its states: cuts, match, terms and price,
 plan, the books of `add` (victims included), observing and settling, and the solve of the survival tables whenever it
-falls due. First the store is filled with thousands of other prompts without payloads, so that its tables and its tree
-have their working size and its budget is full. Then requests are served live; the bound is 1 % of their prefill,
-counted for cold and resumed requests alone and for all.
+falls due. First the store is filled with thousands of other prompts without payloads, cut as the handle cuts, so that
+its tables and its tree have their working size and its budget is full. Then requests are served live; the bound is 1 %
+of their prefill, counted for cold and resumed requests alone and for all. Seconds are CPU time of the one thread that
+serves, so torch is kept to one thread: what else the machine does meanwhile counts for neither side.
 
 The second part serves 20,000 requests without a model and counts the bytes that the overlap model, the survival tables
 and the tree hold at four moments; a bound on what is remembered makes the last one a bound too.
@@ -20,8 +21,9 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,7 +34,7 @@ from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.models import prefill, sitting
 from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import Policy, make_policy
-from hf_sparse_cache.planning.segments import Bitwise
+from hf_sparse_cache.planning.segments import Bitwise, Segmenting
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.tools.builtin import build_model
@@ -45,7 +47,7 @@ PARTS = ("cuts", "match and plan", "add", "close")
 
 
 class Clock:
-    """Seconds by part; what a part calls that is not deciding is taken off again."""
+    """CPU seconds by part; what a part calls that is not deciding is taken off again."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -53,28 +55,29 @@ class Clock:
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            copied, start = self._copied, time.perf_counter()
+            copied, start = self._copied, time.thread_time()
             try:
                 return function(*arguments, **options)
             finally:
-                self.seconds[part] += time.perf_counter() - start - (self._copied - copied)
+                self.seconds[part] += time.thread_time() - start - (self._copied - copied)
 
         return call
 
     def copies(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 return function(*arguments, **options)
             finally:
-                self._copied += time.perf_counter() - start
+                self._copied += time.thread_time() - start
 
         return call
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Every request of this process is timed meanwhile."""
+        """Every request of this process is timed meanwhile, and prefills are counted in CPU seconds too."""
         with (
+            mock.patch.object(sitting, "time", types.SimpleNamespace(perf_counter=time.thread_time)),
             mock.patch.object(sitting, "open_request", self.timed("match and plan", sitting.open_request)),
             mock.patch.object(Request, "add", self.timed("add", Request.add)),
             mock.patch.object(Request, "close", self.timed("close", Request.close)),
@@ -98,16 +101,22 @@ def others(trace: Trace, count: int) -> Iterator[np.ndarray]:
         yield folded(trace[place]) + APART * (turn + 1)
 
 
-def fill(store: CheckpointStore, policy: Policy, sizes: tuple[int, int, int], prompts: Any, space: str = "") -> float:
-    """Serve prompts without a model; returns the mean seconds of one."""
-    state_bytes, kv_bytes, grid = sizes
-    start, before = time.perf_counter(), store.clock
+def fill(
+    store: CheckpointStore,
+    policy: Policy,
+    sizes: tuple[int, int],
+    prompts: Iterable[np.ndarray],
+    cut: tuple[Segmenting, str] = (Bitwise(CutRule(64)), ""),
+) -> float:
+    """Serve prompts without a model, cut so, in such a space; returns the mean CPU seconds of one."""
+    (state_bytes, kv_bytes), (segmenting, space) = sizes, cut
+    start, before = time.thread_time(), store.clock
     for ids in prompts:
-        with open_request(store, policy, ids, Bitwise(CutRule(grid)), space=space) as request:
+        with open_request(store, policy, ids, segmenting, space=space) as request:
             for position in request.planned:
                 kv = (lambda a, b: Sized((b - a) * kv_bytes)) if kv_bytes else None
                 request.add(position, Sized(state_bytes), kv)
-    return (time.perf_counter() - start) / max(store.clock - before, 1)
+    return (time.thread_time() - start) / max(store.clock - before, 1)
 
 
 def serve(options: argparse.Namespace, trace: Trace) -> dict[str, Any]:
@@ -115,10 +124,10 @@ def serve(options: argparse.Namespace, trace: Trace) -> dict[str, Any]:
     model = build_model(options.model)
     store = CheckpointStore(options.max_memory)
     rows: list[dict[str, Any]] = []
-    with SparsePrefixCache(model, store=store, grid=options.grid) as cache:
-        sizes = (cache.size.state_bytes, cache.size.kv_bytes_per_token, cache.grid)
-        space = cache.server.space.now()[0]
-        alone = fill(store, cache.policy, sizes, others(trace, options.stored), space)
+    with SparsePrefixCache(model, store=store, grid=options.grid, exactness=options.exactness) as cache:
+        sizes = (cache.size.state_bytes, cache.size.kv_bytes_per_token)
+        cut = (cache.server.binding.segmenting, cache.server.space.now()[0])
+        alone = fill(store, cache.policy, sizes, others(trace, options.stored), cut)
         prompts = [folded(trace[index]) for index in range(min(options.requests, len(trace)))]
         for ids in (prompts[0][::-1][:600].copy(), *prompts):  # the first one warms the model up
             clock, before = Clock(), cache.stats().prefill_seconds
@@ -191,7 +200,7 @@ def remember(options: argparse.Namespace, trace: Trace) -> list[dict[str, Any]]:
     rows = []
     for quarter in range(1, 5):
         count = options.memory_requests * quarter // 4 - options.memory_requests * (quarter - 1) // 4
-        fill(store, policy, (1000, 0, 64), (next(prompts) for _ in range(count)))
+        fill(store, policy, (1000, 0), (next(prompts) for _ in range(count)))
         eviction: Any = store.eviction
         tables = held_bytes(eviction.tables)
         rows.append(
@@ -211,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload")
     parser.add_argument("--model", default="jamba-30m")
+    parser.add_argument("--exactness", default="replayable", help="or bitwise")
     parser.add_argument("--grid", type=int)
     parser.add_argument("--requests", type=int, default=64, help="served live; one period of the survival tables")
     parser.add_argument("--stored", type=int, default=3000, help="prompts served before, without payloads")
@@ -219,8 +229,10 @@ def main() -> None:
     parser.add_argument("--remembered", type=int, default=2**23, help="bytes of remembered prompts in the second part")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     trace = load_trace(options.workload)
-    found: dict[str, Any] = {"workload": options.workload, "model": options.model}
+    name = Path(options.workload).name
+    found: dict[str, Any] = {"workload": name, "model": options.model, "exactness": options.exactness}
     found["deciding"] = serve(options, trace)
     found["held"] = remember(options, trace)
     found["machine"] = describe_machine()
@@ -234,8 +246,9 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     deciding, mib = found["deciding"], 2**20
     stored = deciding["stored"]
     print(
-        f"{options.model} behind {options.stored:,} prompts: {stored['checkpoints']:,} checkpoints, "
-        f"{stored['bytes'] / mib:,.0f} MiB of {options.max_memory}, {stored['remembered_tokens']:,} tokens, "
+        f"{options.model}, {options.exactness}, behind {options.stored:,} prompts: "
+        f"{stored['checkpoints']:,} checkpoints, {stored['bytes'] / mib:,.0f} MiB of {options.max_memory}, "
+        f"{stored['remembered_tokens']:,} tokens, "
         f"{deciding['evictions']:,} evictions; "
         f"{1000 * deciding['seconds_a_request_without_a_model']:.2f} ms a request without a model"
     )

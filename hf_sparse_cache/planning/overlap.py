@@ -135,7 +135,7 @@ def shape_of(
     stops = passes[:known].copy()
     further = passes[1 : known + 1]  # of those behind each end; of the last edge on the path none
     stops[: len(further)] -= further
-    ends = ends[:known]
+    ends = ends[:known].copy()  # no view, which would keep all of them
     if not len(cuts) or overlap < cuts[0]:
         kind = FRESH
     elif previous is not None and overlap >= previous.length - NEAR_END_TOKENS:
