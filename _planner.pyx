@@ -31,6 +31,9 @@ from numpy import empty  # at run time only: large arrays come in huge pages, an
 
 # Inputs are scaled by powers of two (exact) until their maxima sit here: no product overflows, tiny inputs survive.
 cdef int SCALED_EXPONENT = 300
+# Ways in which views look, for comparisons in C.
+cdef enum:
+    UNIFORM_ = 1, ABSOLUTE_, RATIO_, FROM_END_, CUTS_FROM_END_, BEYOND_, AGAIN_, JUNCTIONS_
 # Two costs this close (relative) may be in the wrong order: `relax` then keeps the later predecessor reachable.
 cdef double TIE = 1e-14
 # Passes that are fewer than this: the forecast sees nobody.
@@ -363,26 +366,6 @@ cdef class Histogram:
         self.fill(values, found)
         return found
 
-    def below(self, const double[:] values not None, double whole):
-        """The mass below each value, of shape (n,), as a part of `whole`."""
-        cdef Py_ssize_t i
-        found = empty(values.shape[0])
-        cdef double[::1] mass = found
-        self.fill(values, mass)
-        for i in range(values.shape[0]):
-            mass[i] /= whole
-        return found
-
-    def above(self, const double[:] values not None, double whole):
-        """All but the mass below each value, of shape (n,), as a part of `whole`."""
-        cdef Py_ssize_t i
-        found = empty(values.shape[0])
-        cdef double[::1] mass = found
-        self.fill(values, mass)
-        for i in range(values.shape[0]):
-            mass[i] = 1.0 - mass[i] / whole
-        return found
-
     cdef int fill(self, const double[:] values, double[::1] mass) except -1:
         cdef Py_ssize_t i, at = 0, bins = len(self.counts), n = values.shape[0]
         cdef const double *x = self.borders.data.as_doubles
@@ -402,6 +385,9 @@ cdef class Histogram:
 
     def mass(self, double value):
         """The same for one value."""
+        return self.upto_one(value)
+
+    cdef double upto_one(self, double value) except? -1.0:
         cdef Py_ssize_t bins = len(self.counts), at = bin_of(self.borders.data.as_doubles, bins, value, 0)
         cdef const double *x = self.borders.data.as_doubles
         cdef const double *y = self.total.data.as_doubles
@@ -430,45 +416,150 @@ cdef Py_ssize_t bin_of(const double *borders, Py_ssize_t bins, double value, Py_
     return low - 1
 
 
-def left(const double[:] depths not None, const long long[::1] ends not None, const long long[::1] stops not None):
-    """Of those that stop at `ends`, ascending, so many at each, the part that stops before each depth, of shape (n,).
+# How a view looks at a depth (see `planning/views.py`); 0 for one that is not compiled.
+UNIFORM, ABSOLUTE, RATIO, FROM_END = UNIFORM_, ABSOLUTE_, RATIO_, FROM_END_
+CUTS_FROM_END, BEYOND, AGAIN, JUNCTIONS = CUTS_FROM_END_, BEYOND_, AGAIN_, JUNCTIONS_
+
+
+def viewed(list views not None, const double[::1] depths not None, shape not None):
+    """P(next overlap < depth) as each view has it, of shape (V, n).
+
+    Args:
+        views: with `looks`, one of the constants above or 0, and `seen`, its histogram or None.
+        depths: ascending, of shape (n,).
+        shape: of the prompt.
+    """
+    cdef Py_ssize_t v, n = depths.shape[0]
+    cdef const long long[::1] cuts = shape.cuts, ends = shape.ends, stops = shape.stops
+    cdef double length = shape.length, overlap = shape.overlap
+    if ends.shape[0] != stops.shape[0]:
+        raise ValueError(f"{ends.shape[0]} ends need as many stops, got {stops.shape[0]}")
+    found = empty((len(views), n))
+    cdef double[:, ::1] below = found
+    cdef double[::1] scratch = empty(n)
+    for v in range(len(views)):
+        view = views[v]
+        if not view.looks:
+            found[v] = view.below(depths.base, shape)
+        else:
+            look(view.looks, view.seen, depths, length, overlap, cuts, ends, stops, below[v], scratch)
+    return found
+
+
+cdef int look(
+    int how, Histogram seen, const double[::1] depths, double length, double overlap, const long long[::1] cuts,
+    const long long[::1] ends, const long long[::1] stops, double[::1] below, double[::1] scratch,
+) except -1:
+    """One row of `viewed`."""
+    cdef Py_ssize_t i, n = depths.shape[0], place = 0
+    cdef double whole
+    cdef long long total = 0, gone = 0
+    if how == UNIFORM_ or how == JUNCTIONS_:
+        for i in range(stops.shape[0] if how == JUNCTIONS_ else 0):
+            total += stops[i]
+        for i in range(n):
+            if not total:
+                below[i] = depths[i] / (length + 1)
+                continue
+            while place < ends.shape[0] and ends[place] < depths[i]:
+                gone += stops[place]
+                place += 1
+            below[i] = <double> gone / <double> total
+        return 0
+    if how == AGAIN_:
+        for i in range(n):
+            below[i] = depths[i] > overlap
+        return 0
+    if seen is None:
+        raise ValueError(f"a view that looks in way {how} has no histogram")
+    if how == ABSOLUTE_:
+        whole = max(seen.upto_one(length + 1.0), 1e-9)
+        seen.fill(depths, below)
+    elif how == BEYOND_:
+        whole = max(seen.upto_one(length + 1.0 - overlap), 1e-9)
+        for i in range(n):
+            scratch[i] = max(depths[i] - overlap, 0.0)
+        seen.fill(scratch, below)
+    elif how == RATIO_:
+        whole = seen.upto_one(1.0)
+        for i in range(n):
+            scratch[i] = depths[i] / (length + 1)
+        seen.fill(scratch, below)
+    elif how == FROM_END_:
+        whole = seen.upto_one(length + 1.0)
+        for i in range(n):
+            scratch[i] = length + 1 - depths[i]
+        seen.fill(scratch, below)
+    elif how == CUTS_FROM_END_:
+        whole = seen.upto_one(cuts.shape[0] + 1.0)
+        for i in range(n):
+            while place < cuts.shape[0] and cuts[place] < depths[i]:
+                place += 1
+            scratch[i] = cuts.shape[0] - place
+        seen.fill(scratch, below)
+    else:
+        raise ValueError(f"no view looks in way {how}")
+    for i in range(n):
+        below[i] /= whole
+        if how == FROM_END_ or how == CUTS_FROM_END_:
+            below[i] = 1.0 - below[i] if how == FROM_END_ or depths[i] > 0.0 else 0.0
+    return 0
+
+
+def credited(double[:, ::1] shares not None, list seen not None, Py_ssize_t kind, const double[:, ::1] edges not None,
+             double lean, double rate):
+    """Credits the views for one depth that was seen, and moves their shares that way.
+
+    Args:
+        shares: one row a context, the last one for all, of shape (K, V); changed.
+        seen: how often each context was; changed.
+        kind: of the context.
+        edges: P(overlap < depth) at both ends of the cell that it fell into, of shape (V, 2).
+        lean: observations with which a context leans on the shares of all.
+        rate: slowest speed at which the shares follow.
 
     Returns:
-        None where nobody stops.
+        The credit of each view; the sum is 1.
     """
-    cdef Py_ssize_t i, before, n = ends.shape[0]
-    cdef long long total = 0, seen = 0
-    if stops.shape[0] != n:
-        raise ValueError(f"{n} ends need as many stops, got {stops.shape[0]}")
-    for i in range(n):
-        total += stops[i]
-    if not total:
-        return None
-    found = empty(depths.shape[0])
-    cdef double[::1] part = found
-    before = 0
-    for i in range(depths.shape[0]):
-        if i and depths[i] < depths[i - 1]:
-            before, seen = 0, 0
-        while before < n and ends[before] < depths[i]:
-            seen += stops[before]
-            before += 1
-        part[i] = <double> seen / <double> total
-    return found
+    cdef Py_ssize_t v, row, last = shares.shape[0] - 1, n = shares.shape[1]
+    cdef double often, total, step
+    if not 0 <= kind <= last or len(seen) != last + 1 or edges.shape[0] != n or edges.shape[1] != 2 or n > 128:
+        raise ValueError(f"kind={kind} and {edges.shape[0]} views do not fit shares of {last + 1} contexts, {n} views")
+    cdef array credits = array("d", [0.0]) * n
+    cdef double *credit = credits.data.as_doubles
+    often = seen[kind]
+    for v in range(n):
+        credit[v] = (often * shares[kind, v] + lean * shares[last, v]) / (often + lean)
+        credit[v] *= max(edges[v, 1] - edges[v, 0], 1e-6)
+    total = sum_of(credit, n)
+    for v in range(n):
+        credit[v] /= total
+    for row in (kind, last):
+        seen[row] += 1
+        step = max(1.0 / (<double> seen[row] + 4.0), rate)
+        for v in range(n):
+            shares[row, v] += step * (credit[v] - shares[row, v])
+    return credits.tolist()
 
 
-def missed(const double[:] depths not None, const long long[::1] cuts not None):
-    """How many of ascending cuts lie at or behind each depth, as floats of shape (n,)."""
-    cdef Py_ssize_t i, before = 0
-    found = empty(depths.shape[0])
-    cdef double[::1] count = found
-    for i in range(depths.shape[0]):
-        if i and depths[i] < depths[i - 1]:
-            before = 0
-        while before < cuts.shape[0] and cuts[before] < depths[i]:
-            before += 1
-        count[i] = cuts.shape[0] - before
-    return found
+cdef double sum_of(const double *terms, Py_ssize_t n) noexcept nogil:
+    """The sum of up to 128 terms in the order in which numpy adds them: eight sums side by side, then what is left."""
+    cdef double sums[8]
+    cdef double total = 0.0
+    cdef Py_ssize_t i, k
+    if n < 8:
+        for i in range(n):
+            total += terms[i]
+        return total
+    for k in range(8):
+        sums[k] = terms[k]
+    for i in range(8, n - n % 8, 8):
+        for k in range(8):
+            sums[k] += terms[i + k]
+    total = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]))
+    for i in range(n - n % 8, n):
+        total += terms[i]
+    return total
 
 
 def shares(

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .compiled import shares
+from .compiled import credited, shares, viewed
 from .cuts import Positions
 from .views import VIEWS, Floats, Shape
 
@@ -83,7 +83,7 @@ class OverlapModel:
 
     def forecast(self, cuts: Positions, shape: Shape) -> Forecast:
         """Predicts the next overlap with a prompt of this shape."""
-        return Forecast(cuts, self._shares_of(shape.kind) @ self._below(cuts.astype(np.float64), shape))
+        return Forecast(cuts, self._shares_of(shape.kind) @ viewed(self.views, cuts.astype(np.float64), shape))
 
     def learn(self, depth: int, cuts: Positions, previous: Shape) -> None:
         """Learns that a prompt left an earlier one, of shape `previous`, at `depth`; `cuts` are the later prompt's."""
@@ -93,15 +93,9 @@ class OverlapModel:
             return
         low = float(cuts[index - 1])
         high = float(min(cuts[index], previous.length + 1)) if index < len(cuts) else previous.length + 1.0
-        edges = self._below(np.asarray([low, high]), previous)
-        likelihood = np.maximum(edges[:, 1] - edges[:, 0], 1e-6)
-        credit = self._shares_of(previous.kind) * likelihood
-        credit /= credit.sum()
-        for row in (previous.kind, -1):
-            self._seen[row] += 1
-            own = self.shares[row]
-            own += max(1.0 / (self._seen[row] + 4.0), self.rate) * (credit - own)
-        for view, amount in zip(self.views, credit.tolist(), strict=True):
+        edges = viewed(self.views, np.asarray([low, high]), previous)
+        credit = credited(self.shares, self._seen, previous.kind, edges, LEAN, self.rate)
+        for view, amount in zip(self.views, credit, strict=True):
             if amount > 1e-3:
                 view.learn(depth, previous, amount, self.decay)
 
@@ -110,12 +104,6 @@ class OverlapModel:
         seen = self._seen[kind]
         shares: Floats = (seen * self.shares[kind] + LEAN * self.shares[-1]) / (seen + LEAN)
         return shares
-
-    def _below(self, depths: Floats, shape: Shape) -> Floats:
-        found = np.empty((len(self.views), len(depths)))  # np.stack takes longer than the views
-        for row, view in zip(found, self.views, strict=True):
-            row[:] = view.below(depths, shape)
-        return found
 
 
 def shape_of(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from . import compiled
 from .compiled import Histogram as Histogram
-from .compiled import left, missed
+from .compiled import viewed
 
 
 Floats = NDArray[np.float64]
@@ -42,123 +43,124 @@ class Shape:
 
 
 class View:
-    """Base: `below` is the verb; `learn` gets each observed depth with the view's share of the credit."""
+    """Base: `below` is the verb; `learn` gets each observed depth with the view's share of the credit.
+
+    Attributes:
+        looks: how a compiled view looks at a depth (`_planner.pyx`, where all views of a prompt are one call); 0 for
+            one in Python.
+        seen: what a compiled view counts; None for nothing.
+    """
+
+    looks: int = 0
+    seen: Histogram | None = None
 
     def below(self, depths: Floats, shape: Shape) -> Floats:
         """P(next overlap < depth) for ascending `depths` in `0 .. length + 1`."""
-        raise NotImplementedError
+        if not self.looks:
+            raise NotImplementedError
+        found: Floats = viewed([self], depths, shape)[0]
+        return found
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Learns from a prompt that left one of this shape at `depth`."""
 
 
 class Uniform(View):
-    """Anywhere: edited text."""
+    """Anywhere: edited text. Even over the prompt."""
 
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """Even over the prompt."""
-        return depths / (shape.length + 1)
+    looks = compiled.UNIFORM
 
 
 class Absolute(View):
-    """Depth from the start: a prefix that all prompts share. The paper's histogram."""
+    """Depth from the start: a prefix that all prompts share. The paper's histogram, cut off at the prompt's end."""
+
+    looks = compiled.ABSOLUTE
 
     def __init__(self) -> None:
-        self._seen = Histogram(np.concatenate([np.arange(0.0, 2**14, 32), np.exp2(np.arange(14, 22.01, 0.125))]), 4.0)
-
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """The histogram, cut off at the prompt's end."""
-        below: Floats = self._seen.below(depths, max(self._seen.mass(shape.length + 1.0), 1e-9))
-        return below
+        self.seen: Histogram = Histogram(
+            np.concatenate([np.arange(0.0, 2**14, 32), np.exp2(np.arange(14, 22.01, 0.125))]), 4.0
+        )
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the depth."""
-        self._seen.add(depth, credit, decay)
+        self.seen.add(depth, credit, decay)
 
 
 class Ratio(View):
-    """Depth ÷ length: documents of one kind with a question at the end."""
+    """Depth ÷ length: documents of one kind with a question at the end. The histogram, stretched to the prompt."""
+
+    looks = compiled.RATIO
 
     def __init__(self) -> None:
-        self._seen = Histogram(np.linspace(0.0, 1.0, 129), 4.0)
-
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """The histogram, stretched to the prompt."""
-        below: Floats = self._seen.below(depths / (shape.length + 1), self._seen.mass(1.0))
-        return below
+        self.seen: Histogram = Histogram(np.linspace(0.0, 1.0, 129), 4.0)
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the ratio."""
-        self._seen.add(depth / (shape.length + 1), credit, decay)
+        self.seen.add(depth / (shape.length + 1), credit, decay)
 
 
 class FromEnd(View):
-    """Distance from the end: a turn that follows, a question that is replaced, reasoning that is stripped."""
+    """Distance from the end: a turn that follows, a question that is replaced, reasoning that is stripped.
+
+    Even inside each power of two of the distance.
+    """
+
+    looks = compiled.FROM_END
 
     def __init__(self) -> None:
-        self._seen = Histogram(LOG_EDGES, 2.0)
-
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """Even inside each power of two of the distance."""
-        whole = self._seen.mass(shape.length + 1.0)
-        below: Floats = self._seen.above(shape.length + 1 - depths, whole)
-        return below
+        self.seen: Histogram = Histogram(LOG_EDGES, 2.0)
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the distance."""
-        self._seen.add(shape.length - depth, credit, decay)
+        self.seen.add(shape.length - depth, credit, decay)
 
 
 class CutsFromEnd(View):
-    """Cuts between the overlap and the end: prompts that are shared in whole blocks."""
+    """Cuts between the overlap and the end: prompts that are shared in whole blocks.
+
+    Even over the cuts inside each power of two of their number; nothing at the start.
+    """
+
+    looks = compiled.CUTS_FROM_END
 
     def __init__(self) -> None:
-        self._seen = Histogram(LOG_EDGES, 2.0)
-
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """Even over the cuts inside each power of two of their number."""
-        whole = self._seen.mass(len(shape.cuts) + 1.0)
-        below: Floats = self._seen.above(missed(depths, shape.cuts), whole)
-        return np.where(depths > 0.0, below, 0.0)
+        self.seen: Histogram = Histogram(LOG_EDGES, 2.0)
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the cuts."""
-        self._seen.add(len(shape.cuts) - int(shape.cuts.searchsorted(depth, side="right")), credit, decay)
+        self.seen.add(len(shape.cuts) - int(shape.cuts.searchsorted(depth, side="right")), credit, decay)
 
 
 class Beyond(View):
-    """Distance behind the prompt's own overlap: how much of what was new is shared again."""
+    """Distance behind the prompt's own overlap: how much of what was new is shared again.
+
+    Even inside each power of two of the distance; nothing before the overlap.
+    """
+
+    looks = compiled.BEYOND
 
     def __init__(self) -> None:
-        self._seen = Histogram(LOG_EDGES, 2.0)
-
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """Even inside each power of two of the distance; nothing before the overlap."""
-        whole = self._seen.mass(shape.length + 1.0 - shape.overlap)
-        below: Floats = self._seen.below(np.maximum(depths - shape.overlap, 0.0), max(whole, 1e-9))
-        return below
+        self.seen: Histogram = Histogram(LOG_EDGES, 2.0)
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
         """Counts the distance."""
         if depth >= shape.overlap:
-            self._seen.add(depth - shape.overlap, credit, decay)
+            self.seen.add(depth - shape.overlap, credit, decay)
 
 
 class Again(View):
-    """Exactly where this prompt left the path: a junction that stays one."""
+    """Exactly where this prompt left the path: a junction that stays one. One step at the overlap."""
 
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """One step at the overlap."""
-        return (depths > shape.overlap).astype(np.float64)
+    looks = compiled.AGAIN
 
 
 class Junctions(View):
-    """Where earlier prompts left this path or ended on it, by how often they did."""
+    """Where earlier prompts left this path or ended on it, by how often they did.
 
-    def below(self, depths: Floats, shape: Shape) -> Floats:
-        """A step at each junction; even over the prompt when there is none."""
-        below: Floats | None = left(depths, shape.ends, shape.stops)
-        return depths / (shape.length + 1) if below is None else below
+    A step at each junction; even over the prompt when there is none.
+    """
+
+    looks = compiled.JUNCTIONS
 
 
 VIEWS: tuple[type[View], ...] = (Uniform, Absolute, Ratio, FromEnd, CutsFromEnd, Beyond, Again, Junctions)

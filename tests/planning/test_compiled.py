@@ -17,13 +17,13 @@ from hf_sparse_cache.planning import compiled
 from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.planning.segments import Bitwise, Replayable, Segmenting
+from hf_sparse_cache.planning.views import VIEWS, Shape
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.store.value import LEAST_STOPPING, LeastValue
 
 
 DEPTHS = st.lists(st.floats(0, 300), max_size=40)
-PLACES = st.lists(st.integers(0, 300), max_size=20, unique=True).map(sorted)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1.5), st.floats(0, 1)), max_size=12), DEPTHS)
@@ -39,26 +39,65 @@ def test_a_histogram_is_that_of_numpy(counted: list[tuple[float, float]], values
     expected = np.interp(asked, edges, total)
     assert found.upto(asked).tobytes() == expected.tobytes()
     assert found.upto(asked[::-1]).tobytes() == expected[::-1].tobytes()
-    assert found.below(asked, 3.0).tobytes() == (expected / 3.0).tobytes()
-    assert found.above(asked, 3.0).tobytes() == (1.0 - expected / 3.0).tobytes()
     assert [found.mass(value) for value in asked.tolist()] == expected.tolist()
     for copied in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         copied.add(0.5, 1.0, 0.5)
         assert copied.total != found.total and found.upto(asked).tobytes() == expected.tobytes()
 
 
-@given(DEPTHS, PLACES, st.data())
-def test_where_others_left_is_counted_as_by_numpy(depths: list[float], places: list[int], data: st.DataObject) -> None:
-    asked, ends = np.asarray(depths), np.asarray(places, dtype=np.int64)
+def told(shape: Shape, views: dict[str, Any], depths: np.ndarray) -> dict[str, np.ndarray]:
+    """What each view says, by numpy."""
+
+    def upto(name: str, values: np.ndarray, whole: float, least: float = 0.0) -> np.ndarray:
+        seen = views[name].seen
+        return seen.upto(values) / max(seen.mass(whole), least)
+
+    length, overlap = shape.length, shape.overlap
+    missed = (len(shape.cuts) - np.searchsorted(shape.cuts, depths)).astype(float)
+    even, total = depths / (length + 1), shape.stops.sum()
+    steps = np.concatenate([[0.0], np.cumsum(shape.stops) / total]) if total else None
+    return {
+        "Uniform": even,
+        "Absolute": upto("Absolute", depths, length + 1.0, 1e-9),
+        "Ratio": upto("Ratio", even, 1.0),
+        "FromEnd": 1.0 - upto("FromEnd", length + 1 - depths, length + 1.0),
+        "CutsFromEnd": np.where(depths > 0.0, 1.0 - upto("CutsFromEnd", missed, len(shape.cuts) + 1.0), 0.0),
+        "Beyond": upto("Beyond", np.maximum(depths - overlap, 0.0), length + 1.0 - overlap, 1e-9),
+        "Again": (depths > overlap).astype(float),
+        "Junctions": even if steps is None else steps[shape.ends.searchsorted(depths)],
+    }
+
+
+@given(st.integers(2, 3000), st.data())
+def test_the_views_say_what_numpy_says(length: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, length))
+    ends = np.asarray(sorted(data.draw(st.sets(st.integers(1, length), max_size=5))), dtype=np.int64)
     stops = np.asarray(data.draw(st.lists(st.integers(0, 9), min_size=len(ends), max_size=len(ends))), dtype=np.int64)
-    missed = len(ends) - np.searchsorted(ends, asked)
-    assert compiled.missed(asked, ends).tolist() == missed.tolist()
-    found = compiled.left(asked, ends, stops)
-    if not stops.sum():
-        assert found is None
-        return
-    steps = np.concatenate([[0.0], np.cumsum(stops) / stops.sum()])
-    assert found is not None and found.tobytes() == steps[ends.searchsorted(asked)].tobytes()
+    shape = Shape(length, overlap, ends, stops, np.arange(64, length, 64), 1)
+    views = [view() for view in VIEWS]
+    for depth in data.draw(st.lists(st.integers(0, length), max_size=6)):
+        for view in views:
+            view.learn(depth, shape, 0.7, 0.99)
+    depths = np.asarray(sorted(data.draw(st.lists(st.floats(0, length + 1), max_size=30))))
+    found = compiled.viewed(views, depths, shape)
+    named = {type(view).__name__: view for view in views}
+    for row, (name, expected) in zip(found, told(shape, named, depths).items(), strict=True):
+        assert row.tobytes() == expected.tobytes() == named[name].below(depths, shape).tobytes()
+
+
+@given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 1000))
+def test_credit_is_given_as_by_numpy(count: int, kind: int, seed: int) -> None:
+    generator, seen = np.random.default_rng(seed), [3, 0, 50, 7, 60]
+    shares, edges = generator.random((5, count)), np.sort(generator.random((count, 2)))
+    expected, often = shares.copy(), [*seen]
+    credit = (seen[kind] * shares[kind] + 8.0 * shares[-1]) / (seen[kind] + 8.0)
+    credit *= np.maximum(edges[:, 1] - edges[:, 0], 1e-6)
+    credit /= credit.sum()
+    for row in (kind, -1):
+        often[row] += 1
+        expected[row] += max(1.0 / (often[row] + 4.0), 0.01) * (credit - expected[row])
+    assert compiled.credited(shares, seen, kind, edges, 8.0, 0.01) == credit.tolist()
+    assert seen == often and shares.tobytes() == expected.tobytes()
 
 
 def test_one_tick_moves_who_comes_of_each_age() -> None:
@@ -91,7 +130,9 @@ def test_what_would_lead_outside_an_array_is_refused() -> None:
     with pytest.raises(ValueError, match="cuts"):
         compiled.shares(np.ones(2), np.asarray([64, 128]), [64], [0], [0.0])
     with pytest.raises(ValueError, match="stops"):
-        compiled.left(np.ones(1), places, places[:1])
+        compiled.viewed([], np.ones(1), Shape(9, 0, places, places[:1], places, 0))
+    with pytest.raises(ValueError, match="contexts"):
+        compiled.credited(np.ones((5, 8)), [0] * 5, 5, np.ones((8, 2)), 8.0, 0.01)
     with pytest.raises(ValueError, match="edges"):
         compiled.Histogram(np.ones(1))
 
