@@ -5,8 +5,8 @@
 
 perplexity   of the answers behind held-out manuals, over the tokens that the models were trained to know. The manual
              is cut, and in bitwise mode rounded, at every 64 tokens, whether it is read for the first time or resumed.
-time         `capture` is the clone and the rounding of all that a cut keeps, as a share of the prefill up to it with
-             captures at every `--every` tokens; `restore` is that of the same checkpoint beside storage="exact", in
+time         `capture` is the rounding of the live cache and the copy of all that a cut keeps, as in bitwise mode, as a
+             share of the prefill up to it with captures at every `--every` tokens; `restore` is that of the same checkpoint beside storage="exact", in
              alternating order. Medians, with the interval that holds them with 95 % confidence.
 """
 
@@ -100,7 +100,10 @@ class Pass:
         for end in range(self._every, length + 1, self._every):
             prefill.segment(binding, live, self._row, end)
             before = time.process_time()
-            state = states.capture_state(live, self._rounding)
+            if self._rounding.rounds:
+                state = states.round_off(live, self._rounding, end - self._every, end)
+            else:
+                state = states.capture_state(live)
             if live.full_attention_layers:
                 kv.append(states.capture_kv(live, end - self._every, end, self._rounding))
             spent += time.process_time() - before

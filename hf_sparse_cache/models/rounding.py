@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -173,11 +173,11 @@ class Rounded(Rounding):
     def packed(self, layer: Tensors) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in layer.items():
-            name, _, word = key.partition(":")
-            if not word:
+            name, dtype, scales = _told(key)
+            if dtype is not None:
+                found[name] = Packed(value, layer[scales], dtype)
+            elif key != scales:
                 found[name] = value
-            elif word != _SCALE:
-                found[name] = Packed(value, layer[f"{name}:{_SCALE}"], getattr(torch, word))
         return found
 
     def write_back(self, kept: Tensors, held: Tensors) -> None:
@@ -186,7 +186,7 @@ class Rounded(Rounding):
                 value.write(held[name])
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # made anew in every restore: frozen ones take three times as long
 class Packed:
     """One rounded tensor.
 
@@ -212,70 +212,87 @@ class Packed:
 
     def read(self) -> torch.Tensor:
         """The tensor, dense."""
-        if not self._plain():
-            return _decoded(self.numbers, self.codes, self.dtype)
-        target = torch.empty(self.numbers.shape, dtype=self.dtype, device=self.device)
-        return target if self._written(target) else _decoded(self.numbers, self.codes, self.dtype)
+        if (codec := self.codec()) is not None:
+            target = torch.empty_like(self.numbers, dtype=self.dtype)
+            if self.put(codec, target.data_ptr(), 1, 0):
+                return target
+        return _decoded(self.numbers, self.codes, self.dtype)
 
     def write(self, target: torch.Tensor) -> None:
-        """Write the tensor over another one of its shape and type, which may have gaps."""
-        if not (self._plain() and _plain(target) and self._written(target)):
+        """Write the tensor over another one of its shape, which may have gaps."""
+        codec, runs = self.codec(), None
+        if target.dtype == self.dtype and target.shape == self.numbers.shape and _plain(target):
+            runs = _runs(target, target.numel() // (self.codes.numel() or 1))
+        if codec is None or runs is None or not self.put(codec, target.data_ptr(), runs[0], runs[2]):
             target.copy_(_decoded(self.numbers, self.codes, self.dtype))
 
-    def _plain(self) -> bool:
+    def put(self, codec: Codec, address: int, outer: int, step: int) -> bool:
+        """Write the tensor to memory of the host, in `outer` parts that begin `step` elements after each other.
+
+        Returns:
+            Whether the scales divide such a part; nothing has been written otherwise.
+        """
         numbers, codes = self.numbers, self.codes
-        return (
-            self.dtype in _CODED
-            and numbers.dtype in (torch.int8, torch.int16)
-            and codes.dtype == torch.uint8
-            and _plain(numbers)
-            and _plain(codes)
+        count, scales = numbers.numel(), codes.numel()
+        if not scales or count % scales or count % outer:
+            return False
+        inner, group = count // outer, count // scales
+        if not group or inner % group:
+            return False
+        addresses = (numbers.data_ptr(), codes.data_ptr(), address)
+        wide, half = numbers.dtype is torch.int16, self.dtype is torch.bfloat16
+        codec.decode(addresses, (outer, inner, step, group), wide, half)
+        return True
+
+    def codec(self) -> Codec | None:
+        """What decodes it, if it lies in memory of the host and without gaps."""
+        numbers, codes = self.numbers, self.codes
+        if (
+            type(numbers) is type(codes) is torch.Tensor
+            and numbers.is_cpu
+            and codes.is_cpu
             and numbers.is_contiguous()
             and codes.is_contiguous()
-        )
-
-    def _written(self, target: torch.Tensor) -> bool:
-        """Whether the codec could write it; nothing has been written otherwise."""
-        group, rest = divmod(self.numbers.numel(), self.codes.numel() or 1)
-        runs = _runs(target, group)
-        if rest or runs is None or target.dtype != self.dtype or target.shape != self.numbers.shape:
-            return False
-        wide = self.numbers.dtype == torch.int16
-        addresses = (self.numbers.data_ptr(), self.codes.data_ptr(), target.data_ptr())
-        _codec(_WIDTHS[self.numbers.dtype], self.dtype).decode(addresses, runs, wide, self.dtype == torch.bfloat16)
-        return True
+            and codes.dtype is torch.uint8
+        ):
+            return _codec(numbers.dtype, self.dtype)
+        return None
 
 
 def chained(parts: Sequence[torch.Tensor | Packed], dim: int) -> torch.Tensor:
     """Tensors as one, behind each other in a dimension; what is packed goes straight to its place."""
-    first = parts[0]
     if not any(isinstance(part, Packed) for part in parts):
         return torch.cat([*parts], dim=dim)  # type: ignore[list-item]
-    shape = list(first.shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    target = torch.empty(shape, dtype=first.dtype, device=first.device)
-    at = 0
+    shape, dtype = parts[0].shape, parts[0].dtype
+    dim %= len(shape)
+    before, after = shape[:dim], shape[dim + 1 :]
+    length = sum(part.shape[dim] for part in parts)
+    target = torch.empty((*before, length, *after), dtype=dtype, device=parts[0].device)
+    outer, each, at = math.prod(before), math.prod(after), 0
+    begin = target.data_ptr() if target.is_cpu and target.numel() else 0
     for part in parts:
-        place = target.narrow(dim, at, part.shape[dim])
-        at += part.shape[dim]
-        if isinstance(part, Packed):
-            part.write(place)
-        else:
-            place.copy_(part)
+        along, codec = part.shape[dim], part.codec() if isinstance(part, Packed) and begin else None
+        if not (
+            codec is not None
+            and isinstance(part, Packed)
+            and part.dtype is dtype
+            and (part.shape == shape or part.shape == (*before, along, *after))
+            and part.put(codec, begin + at * each * dtype.itemsize, outer, length * each)
+        ):
+            place = target.narrow(dim, at, along)
+            part.write(place) if isinstance(part, Packed) else place.copy_(part)
+        at += along
     return target
 
 
-# What the codec reads and writes.
-_CODED = (torch.float32, torch.bfloat16)
 _WIDTHS = {torch.int8: _EIGHT, torch.int16: _SIXTEEN}
 
 
 def _plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is memory of the host that nothing watches."""
     return (
-        Codec is not None
-        and type(tensor) is torch.Tensor
-        and tensor.device.type == "cpu"
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
         and tensor.layout is torch.strided
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )
@@ -302,9 +319,12 @@ def _runs(tensor: torch.Tensor, group: int) -> tuple[int, int, int, int] | None:
 
 
 @cache
-def _codec(width: _Width, dtype: torch.dtype) -> Codec:
+def _codec(whole: torch.dtype, dtype: torch.dtype) -> Codec | None:
+    """For these whole numbers and these floats, if there is one."""
+    if Codec is None or whole not in _WIDTHS or dtype not in (torch.float32, torch.bfloat16):
+        return None
     host = torch.device("cpu")
-    grid = _grid(width.whole, width.fine and dtype in _WIDE, dtype, host)
+    grid = _grid(whole, _WIDTHS[whole].fine and dtype in _WIDE, dtype, host)
     tables = (grid.borders, _table(host, False), _table(host, True))
     borders, scales, inverse = (table.numpy() for table in tables)
     return Codec(borders, scales, inverse, grid.every, grid.lowest, grid.highest, grid.limit)
@@ -320,13 +340,13 @@ def _encoded(name: str, value: torch.Tensor, width: _Width) -> tuple[torch.Tenso
     wide = value.dtype in _WIDE
     group = _group(value.shape[-1] if by_token else value[0].numel(), width.group if wide else 2 * width.group)
     shape = (*value.shape[:-1], -1) if by_token else (len(value), -1)
-    runs = _runs(value, group) if value.dtype in _CODED and _plain(value) else None
-    if runs is not None:
+    codec, runs = _codec(width.whole, value.dtype), _runs(value, group) if _plain(value) else None
+    if codec is not None and runs is not None:
         numbers = torch.empty(value.shape, dtype=width.whole, device=value.device)
         codes = torch.empty(value.numel() // group, dtype=torch.uint8, device=value.device)
         addresses = (value.data_ptr(), numbers.data_ptr(), codes.data_ptr())
         half = value.dtype == torch.bfloat16
-        fits = _codec(width, value.dtype).encode(addresses, runs, width.whole == torch.int16, half)
+        fits = codec.encode(addresses, runs, width.whole == torch.int16, half)
         return numbers, codes.reshape(shape), fits
     groups = value.float().reshape(-1, group)
     largest = torch.linalg.vector_norm(groups, math.inf, dim=-1)
@@ -412,6 +432,13 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
     """A dense copy that shares nothing, so that its bytes are exactly what it holds."""
     plain = tensor.detach() if tensor.requires_grad else tensor
     return plain.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=256)
+def _told(key: str) -> tuple[str, torch.dtype | None, str]:
+    """The name of a tensor by that of what is kept of it; its type, if that is numbers; and the name of its scales."""
+    name, _, word = key.partition(":")
+    return name, getattr(torch, word) if word and word != _SCALE else None, f"{name}:{_SCALE}"
 
 
 def plain_name(name: str) -> str:

@@ -56,7 +56,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "Codec", None)
+    monkeypatch.setattr(rounding, "_codec", lambda *_: None)
 
 
 @pytest.mark.parametrize("storage", ["bf16", "int8"])
@@ -116,15 +116,32 @@ def test_spans_are_joined_as_they_would_be_read(
     assert not torch.equal(chained([*packed[::-1], new], -2), torch.cat([*read, new], dim=-2))
 
 
+class Watched:
+    """A codec, and what it was asked for."""
+
+    def __init__(self, codec: Codec, asked: list[str]) -> None:
+        self.codec, self.asked = codec, asked
+
+    def encode(self, *arguments: Any) -> bool:
+        self.asked.append("encode")
+        return self.codec.encode(*arguments)
+
+    def decode(self, *arguments: Any) -> None:
+        self.asked.append("decode")
+        self.codec.decode(*arguments)
+
+
 def test_the_codec_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, everything would be right and slow: tests compare it with torch, and must not compare torch."""
+    own, asked, kept = rounding._codec, list[str](), rounding_of("int8")
+    monkeypatch.setattr(rounding, "_codec", lambda *which: Watched(own(*which), asked))  # type: ignore[arg-type]
     for value in (torch.randn(1, 4, 64), torch.randn(1, 2, 9, 64)[..., 3:7, :], torch.randn(1, 4, 64).bfloat16()):
-        kept, asked = rounding_of("int8"), []
-        with monkeypatch.context() as patch:
-            own = rounding._codec
-            patch.setattr(rounding, "_codec", lambda *which, own=own, asked=asked: asked.append(which) or own(*which))
-            kept.restored(kept.kept({"keys": value}))
-        assert len(asked) == 2
+        layer = kept.kept({"keys": value})
+        kept.restored(layer)
+        kept.write_back(layer, {"keys": value})
+        chained([kept.packed(layer)["keys"]] * 2, -2)
+        assert asked == ["encode"] + 4 * ["decode"]
+        asked.clear()
 
 
 def test_the_default_type_of_floats_changes_nothing() -> None:
