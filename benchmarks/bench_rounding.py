@@ -6,8 +6,9 @@
 perplexity   of the answers behind held-out manuals, over the tokens that the models were trained to know. The manual
              is cut, and in bitwise mode rounded, at every 64 tokens, whether it is read for the first time or resumed.
 time         `capture` is the rounding of the live cache and the copy of all that a cut keeps, as in bitwise mode, as a
-             share of the prefill up to it with captures at every `--every` tokens; `restore` is that of the same checkpoint beside storage="exact", in
-             alternating order. Medians, with the interval that holds them with 95 % confidence.
+             share of the prefill up to it with captures at every `--every` tokens; `restore` is that of the same
+             checkpoint beside storage="exact", in alternating order. Medians, with the interval that holds them with
+             95 % confidence.
 """
 
 from __future__ import annotations

@@ -292,7 +292,9 @@ class _Together:
     def __init__(self, replicas: Sequence[_Replica], router: str | Router | None, fleet: Fleet, tally: _Tally) -> None:
         self._replicas, self._fleet, self._tally = replicas, fleet, tally
         self._clocks = Clocks(fleet, len(replicas))
-        self._shared = SharedSizes(parse_bytes(fleet.shared_memory, "shared_memory")) if fleet.shared else None
+        self._shared = (
+            SharedSizes(parse_bytes(fleet.shared_memory, "shared_memory"), fleet.packing) if fleet.shared else None
+        )
         self._router = make_router(router, [replica.store for replica in replicas], fleet, self._clocks)
         self._known = Forest()  # all prompts, whoever read them
 

@@ -115,6 +115,19 @@ def test_bytes_and_seconds_of_a_shared_tier_by_hand() -> None:
     assert result.served.seconds == pytest.approx(sum(wanted) + 3 * 2.0)
 
 
+def test_files_of_the_shared_tier_take_what_they_are_packed_to() -> None:
+    ids = np.arange(1000, dtype=np.int32)
+    fleet = Fleet(shared=True, network_bytes_per_second=1000.0)
+    options = {**OPTIONS, "policy": "last", "grid": 100, "replicas": 2, "router": lambda arrival: arrival.index % 2}
+    for packing, limit, takes in ((1.0, 1900, 1900), (0.7, 1330, 1330), (0.7, 1329, 0), (1.0, 1330, 0)):
+        result = simulate([ids] * 2, fleet=replace(fleet, packing=packing, shared_memory=limit), **options)
+        assert result.served is not None
+        # What does not fit into the budget as it is packed is neither written nor read.
+        assert (result.served.written_bytes, result.served.fetched_bytes) == (takes, takes), (packing, limit)
+        seconds = [1000 / 5000, (takes / 1000 + 100 / 5000) if takes else 1000 / 5000]
+        assert result.served.mean_seconds == pytest.approx(sum(seconds) / 2)
+
+
 def test_a_crowd_spreads_and_waits_in_lines() -> None:
     ids = [np.arange(2000, dtype=np.int32)] * 200
     fleet = replace(FLEET, requests_per_second=40.0, answer_seconds=0.2, rules=Rules(most_ahead=2))
@@ -184,6 +197,7 @@ def test_errors_name_the_argument(arguments: dict[str, Any], error: type[Excepti
     [
         {"prefill_tokens_per_second": 0}, {"network_bytes_per_second": -1}, {"lookup_seconds": -1},
         {"requests_per_second": 0}, {"publish_seconds": 0}, {"answer_seconds": -1}, {"shared_memory": "much"},
+        {"packing": 0}, {"packing": 1.2}, {"packing": float("nan")},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
