@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,33 @@ class Blob:
         size = int.from_bytes(data[:8], "little")
         label = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["label"])
         return cls(len(safetensors.numpy.load(data)["data"]), tuples(label))
+
+
+class PledgedBlob(Blob):
+    """A payload that is handed on before it is proved; whoever reads what it holds asks for its pledge first."""
+
+    pledge: Callable[[], None] | None = None
+    shy = True  # whether its label is among what it holds
+
+    def pledged(self, pledge: Callable[[], None]) -> PledgedBlob:
+        made = type(self)(self.nbytes, self.held)
+        made.pledge = pledge
+        return made
+
+    def to_bytes(self, record: str, tokens: np.ndarray) -> bytes:
+        if self.pledge is not None:
+            self.pledge()
+        return super().to_bytes(record, tokens)
+
+    @property
+    def label(self) -> object:
+        if self.shy and self.pledge is not None:
+            self.pledge()
+        return self.held
+
+    @label.setter
+    def label(self, label: object) -> None:
+        self.held = label
 
 
 def tuples(value: Any) -> Any:

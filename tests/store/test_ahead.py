@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_store import Blob
+from reference_store import PledgedBlob
 from sharing import files_in, joined, prompt, serve, written
 
 from hf_sparse_cache.errors import DamagedFileError, UnprovedError
@@ -33,20 +33,10 @@ Joined = Callable[..., CheckpointStore]
 PART = 4096
 
 
-class PledgedBlob(Blob):
-    """A payload that takes a pledge; whatever reads it asks for it first, as with tensors."""
+class OpenBlob(PledgedBlob):
+    """One whose label may be looked at before it is proved."""
 
-    pledge: Callable[[], None] | None = None
-
-    def pledged(self, pledge: Callable[[], None]) -> PledgedBlob:
-        made = PledgedBlob(self.nbytes, self.label)
-        made.pledge = pledge
-        return made
-
-    def to_bytes(self, record: str, tokens: np.ndarray) -> bytes:
-        if self.pledge is not None:
-            self.pledge()
-        return super().to_bytes(record, tokens)
+    shy = False
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -185,7 +175,7 @@ def filled(joined: Joined, tmp_path: Path, damaged: bool) -> Any:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     other = joined(disk_dir=tmp_path / "disk", disk_memory="1GiB")
-    other.read_with(PledgedBlob.from_bytes)
+    other.read_with(OpenBlob.from_bytes)
     return other
 
 
@@ -277,7 +267,7 @@ def test_with_a_key_nothing_is_handed_on_before_it_is_proved(joined: Joined) -> 
     serve(store := joined(key=key), prompt(1, 1300), (1024,))
     written(store)
     other = joined(key=key)
-    other.read_with(PledgedBlob.from_bytes)
+    other.read_with(OpenBlob.from_bytes)
     assert serve(other, prompt(1, 1300)) == 1024
     ((_, _, checkpoint),) = other.checkpoints()
     assert all(segment.payload.pledge is None for segment in checkpoint.chain())
