@@ -226,7 +226,8 @@ def _disproof(binding: Binding, ids: torch.Tensor, share: float) -> str:
     two = _continued(binding, first.live, ids)
     restored = _run(binding, ids, (state, kv))
     why = _different(two, restored) or states.unruled(two.live)
-    if not why and not (_same(kept[0].layers, state.layers) and _same(kept[1].layers, kv.layers)):
+    both = [[*payload.layers] for payload in (*kept, state, kv)]
+    if not why and not _same(both[:2], both[2:]):
         why = "what was captured changes when the model goes on"
     why = why or _rounds_otherwise(binding, ids[:, :cut], ids)
     if why:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .tensors import Tensors
+from .tensors import Tensors, own
 
 
 try:
@@ -65,12 +65,12 @@ class Rounding:
         return self.name
 
     def kept(self, layer: Tensors) -> Tensors:
-        """What is kept of one layer: tensors that share nothing with those that they are given.
+        """What is to be kept of one layer; what is not rounded are still the tensors that it is given.
 
         Args:
             layer: tensors of a batch of one row, by name; and whole numbers, which are kept as they are.
         """
-        return {name: own(value) if torch.is_tensor(value) else value for name, value in layer.items()}
+        return layer
 
     def read(self, layer: Tensors) -> Tensors:
         """The tensors of one layer from what `kept` gave; not to be changed."""
@@ -134,7 +134,9 @@ class Rounded(Rounding):
         return f"16 bits in groups of {_SIXTEEN.group}, {narrow} in 8 bits in groups of {_EIGHT.group}"
 
     def kept(self, layer: Tensors) -> Tensors:
-        """What is kept of one layer: whole numbers `NAME:DTYPE` in the shape of the tensor, and bytes `NAME:scale`.
+        """What is to be kept of one layer: whole numbers `NAME:DTYPE` in the shape of the tensor, bytes `NAME:scale`.
+
+        What is not rounded are still the tensors that it is given.
 
         Raises:
             NotRoundableError: it holds values that no scale fits.
@@ -144,7 +146,7 @@ class Rounded(Rounding):
         for name, value in layer.items():
             width = _EIGHT if part_of(name) in self.eight else _SIXTEEN
             if not torch.is_tensor(value) or not _rounds(value, width):
-                found[name] = own(value) if torch.is_tensor(value) else value
+                found[name] = value
                 continue
             numbers, codes, fit = _encoded(name, value.detach(), width)
             found[f"{name}:{_word(value.dtype)}"], found[f"{name}:{_SCALE}"] = numbers, codes
@@ -426,12 +428,6 @@ def _group(length: int, wanted: int) -> int:
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def own(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense copy that shares nothing, so that its bytes are exactly what it holds."""
-    plain = tensor.detach() if tensor.requires_grad else tensor
-    return plain.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=256)

@@ -19,9 +19,9 @@ from transformers.cache_utils import Cache
 from ..errors import UnsupportedModelError
 from .inputs import input_device
 from .lazy_kv import Waiting, waiting
-from .rounding import EXACT, Rounding, chained, own, plain_name
+from .rounding import EXACT, Rounding, chained, plain_name
 from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
-from .tensors import Tensors
+from .tensors import Tensors, own
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def round_off(cache: Cache, rounding: Rounding, start: int, end: int) -> LayerTe
 
 def with_logits(state: LayerTensors, logits: torch.Tensor) -> LayerTensors:
     """A state at the end of a prompt, with what the last token gave: `(1, 1, vocabulary)`, kept behind the layers."""
-    return LayerTensors.captured((*state.layers, {LOGITS: own(logits[:, -1:])}))
+    return LayerTensors.captured([{LOGITS: logits[:, -1:]}], state.layers)
 
 
 def logits_of(state: LayerTensors) -> torch.Tensor:
@@ -352,8 +352,9 @@ def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors], ro
     for payload in (state, *spans):
         if not any(payload is span for span in later):
             payload.reached()
+    held, *kv = (tuple(payload.layers) for payload in (state, *spans))
     for index, layer in enumerate(cache.layers):
-        fixed, grown = rounding.restored(state.layers[index]), [rounding.packed(span.layers[index]) for span in spans]
+        fixed, grown = rounding.restored(held[index]), [rounding.packed(span[index]) for span in kv]
         for part in _parts(layer):
             layer = part.restore(layer, fixed, grown)
         if later and isinstance(layer, Waiting):

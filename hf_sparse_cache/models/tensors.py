@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -18,12 +18,14 @@ from ..checks import shown
 from ..errors import DamagedFileError
 from ..planning.cuts import Tokens
 from ..store.headers import Header, Plain, is_count, parse_json
+from ..store.slabs import Bytes
 from ..store.tree import Payload
 from . import streams
+from .packed import Packed, Place, Reader, bytes_of, pack, tensors_of
+from .packed import Tensors as Tensors  # by which it is known above
 from .streams import Behind
 
 
-Tensors = dict[str, Any]
 _INDEX = re.compile("0|[1-9][0-9]{0,5}")
 _DTYPES = {
     "F64": torch.float64,
@@ -43,33 +45,44 @@ class LayerTensors:
     """Tensors of every layer, in layer order, and the bytes they hold.
 
     Attributes:
-        layers: one dict a layer; values that are not tensors are small integers.
+        layers: one dict a layer; values that are not tensors are small integers. Those in host memory are packed, and
+            made anew whenever they are read.
         devices: where each layer's tensors were captured, while they are somewhere else; empty when they are there.
         behind: what was queued on accelerators and gives them their values, one a device.
         pinned_bytes: of the blocks of pinned memory that they lie in; 0 where each has memory of its own.
         pledge: waits until they are proved, where they were handed on before; raises UnprovedError where they are not.
     """
 
-    layers: tuple[Tensors, ...]
+    layers: Sequence[Tensors]
     devices: tuple[str, ...] = ()
     behind: tuple[Behind, ...] = field(default=(), compare=False)
     pinned_bytes: int = field(default=0, compare=False)
     pledge: Callable[[], None] | None = field(default=None, compare=False)
 
     @classmethod
-    def captured(cls, layers: Iterable[Tensors]) -> LayerTensors:
-        """Tensors of every layer, where the current stream of their device has been told to make them."""
-        made = cls(tuple(layers))
-        return replace(made, behind=streams.queued(made.tensors()))
+    def captured(cls, layers: Iterable[Tensors], before: Sequence[Tensors] = ()) -> LayerTensors:
+        """Dense copies of the tensors of every layer, which the current stream of their device has been told to make.
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+        Args:
+            layers: as they are to be kept; nothing is shared with them.
+            before: what was captured of the layers before them, which is taken as it is.
+        """
+        given = tuple(layers)
+        made: Sequence[Tensors] | None = pack(given, before)
+        if made is None:
+            copies = ({name: own(v) if torch.is_tensor(v) else v for name, v in layer.items()} for layer in given)
+            made = (*before, *copies)
+        queued = () if isinstance(before, Packed) else before  # in host memory nobody waits
+        return cls(made, behind=streams.queued(tensors_of((*queued, *given))))
+
+    def tensors(self) -> Iterable[torch.Tensor]:
         """All of them."""
-        return (value for layer in self.layers for value in layer.values() if torch.is_tensor(value))
+        return tensors_of(self.layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, or of the memory that is pinned for them, which is more."""
-        return self.pinned_bytes or sum(value.nbytes for value in self.tensors())
+        return self.pinned_bytes or bytes_of(self.layers)
 
     def reached(self) -> LayerTensors:
         """Itself, for whoever reads it on another stream than the one that made it, which waits without the host.
@@ -165,7 +178,10 @@ class LayerTensors:
         ):
             raise DamagedFileError("it does not say how many layers it has, or where they were")
         try:
-            tensors = _views(data, header) or safetensors.torch.load(bytes(data))
+            places, reader = _places(data, header), Reader(np.frombuffer(data, np.uint8))
+            for place in places.values():
+                reader.tensor(place)
+            tensors: Tensors = dict(places or safetensors.torch.load(bytes(data)))
         # torch and safetensors say all of these of shapes and types that do not go together
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             raise DamagedFileError(f"it holds no states: {error}") from error
@@ -178,23 +194,39 @@ class LayerTensors:
             if name in layers[int(index)]:
                 raise DamagedFileError(f"it names {key[:40]!r} twice")
             layers[int(index)][name] = value
-        return cls(layers, tuple(devices) if any(device != "cpu" for device in devices) else ())
+        found = _packed(np.frombuffer(data, np.uint8), layers) if places else pack(layers)
+        return cls(found or layers, tuple(devices) if any(device != "cpu" for device in devices) else ())
 
 
-def _views(data: Plain, header: Header) -> dict[str, torch.Tensor]:
-    """The tensors of an unpacked file, where they lie; none of any where one is odd, which the library then judges."""
-    found: dict[str, torch.Tensor] = {}
+def _places(data: Plain, header: Header) -> dict[str, Place]:
+    """Where the tensors of an unpacked file lie in it; none of any where one is odd, which the library then judges."""
+    found: dict[str, Place] = {}
     for name, entry in header.entries.items() if isinstance(data, memoryview) else ():
         if name == "tokens":  # which nobody asks of the payload
             continue
         dtype, shape, (begin, end) = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape"), entry["data_offsets"]
         if dtype is None or not isinstance(shape, list) or not all(map(is_count, shape)):
             return {}
-        count, place = math.prod(shape), header.start + begin
-        if not count or count * dtype.itemsize != end - begin or place % dtype.itemsize:
+        place = found[name] = Place.at(header.start + begin, dtype, shape)
+        if not place.nbytes or place.nbytes != end - begin or (header.start + begin) % dtype.itemsize:
             return {}
-        found[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=place).reshape(shape)
     return found
+
+
+def _packed(held: Bytes, layers: Sequence[Tensors]) -> Packed:
+    """Layers whose tensors are told by their places in memory."""
+    layout = tuple(tuple((name, v) for name, v in layer.items() if isinstance(v, Place)) for layer in layers)
+    plain = {
+        index: {name: value for name, value in layer.items() if not isinstance(value, Place)}
+        for index, layer in enumerate(layers)
+    }
+    return Packed(held, layout, {index: values for index, values in plain.items() if values})
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense copy that shares nothing, so that its bytes are exactly what it holds."""
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    return plain.clone(memory_format=torch.contiguous_format)
 
 
 def layer_tensors(payload: Payload) -> LayerTensors:

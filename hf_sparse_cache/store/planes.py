@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..errors import DamagedFileError
 from .headers import Header, Plain, canonical, is_count, parse_json, tokens_from
+from .slabs import memory
 
 
 LEVEL = 1
@@ -156,7 +157,7 @@ def unpacked(data: Plain, most: int | None = None, there: Callable[[int], object
     if total + len(tokens) > limit:
         raise DamagedFileError(f"it would unpack to {total + len(tokens)} bytes, and may to {limit} at most")
     text = _header(header, layout["tensors"], total, len(tokens))
-    found = np.empty(len(text) + total + len(tokens), np.uint8)
+    found = memory(len(text) + total + len(tokens))
     found[: len(text)] = np.frombuffer(text, np.uint8)
     begin, end = header.place("planes", "U8", 1)
     planes = memoryview(data)[begin:end]

@@ -187,8 +187,16 @@ HOSTILE: dict[str, tuple[Callable[[Any, bytes], Any], str]] = {
 }
 
 
+def traced(nbytes: int) -> Any:
+    """Memory that `tracemalloc` sees, in the place of slots."""
+    return np.empty(nbytes, np.uint8)
+
+
 @pytest.mark.parametrize("what", HOSTILE)
-def test_what_cannot_be_is_named_before_anything_of_its_size_is_made(what: str) -> None:
+def test_what_cannot_be_is_named_before_anything_of_its_size_is_made(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planes, "memory", traced)
     change, named = HOSTILE[what]
     data = changed(lambda layout, strips: change(layout, strips))
     tracemalloc.start()
@@ -206,6 +214,7 @@ def test_what_cannot_be_is_named_before_anything_of_its_size_is_made(what: str) 
 
 def test_the_twin_without_the_bound_takes_all_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planes, "MOST_TIMES", 10**9)
+    monkeypatch.setattr(planes, "memory", traced)
 
     def small(layout: Any, strips: bytes) -> tuple[Any, bytes]:
         found, data = bomb(layout, strips)

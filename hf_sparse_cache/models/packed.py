@@ -1,0 +1,171 @@
+"""Tensors of layers that lie together in one piece of host memory, and become tensors only while they are read.
+
+A tensor takes a few hundred bytes of the heap besides its numbers, and a checkpoint has some hundred tensors. Made
+between the short-lived tensors of a prefill, and kept, they are cut from the gaps that those leave, so that the next
+one of the same size finds no gap that is large enough, and the heap grows: on one model by half of what was stored. So
+what is kept are no tensors, but a piece of memory apart from the heap (see `store.slabs`), and where in it everything
+lies, which checkpoints of one model share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from operator import mul
+from typing import Any, NamedTuple
+
+import torch
+
+from ..store.slabs import Bytes, memory
+
+
+Tensors = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a dense tensor lies.
+
+    Attributes:
+        start: in numbers of its type, from the first byte of the memory.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def at(cls, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Place:
+        """The place of a tensor from a byte on, at which numbers of its type can begin."""
+        strides = [*accumulate(shape[:0:-1], mul, initial=1)][::-1] if shape else []
+        return cls(dtype, tuple(shape), tuple(strides), start // dtype.itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Reader(dict[torch.dtype, torch.Tensor]):
+    """Reads tensors in a piece of memory: views, which hold it for as long as they or views of them live."""
+
+    def __init__(self, held: Bytes) -> None:
+        self._held = held
+
+    def __missing__(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of the memory that makes whole numbers of one type."""
+        count = len(self._held) // dtype.itemsize
+        found = torch.frombuffer(self._held, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        self[dtype] = found
+        return found
+
+    def tensor(self, place: Place) -> torch.Tensor:
+        """The one at a place."""
+        return self[place.dtype].as_strided(place.shape, place.strides, place.start)
+
+
+Layout = tuple[tuple[tuple[str, Place], ...], ...]  # of each layer, the names of its tensors and where they lie
+
+
+class Packed(Sequence[Tensors]):
+    """Layers, made anew whenever they are read: a layer's tensors are views of the same memory each time.
+
+    Attributes:
+        nbytes: of all tensors.
+    """
+
+    __slots__ = ("_before", "_held", "_layout", "_plain", "nbytes")
+
+    def __init__(self, held: Bytes, layout: Layout, plain: dict[int, Tensors], before: Sequence[Tensors] = ()) -> None:
+        """Takes the memory as it is.
+
+        Args:
+            held: the memory.
+            layout: what lies in it.
+            plain: what is no tensor, by number of the layer in the layout.
+            before: layers that lie elsewhere, the first ones.
+        """
+        self._held, self._plain, self._before = held, plain, before
+        self._layout, own = _known(layout)
+        self.nbytes: int = own + bytes_of(before)
+
+    def __len__(self) -> int:
+        return len(self._before) + len(self._layout)
+
+    def __iter__(self) -> Iterator[Tensors]:
+        yield from self._before
+        reader = Reader(self._held)
+        yield from (self._layer(index, reader) for index in range(len(self._layout)))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        index = range(len(self))[index] - len(self._before)
+        return self._before[index] if index < 0 else self._layer(index, Reader(self._held))
+
+    def _layer(self, index: int, reader: Reader) -> Tensors:
+        found = {name: reader.tensor(place) for name, place in self._layout[index]}
+        return found | self._plain[index] if index in self._plain else found
+
+
+def pack(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Packed | None:
+    """Dense copies of the tensors of layers, in one piece of memory; None where it holds none, or cannot hold one.
+
+    Args:
+        layers: with plain tensors in host memory.
+        before: layers to be put before them, as they are.
+    """
+    values = [value for layer in layers for value in layer.values() if torch.is_tensor(value)]
+    if not values or not all(type(value) is torch.Tensor and value.device.type == "cpu" for value in values):
+        return None
+    layout, nbytes = _laid_out(
+        tuple(tuple((name, v.dtype, v.shape) for name, v in layer.items() if torch.is_tensor(v)) for layer in layers)
+    )
+    held = memory(nbytes)
+    reader = Reader(held)
+    for layer, places in zip(layers, layout, strict=True):
+        for name, place in places:
+            reader.tensor(place).copy_(layer[name].detach())
+    plain = {
+        index: {name: value for name, value in layer.items() if not torch.is_tensor(value)}
+        for index, layer in enumerate(layers)
+        if not all(map(torch.is_tensor, layer.values()))
+    }
+    return Packed(held, layout, plain, before)
+
+
+def bytes_of(layers: Sequence[Tensors]) -> int:
+    """Bytes of all their tensors."""
+    if isinstance(layers, Packed):
+        return layers.nbytes
+    return sum(value.nbytes for value in tensors_of(layers))
+
+
+def tensors_of(layers: Iterable[Tensors]) -> Iterable[torch.Tensor]:
+    """All their tensors, in order."""
+    return (value for layer in layers for value in layer.values() if torch.is_tensor(value))
+
+
+@lru_cache(maxsize=64)
+def _laid_out(wanted: tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...]) -> tuple[Layout, int]:
+    """Where tensors lie one behind the other, those of the widest numbers first, so that each is aligned; their bytes.
+
+    Args:
+        wanted: of each layer, the tensors by name, with type and shape.
+    """
+    places: dict[tuple[int, str], Place] = {}
+    start = 0
+    all_ = ((index, *tensor) for index, layer in enumerate(wanted) for tensor in layer)
+    for index, name, dtype, shape in sorted(all_, key=lambda tensor: -tensor[2].itemsize):
+        place = places[index, name] = Place.at(start, dtype, shape)
+        start += place.nbytes
+    layout = tuple(tuple((name, places[index, name]) for name, _, _ in layer) for index, layer in enumerate(wanted))
+    return layout, start
+
+
+@lru_cache(maxsize=64)
+def _known(layout: Layout) -> tuple[Layout, int]:
+    """A layout, the same object for all that are alike and were used lately; and the bytes of its tensors."""
+    return layout, sum(place.nbytes for layer in layout for _, place in layer)

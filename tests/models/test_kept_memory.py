@@ -1,0 +1,97 @@
+"""Where captured tensors lie: one slot for all of them, which lives as long as any tensor or view that reads it."""
+
+import gc
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hf_sparse_cache.models.tensors import LayerTensors
+from hf_sparse_cache.store import slabs
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory comes from numpy")
+DTYPES = (torch.uint8, torch.float64, torch.bfloat16, torch.float32, torch.int8, torch.float16, torch.int64)
+
+
+def layers(value=1, scale=1):
+    """Of odd sizes and all widths, one of them no dense tensor; a whole number, and a tensor of nothing."""
+    found = [{f"{i}": torch.full((3, 7001 * scale + i), value, dtype=dtype)} for i, dtype in enumerate(DTYPES)]
+    wide = torch.arange(40_000, dtype=torch.float32).reshape(200, 200)
+    found[1] |= {"turned": wide.T[:, ::2], "keys": wide[None, None, 5:9], "seen": 7, "none": torch.empty(0)}
+    return found
+
+
+def slot_of(payload):
+    values = [value for value in payload.tensors() if value.numel()]
+    first = min(value.data_ptr() for value in values)
+    last = max(value.data_ptr() + value.nbytes for value in values)
+    return first, last
+
+
+@pytest.mark.parametrize("scale", [1, 20])
+def test_what_is_captured_is_the_same_lies_together_and_shares_nothing(scale):
+    given = layers(scale=scale)
+    payload = LayerTensors.captured(given)
+    assert payload.layers[1]["seen"] == 7
+    values = [(layer[name], kept[name]) for layer, kept in zip(given, payload.layers, strict=True) for name in layer]
+    values = [pair for pair in values if torch.is_tensor(pair[0])]
+    before = [value.clone() for value, _ in values]
+    for value, _ in values:
+        value.zero_()
+    for expected, (_, kept) in zip(before, values, strict=True):
+        assert torch.equal(kept, expected) and kept.dtype == expected.dtype and kept.is_contiguous()
+        assert not kept.numel() or kept.data_ptr() % kept.element_size() == 0
+    first, last = slot_of(payload)
+    assert last - first == payload.nbytes  # without gaps: what the budget counts is what the slot holds
+
+
+def test_what_is_small_has_memory_of_its_own():
+    before = {size: len(refs) for size, refs in slabs._slabs.items()}
+    payload = LayerTensors.captured([{"a": torch.ones(1000), "b": torch.ones(1000)}])
+    assert payload.nbytes == 8000 and {size: len(refs) for size, refs in slabs._slabs.items()} == before
+
+
+def test_later_layers_join_earlier_ones_where_they_lie():
+    state = LayerTensors.captured(layers())
+    both = LayerTensors.captured([{"logits": torch.ones(1, 1, 50_000)}], state.layers)
+    assert both.layers[0]["0"].data_ptr() == state.layers[0]["0"].data_ptr()
+    assert len(both.layers) == len(state.layers) + 1 and both.nbytes == state.nbytes + 200_000
+    assert bool(both.layers[-1]["logits"].eq(1).all()) and both.layers[1:2][0]["seen"] == 7
+
+
+HOLDERS = {
+    "a tensor": lambda payload: payload.layers[3]["3"],
+    "a view of a part": lambda payload: payload.layers[3]["3"][1:2, 5:90],
+    "a view of a view as bytes": lambda payload: payload.layers[3]["3"].view(torch.uint8)[:, 8:],
+    "a numpy array": lambda payload: torch.from_numpy(payload.layers[3]["3"].numpy()),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("scale", [1, 20])
+def test_a_slot_stays_with_whoever_holds_anything_of_it(holder, scale):
+    held = HOLDERS[holder](LayerTensors.captured(layers(1, scale)))
+    before = held.clone()
+    gc.collect()
+    others = [LayerTensors.captured(layers(2, scale)) for _ in range(8)]
+    assert torch.equal(held, before) and others
+
+
+def test_without_a_holder_the_next_capture_gets_the_slot():
+    """The twin of the test above: the memory of what nobody holds is another one's."""
+    held = [LayerTensors.captured(layers(1)) for _ in range(8)]
+    place = slot_of(held[5])[0]
+    del held[5]
+    assert slot_of(LayerTensors.captured(layers(2)))[0] == place
+
+
+def test_a_file_that_was_not_packed_is_read_into_a_slot():
+    payload = LayerTensors.captured(layers())
+    data = payload.to_bytes("{}", np.arange(4, dtype=np.int32))
+    read = LayerTensors.from_bytes(data)
+    first, last = slot_of(read)
+    assert last - first == read.nbytes == payload.nbytes
+    for one, other in zip(payload.layers, read.layers, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one if name != "seen")

@@ -1,0 +1,167 @@
+"""Memory of what is stored: whose a slot is, when it is given back, and what a process takes."""
+
+import gc
+import os
+import random
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from hf_sparse_cache.store import slabs
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory comes from numpy")
+SIZE = slabs.LEAST_BYTES + 100
+SIZES = (SIZE, 300_000, (4 << 20) + 5)
+WARM = slabs._WARM_SLOTS
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * slabs._PAGE
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def filled(nbytes, value):
+    found = slabs.memory(nbytes)
+    found[:] = value
+    return found
+
+
+@pytest.mark.parametrize("size", [10, *SIZES])
+def test_memory_is_as_large_as_asked_for_and_can_be_written(size):
+    found = slabs.memory(size)
+    assert found.shape == (size,) and found.dtype == np.uint8 and found.flags.writeable
+    found[:] = 7
+    assert int(found.sum(dtype=np.int64)) == 7 * size
+
+
+@linux
+def test_a_slot_is_handed_out_again_once_nobody_holds_it():
+    held = [filled(SIZE, 1) for _ in range(8)]  # the first slabs have one slot, and go with it
+    places = list(map(address, held))
+    assert len(set(places)) == 8
+    del held[5]
+    assert address(slabs.memory(SIZE)) == places[5]
+
+
+VIEWS = {
+    "a part": lambda array: array[10:20],
+    "another type": lambda array: array[:64].view(np.float32),
+    "a buffer": lambda array: array.data[5:],
+    "a reader of it": lambda array: np.frombuffer(array.data, np.uint8, 16),
+}
+
+
+@linux
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_a_view_of_a_slot_holds_it(view, size):
+    array = filled(size, 3)
+    held = VIEWS[view](array)
+    before = bytes(held)
+    del array
+    gc.collect()
+    others = [filled(size, 9) for _ in range(40)]  # which would write into it
+    assert bytes(held) == before and len(others) == 40
+
+
+@linux
+@pytest.mark.parametrize("size", SIZES)
+def test_a_slot_that_is_given_back_while_it_is_held_is_written_over(size):
+    """The twin: with a slot that does not wait for its holder, the test above sees foreign bytes."""
+    array = [filled(size, 3) for _ in range(4)][-1]
+    slab = next(slab for ref in slabs._slabs[-(-size // slabs._PAGE) * slabs._PAGE] if (slab := ref()) is not None)
+    held = array[10:20]
+    slab._take_back((address(array) - address(np.frombuffer(slab.mapping, np.uint8))) // slab.slot_bytes)
+    other = filled(size, 9)
+    assert bytes(held) != bytes([3] * 10) and other[0] == 9
+
+
+@linux
+@pytest.mark.parametrize("size", SIZES)
+def test_a_process_takes_what_is_held_and_no_more(size):
+    """Insertions and evictions in any order: neither gaps nor what was held before stay."""
+    draw = random.Random(0)
+    most = 40 * 2**20 // size
+    before = resident()
+    held = [filled(size, 1) for _ in range(most)]
+    for _ in range(most):
+        held[draw.randrange(most)] = filled(size, 2)
+    full = resident() - before
+    assert 0.95 * most * size < full <= 1.05 * (most + 1) * size
+    for index in draw.sample(range(most), most // 2):
+        held[index] = None
+    kept = sum(array is not None for array in held) * size
+    assert resident() - before <= 1.05 * (kept + WARM * size) + 2**20
+    held.clear()
+    assert resident() - before <= 2**20
+
+
+@linux
+def test_slabs_go_when_none_of_their_slots_is_held():
+    held = [slabs.memory(SIZE) for _ in range(30)]
+    size = -(-SIZE // slabs._PAGE) * slabs._PAGE
+    assert sum(ref() is not None for ref in slabs._slabs[size]) >= 1
+    del held
+    gc.collect()
+    assert not any(ref() is not None for ref in slabs._slabs[size])
+
+
+@linux
+def test_there_are_few_mappings():
+    with open("/proc/self/maps") as file:
+        before = len(file.readlines())
+    held = [slabs.memory(SIZE) for _ in range(1000)]
+    with open("/proc/self/maps") as file:
+        assert len(file.readlines()) - before < 30 and held
+
+
+@linux
+def test_threads_never_share_a_slot():
+    wrong = []
+
+    def work(value):
+        draw = random.Random(value)
+        held = []
+        for _ in range(300):
+            held.append(filled(SIZE, value))
+            if len(held) > 5:
+                del held[draw.randrange(5)]
+            if any(array[0] != value or array[-1] != value for array in held):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@linux
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_process_has_a_copy():
+    array = filled(SIZE, 5)
+    child = os.fork()
+    if not child:
+        array[:] = 6
+        del array
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert set(array.tolist()) == {5}
+
+
+@linux
+def test_where_no_mapping_is_left_memory_comes_from_the_heap(monkeypatch):
+    def none_left(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(slabs, "_mapping", none_left)
+    for size in (999_999, (4 << 20) + 1):
+        assert len(filled(size, 1)) == size
