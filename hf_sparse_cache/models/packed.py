@@ -127,7 +127,8 @@ def pack(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Packed | 
     reader = Reader(held)
     for layer, places in zip(layers, layout, strict=True):
         for name, place in places:
-            reader.tensor(place).copy_(layer[name].detach())
+            value = layer[name]
+            reader.tensor(place).copy_(value.detach() if value.requires_grad else value)
     plain = {
         index: {name: value for name, value in layer.items() if not torch.is_tensor(value)}
         for index, layer in enumerate(layers)
