@@ -21,9 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-LEAST_BYTES = (
-    32 << 10
-)  # of what has a slot, which takes up to a page more: an eighth at most, and little of a checkpoint
+LEAST_BYTES = 32 << 10  # of what has a slot, which takes up to a page more: little of a checkpoint
 _SLAB_BYTES = 64 << 20  # which a slab grows to, by doubling: only pages that were written to take memory
 _WARM_SLOTS = 4  # that keep their pages, so that who gets them next need not wait for others: of about one checkpoint
 _PAGE = mmap.PAGESIZE

@@ -230,9 +230,12 @@ def test_a_wrong_state_is_rejected_by_a_wide_margin(family: str, storage: str) -
                 kwargs = {cache.server.binding.cache_name: live}
                 bench.model.generate(bench.stored[:, : checkpoint.position - 1], max_new_tokens=1, **kwargs)
                 taken = states.capture_state(live, cache.server.binding.rounding)
-                for layer, honest in zip(taken.layers, checkpoint.state.layers, strict=False):
-                    layer.update({name: value for name, value in honest.items() if not torch.is_tensor(value)})
-                checkpoint.state = taken
+                plain = [
+                    {name: value for name, value in honest.items() if not torch.is_tensor(value)}
+                    for honest in checkpoint.state.layers
+                ]
+                layers = (layer | counts for layer, counts in zip(taken.layers, plain, strict=False))
+                checkpoint.state = states.LayerTensors(tuple(layers))
             return check_exactness(bench.model, [bench.prompt(1)], cache=cache, max_new_tokens=2)
 
     honest, wrong = checked(False), checked(True)

@@ -71,10 +71,11 @@ def wrong_places(cache: SparsePrefixCache) -> Iterator[tuple[int, Callable[[obje
 
 def counted_as(found: Checkpoint, live: object) -> LayerTensors:
     """The state of a live cache with the counts of tokens of the checkpoint, so that no count betrays it."""
-    taken = capture_state(live)
-    for layer, honest in zip(taken.layers, found.state.layers, strict=True):
-        layer.update({name: value for name, value in honest.items() if not torch.is_tensor(value)})
-    return taken
+    counts = [
+        {name: value for name, value in layer.items() if not torch.is_tensor(value)} for layer in found.state.layers
+    ]
+    both = zip(capture_state(live).layers, counts, strict=True)
+    return LayerTensors(tuple(layer | honest for layer, honest in both))
 
 
 def prefilled(bench: Bench, cache: SparsePrefixCache, ids: torch.Tensor) -> object:

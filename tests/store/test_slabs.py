@@ -28,6 +28,10 @@ def address(array):
     return array.__array_interface__["data"][0]
 
 
+def living():
+    return [slab for refs in slabs._slabs.values() for ref in refs if (slab := ref()) is not None]
+
+
 def filled(nbytes, value):
     found = slabs.memory(nbytes)
     found[:] = value
@@ -109,7 +113,7 @@ def test_a_process_takes_what_is_held_and_no_more(size):
 def test_whatever_is_taken_and_given_up_no_two_hold_the_same_byte(seed):
     """Against a model: the value that each holder wrote, and where. Slabs hold no more than what they should."""
     gc.collect()
-    known = {id(slab) for refs in slabs._slabs.values() for ref in refs if (slab := ref()) is not None}
+    known = set(map(id, living()))
     draw = random.Random(seed)
     sizes = [draw.randint(1, 3 * slabs.LEAST_BYTES) for _ in range(6)]
     model, array = {}, None
@@ -123,15 +127,14 @@ def test_whatever_is_taken_and_given_up_no_two_hold_the_same_byte(seed):
         spans = sorted((address(array), address(array) + len(array)) for array, _ in model.values())
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert all(set(array.tolist()) == {value} for array, value in model.values())
-    mine = [slab for refs in slabs._slabs.values() for ref in refs if (slab := ref()) is not None]
-    mine = [slab for slab in mine if id(slab) not in known]
+    mine = [slab for slab in living() if id(slab) not in known]
     held = sum(slab.slots - len(slab.free) - len(slab.warm) for slab in mine)
     assert held == sum(size >= slabs.LEAST_BYTES for size in (len(array) for array, _ in model.values()))
     assert sum(len(slab.warm) for slab in mine) <= WARM
     del mine
     model.clear()
     gc.collect()
-    assert all(ref() is None or id(ref()) in known for refs in slabs._slabs.values() for ref in refs)
+    assert {*map(id, living())} <= known
 
 
 @linux
