@@ -21,8 +21,8 @@ from ..store.headers import Header, Plain, is_count, parse_json
 from ..store.slabs import Bytes
 from ..store.tree import Payload
 from . import streams
-from .packed import Packed, Place, Reader, bytes_of, pack, tensors_of
-from .packed import Tensors as Tensors  # by which it is known above
+from .slotted import Place, Reader, Slotted, bytes_of, slotted, tensors_of
+from .slotted import Tensors as Tensors  # by which it is known above
 from .streams import Behind
 
 
@@ -45,7 +45,7 @@ class LayerTensors:
     """Tensors of every layer, in layer order, and the bytes they hold.
 
     Attributes:
-        layers: one dict a layer; values that are not tensors are small integers. Those in host memory are packed, and
+        layers: one dict a layer; values that are not tensors are small integers. Those whose tensors lie in a slot are
             made anew whenever they are read.
         devices: where each layer's tensors were captured, while they are somewhere else; empty when they are there.
         behind: what was queued on accelerators and gives them their values, one a device.
@@ -68,11 +68,10 @@ class LayerTensors:
             before: what was captured of the layers before them, which is taken as it is.
         """
         given = tuple(layers)
-        made: Sequence[Tensors] | None = pack(given, before)
+        made: Sequence[Tensors] | None = slotted(given, before)
         if made is None:
-            copies = ({name: own(v) if torch.is_tensor(v) else v for name, v in layer.items()} for layer in given)
-            made = (*before, *copies)
-        queued = () if isinstance(before, Packed) else before  # in host memory nobody waits
+            made = (*before, *map(_copied, given))
+        queued = () if isinstance(before, Slotted) else before  # in host memory nobody waits
         return cls(made, behind=streams.queued(tensors_of((*queued, *given))))
 
     def tensors(self) -> Iterable[torch.Tensor]:
@@ -194,7 +193,7 @@ class LayerTensors:
             if name in layers[int(index)]:
                 raise DamagedFileError(f"it names {key[:40]!r} twice")
             layers[int(index)][name] = value
-        found = _packed(np.frombuffer(data, np.uint8), layers) if places else pack(layers)
+        found = _read_slot(np.frombuffer(data, np.uint8), layers) if places else slotted(layers)
         return cls(found or layers, tuple(devices) if any(device != "cpu" for device in devices) else ())
 
 
@@ -213,14 +212,19 @@ def _places(data: Plain, header: Header) -> dict[str, Place]:
     return found
 
 
-def _packed(held: Bytes, layers: Sequence[Tensors]) -> Packed:
+def _read_slot(held: Bytes, layers: Sequence[Tensors]) -> Slotted:
     """Layers whose tensors are told by their places in memory."""
     layout = tuple(tuple((name, v) for name, v in layer.items() if isinstance(v, Place)) for layer in layers)
     plain = {
         index: {name: value for name, value in layer.items() if not isinstance(value, Place)}
         for index, layer in enumerate(layers)
     }
-    return Packed(held, layout, {index: values for index, values in plain.items() if values})
+    return Slotted(held, layout, {index: values for index, values in plain.items() if values})
+
+
+def _copied(layer: Tensors) -> Tensors:
+    """A layer with tensors of its own; those with a colon in their name are such already (see `Rounding.kept`)."""
+    return {name: own(v) if torch.is_tensor(v) and ":" not in name else v for name, v in layer.items()}
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 WARM_UP = 3  # prompts in which the process takes what every process does
 SERVE = "from benchmarks import process_memory; process_memory.main()"
-IN_THE_HEAP = "from hf_sparse_cache.models import tensors; tensors.pack = lambda *layers: None; "
+IN_THE_HEAP = "from hf_sparse_cache.models import tensors; tensors.slotted = lambda *layers: None; "
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory comes from the heap")
 
 

@@ -69,7 +69,7 @@ class Reader(dict[torch.dtype, torch.Tensor]):
 Layout = tuple[tuple[tuple[str, Place], ...], ...]  # of each layer, the names of its tensors and where they lie
 
 
-class Packed(Sequence[Tensors]):
+class Slotted(Sequence[Tensors]):
     """Layers, made anew whenever they are read: a layer's tensors are views of the same memory each time.
 
     Attributes:
@@ -110,7 +110,7 @@ class Packed(Sequence[Tensors]):
         return found | self._plain[index] if index in self._plain else found
 
 
-def pack(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Packed | None:
+def slotted(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Slotted | None:
     """Dense copies of the tensors of layers, in one piece of memory; None where it holds none, or cannot hold one.
 
     Args:
@@ -134,12 +134,12 @@ def pack(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Packed | 
         for index, layer in enumerate(layers)
         if not all(map(torch.is_tensor, layer.values()))
     }
-    return Packed(held, layout, plain, before)
+    return Slotted(held, layout, plain, before)
 
 
 def bytes_of(layers: Sequence[Tensors]) -> int:
     """Bytes of all their tensors."""
-    if isinstance(layers, Packed):
+    if isinstance(layers, Slotted):
         return layers.nbytes
     return sum(value.nbytes for value in tensors_of(layers))
 
