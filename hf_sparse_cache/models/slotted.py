@@ -48,7 +48,7 @@ class Place(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Reader(dict[torch.dtype, torch.Tensor]):
+class TensorViews(dict[torch.dtype, torch.Tensor]):
     """Reads tensors in a piece of memory: views, which hold it for as long as they or views of them live."""
 
     def __init__(self, held: Bytes) -> None:
@@ -66,7 +66,7 @@ class Reader(dict[torch.dtype, torch.Tensor]):
         return self[place.dtype].as_strided(place.shape, place.strides, place.start)
 
 
-Layout = tuple[tuple[tuple[str, Place], ...], ...]  # of each layer, the names of its tensors and where they lie
+Places = tuple[tuple[tuple[str, Place], ...], ...]  # of each layer, the names of its tensors and where they lie
 
 
 class Slotted(Sequence[Tensors]):
@@ -78,7 +78,7 @@ class Slotted(Sequence[Tensors]):
 
     __slots__ = ("_before", "_held", "_layout", "_plain", "nbytes")
 
-    def __init__(self, held: Bytes, layout: Layout, plain: dict[int, Tensors], before: Sequence[Tensors] = ()) -> None:
+    def __init__(self, held: Bytes, layout: Places, plain: dict[int, Tensors], before: Sequence[Tensors] = ()) -> None:
         """Takes the memory as it is.
 
         Args:
@@ -89,23 +89,23 @@ class Slotted(Sequence[Tensors]):
         """
         self._held, self._plain, self._before = held, plain, before
         self._layout, own = _known(layout)
-        self.nbytes: int = own + bytes_of(before)
+        self.nbytes: int = own + tensor_bytes(before)
 
     def __len__(self) -> int:
         return len(self._before) + len(self._layout)
 
     def __iter__(self) -> Iterator[Tensors]:
         yield from self._before
-        reader = Reader(self._held)
+        reader = TensorViews(self._held)
         yield from (self._layer(index, reader) for index in range(len(self._layout)))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self)[index]
         index = range(len(self))[index] - len(self._before)
-        return self._before[index] if index < 0 else self._layer(index, Reader(self._held))
+        return self._before[index] if index < 0 else self._layer(index, TensorViews(self._held))
 
-    def _layer(self, index: int, reader: Reader) -> Tensors:
+    def _layer(self, index: int, reader: TensorViews) -> Tensors:
         found = {name: reader.tensor(place) for name, place in self._layout[index]}
         return found | self._plain[index] if index in self._plain else found
 
@@ -124,7 +124,7 @@ def slotted(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Slotte
         tuple(tuple((name, v.dtype, v.shape) for name, v in layer.items() if torch.is_tensor(v)) for layer in layers)
     )
     held = memory(nbytes)
-    reader = Reader(held)
+    reader = TensorViews(held)
     for layer, places in zip(layers, layout, strict=True):
         for name, place in places:
             value = layer[name]
@@ -137,7 +137,7 @@ def slotted(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Slotte
     return Slotted(held, layout, plain, before)
 
 
-def bytes_of(layers: Sequence[Tensors]) -> int:
+def tensor_bytes(layers: Sequence[Tensors]) -> int:
     """Bytes of all their tensors."""
     if isinstance(layers, Slotted):
         return layers.nbytes
@@ -150,7 +150,7 @@ def tensors_of(layers: Iterable[Tensors]) -> Iterable[torch.Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _laid_out(wanted: tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...]) -> tuple[Layout, int]:
+def _laid_out(wanted: tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...]) -> tuple[Places, int]:
     """Where tensors lie one behind the other, those of the widest numbers first, so that each is aligned; their bytes.
 
     Args:
@@ -167,6 +167,6 @@ def _laid_out(wanted: tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...
 
 
 @lru_cache(maxsize=64)
-def _known(layout: Layout) -> tuple[Layout, int]:
+def _known(layout: Places) -> tuple[Places, int]:
     """A layout, the same object for all that are alike and were used lately; and the bytes of its tensors."""
     return layout, sum(place.nbytes for layer in layout for _, place in layer)

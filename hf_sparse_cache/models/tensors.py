@@ -21,7 +21,7 @@ from ..store.headers import Header, Plain, is_count, parse_json
 from ..store.slabs import Bytes
 from ..store.tree import Payload
 from . import streams
-from .slotted import Place, Reader, Slotted, bytes_of, slotted, tensors_of
+from .slotted import Place, Slotted, TensorViews, slotted, tensor_bytes, tensors_of
 from .slotted import Tensors as Tensors  # by which it is known above
 from .streams import Behind
 
@@ -81,7 +81,7 @@ class LayerTensors:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, or of the memory that is pinned for them, which is more."""
-        return self.pinned_bytes or bytes_of(self.layers)
+        return self.pinned_bytes or tensor_bytes(self.layers)
 
     def reached(self) -> LayerTensors:
         """Itself, for whoever reads it on another stream than the one that made it, which waits without the host.
@@ -177,7 +177,7 @@ class LayerTensors:
         ):
             raise DamagedFileError("it does not say how many layers it has, or where they were")
         try:
-            places, reader = _places(data, header), Reader(np.frombuffer(data, np.uint8))
+            places, reader = _places(data, header), TensorViews(np.frombuffer(data, np.uint8))
             for place in places.values():
                 reader.tensor(place)
             tensors: Tensors = dict(places or safetensors.torch.load(bytes(data)))
