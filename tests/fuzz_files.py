@@ -285,6 +285,7 @@ def run(seed: int, *, rounds: int | None = None, seconds: float | None = None, s
         stack.enter_context(mock.patch("hf_sparse_cache.store.files.os.fsync"))  # no power fails here
         if sabotage:
             stack.enter_context(mock.patch.object(Seal, "fits", lambda *_: True))
+            stack.enter_context(mock.patch("hf_sparse_cache.store.files.same_digits", lambda *_: True))
             # A forgery has its checksums right: only what they are there to find is done.
             stack.enter_context(mock.patch.object(Round, "forged", Round.flip))
         while (rounds is None or tally["rounds"] < rounds) and (

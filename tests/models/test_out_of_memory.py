@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.errors import out_of_memory
-from hf_sparse_cache.models import rounding, states
+from hf_sparse_cache.models import states, tensors
 
 
 def cpu_allocator() -> None:
@@ -96,7 +96,7 @@ def test_without_memory_to_capture_the_request_goes_on(
         cold = logits(model, question(2), cache)
         cache.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(rounding, "own", lambda tensor: FAILURES[how]())
+            patch.setattr(tensors, "slotted", lambda *_: FAILURES[how]())
             assert torch.equal(logits(model, question(2), cache), cold)
         assert cache.last_request.captured == () and cache.stats().checkpoints == cache.store.used_bytes == 0
         assert settled(cache.store)
@@ -106,7 +106,7 @@ def test_without_memory_to_capture_the_request_goes_on(
 
 def test_a_fault_in_a_capture_is_not_swallowed(jamba: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with handle(jamba) as cache:
-        monkeypatch.setattr(rounding, "own", lambda tensor: raising(RuntimeError("shape mismatch"))())
+        monkeypatch.setattr(tensors, "slotted", lambda *_: raising(RuntimeError("shape mismatch"))())
         with pytest.raises(RuntimeError, match="shape mismatch"):
             logits(jamba, question(2), cache)
         assert settled(cache.store)

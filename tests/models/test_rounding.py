@@ -20,6 +20,7 @@ from hf_sparse_cache import CheckpointStore, SparsePrefixCache, UnsupportedModel
 from hf_sparse_cache.models import rounding, states
 from hf_sparse_cache.models.deviation import INT8, MOST_HALF
 from hf_sparse_cache.models.rounding import NotRoundableError, rounding_of
+from hf_sparse_cache.models.tensors import LayerTensors
 
 
 ROUNDED = ["bf16", "int8"]
@@ -134,7 +135,7 @@ def test_what_cannot_be_rounded_is_refused_and_zeros_stay(storage: str) -> None:
 @pytest.mark.parametrize("storage", ROUNDED)
 def test_whole_numbers_are_never_rounded(storage: str) -> None:
     ids = torch.arange(10_000, 10_040)[None]
-    layer = rounding_of(storage).kept({"conv.0": ids, "seen": 7})
+    layer = LayerTensors.captured([rounding_of(storage).kept({"conv.0": ids, "seen": 7})]).layers[0]
     assert torch.equal(layer["conv.0"], ids) and layer["conv.0"].data_ptr() != ids.data_ptr() and layer["seen"] == 7
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import threading
+from collections import deque
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,14 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory com
 SIZE = slabs.LEAST_BYTES + 100
 SIZES = (SIZE, 300_000, (4 << 20) + 5)
 WARM = slabs._WARM_SLOTS
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(monkeypatch):
+    """Slabs of this test alone: what other tests have stored may go whenever it is collected."""
+    gc.collect()
+    monkeypatch.setattr(slabs, "_slabs", {})
+    monkeypatch.setattr(slabs, "_warm", deque())
 
 
 def resident():
