@@ -8,6 +8,7 @@ nothing else, and no network. Imports nothing that has to be installed.
 
 import hashlib
 import lzma
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -46,19 +47,20 @@ def built(root=ROOT, kept=_KEPT):
 def translate(root=ROOT):
     """What Cython makes of the planner, as it is kept: behind a line that says of which source."""
     with tempfile.TemporaryDirectory() as folder:
-        c = Path(folder) / "_planner.c"
+        # A copy, and from there: Cython names what lies below the current folder, such as itself, by its way from it.
+        source = shutil.copy(root / "_planner.pyx", folder)
         options = ["-3", "-X", "emit_code_comments=False", "--module-name", "hf_sparse_cache._planner"]
-        _run([sys.executable, "-m", "cython", *options, str(root / "_planner.pyx"), "-o", str(c)])
-        return _made_of(root) + c.read_bytes()
+        _run([sys.executable, "-m", "cython", *options, Path(source).name], folder)
+        return _made_of(root) + Path(source).with_suffix(".c").read_bytes()
 
 
 def _made_of(root):
     return f"/* of {hashlib.sha256((root / '_planner.pyx').read_bytes()).hexdigest()} */\n".encode()
 
 
-def _run(command):
+def _run(command, folder=None):
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise SystemExit(
             f"The planner has to be compiled, and there is no C compiler {command[0]!r}: {error}."
