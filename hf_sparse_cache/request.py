@@ -20,7 +20,7 @@ generates from there on is kept by `store.answer`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -38,7 +38,7 @@ from .store.answer import KVCapture, Read, spans_of, unit_for
 from .store.holding import Holding
 from .store.promises import Promise
 from .store.store import CheckpointStore
-from .store.tree import Checkpoint, Payload
+from .store.tree import Checkpoint, KVSegment, Payload
 from .store.visit import Visit
 
 
@@ -228,7 +228,7 @@ class Request:
     def hand_over(self, position: int, state: Payload, kv: KVCapture | None = None) -> Handover:
         """What others take over at the end of one segment; arguments as for `add`."""
         lineage = self._segmenting.kept(self.lineage.upto(position))
-        known = {} if self.checkpoint is None else {link.span: link.payload for link in self.checkpoint.chain()}
+        known = {link.span: link.payload for link in self._chain()}
         spans = [] if kv is None else self._spans(lineage)
         links = [Link(span, known[span] if span in known else kv(span.start, span.end)) for span in spans if kv]
         found = self.handovers[position] = Handover(lineage, state, tuple(links))
@@ -278,7 +278,7 @@ class Request:
 
     def kv_payloads(self) -> list[Payload]:
         """The KV segments below `checkpoint`, shallow to deep; empty when cold or without full attention."""
-        return [] if self.checkpoint is None else [segment.payload for segment in self.checkpoint.chain()]
+        return [segment.payload for segment in self._chain()]
 
     def add(self, position: int, state: Payload, kv: KVCapture | None = None) -> bool:
         """Stores a checkpoint at the end of one segment.
@@ -319,9 +319,15 @@ class Request:
         self._kept = spans
         return True
 
+    def _chain(self) -> Sequence[KVSegment | Link]:
+        """The keys and values below `checkpoint`: as it had them when it was found, since it may be lost meanwhile."""
+        if isinstance(self.checkpoint, Handover):
+            return self.checkpoint.chain()
+        return [] if self.checkpoint is None else self._visit.chain
+
     def _spans(self, lineage: Lineage) -> list[Span]:
         """The KV spans of a checkpoint: those that the request resumed from, and its own behind them."""
-        chain = [segment.span for segment in self.checkpoint.chain()] if self.checkpoint is not None else []
+        chain = [segment.span for segment in self._chain()]
         return spans_of(self._segmenting, lineage, chain, sorted({*self.captured, *self.junctions}))
 
     def close(self) -> None:
@@ -339,7 +345,7 @@ class Request:
     def _left(self) -> Read:
         """For the answer; taken before the request takes its hands off what is stored."""
         reached = max(self.captured, default=self.resumed_tokens)
-        chain = [segment.span for segment in self.checkpoint.chain()] if self.checkpoint is not None else []
+        chain = [segment.span for segment in self._chain()]
         return Read(
             store=self._store,
             policy=self._policy,

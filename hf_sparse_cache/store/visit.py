@@ -15,7 +15,7 @@ from ..planning.segments import Segmenting
 from .chains import Footing
 from .forest import Trail
 from .ledger import Ledger
-from .tree import Checkpoint, Match
+from .tree import Checkpoint, KVSegment, Match
 
 
 PRICED_SHARE = 0.05  # of the budget: memory is priced by what so much of it holds, as single values are noise
@@ -49,6 +49,7 @@ class Visit:
         prompt: what a policy may look at.
         counted: tokens of the text that were counted as a prompt before.
         batched: whether what it computed ran in one forward with other prompts.
+        chain: the KV segments below `checkpoint`, from 0 upwards, which are kept until it ends whatever becomes of it.
     """
 
     ledger: Ledger
@@ -61,6 +62,7 @@ class Visit:
     prompt: Prompt
     counted: int = 0
     batched: bool = False
+    chain: Sequence[KVSegment] = ()
 
     @classmethod
     def begin(cls, ledger: Ledger, ids: Tokens, segmenting: Segmenting, space: str) -> Visit:
@@ -73,12 +75,14 @@ class Visit:
             cuts = segmenting.cuts(ids, marked)
             expected = segmenting.expected(cuts, len(ids))
             checkpoint = next(match.fitting(len(ids), expected, tail=segmenting.tail), None)
+            chain: Sequence[KVSegment] = ()
             if checkpoint is not None:
                 ledger.take(checkpoint)
                 checkpoint.hits += 1
                 checkpoint.last_used = ledger.clock
                 if checkpoint.kv is not None:
-                    ledger.chains.stand(footing, checkpoint.chain())
+                    chain = checkpoint.chain()
+                    ledger.chains.stand(footing, [*chain])
             for item in match.fitting(len(ids), expected) if marked else ():
                 if item.position in marked:  # a tier below may have brought it after it was announced
                     ledger.keep(item, space)
@@ -88,7 +92,7 @@ class Visit:
             prompt.terms = _terms(ledger, match, checkpoint, _wanted(prompt, bool(segmenting.junctions)))
             prompt.cut_tokens, prompt.seconds = segmenting.cut_tokens, ledger.seconds()
             prompt.message_start = message_start(ids, segmenting.rule.cut_ids)
-            return cls(ledger, space, footing, match, checkpoint, set(marked), expected, prompt)
+            return cls(ledger, space, footing, match, checkpoint, set(marked), expected, prompt, chain=chain)
 
     @classmethod
     def again(cls, ledger: Ledger, prompt: Prompt, space: str, before: Before) -> Visit | None:

@@ -22,6 +22,7 @@ from hf_sparse_cache.models import prefill
 from hf_sparse_cache.models.lazy_kv import Waiting
 from hf_sparse_cache.models.live import LiveCache
 from hf_sparse_cache.models.tensors import LayerTensors
+from hf_sparse_cache.request import Request
 from hf_sparse_cache.store import ahead, files, planes, shared
 
 
@@ -273,3 +274,41 @@ def test_payloads_that_are_not_what_was_written_are_neither_moved_nor_written() 
     ):
         with pytest.raises(UnprovedError):
             use()
+
+
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("mode", ["bitwise", "replayable"])
+def test_what_is_lost_between_the_look_and_the_copy(
+    model: Any, mode: str, twin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread finds a file of no use, and memory loses all that needs it, also what a request has just found.
+
+    The request has what it found then. The twin asks the checkpoint again: a state without its keys and values.
+    """
+    own = prefill.resume_live
+
+    def losing(binding: Any, live: LiveCache, request: Request) -> float:
+        for item in cache.store.stored():
+            for segment in item.chain():
+                cache.store.ledger.lose(segment.payload)
+        assert request.checkpoint is not None and not cache.store.stored()
+        return own(binding, live, request)
+
+    with handle(model, exactness=mode) as cache:
+        logits(model, question(1), cache)
+        if twin:
+            monkeypatch.setattr(Request, "_chain", lambda self: self.checkpoint.chain())
+        with monkeypatch.context() as patch:
+            patch.setattr(prefill, "resume_live", losing)
+            got = logits(model, question(2), cache)
+        assert cache.last_request is not None
+        if twin:
+            assert "holds keys of" in cache.last_request.reason
+            return
+        assert cache.last_request.resumed_tokens > 0
+        if mode == "bitwise":
+            assert torch.equal(got, cold_logits(model, question(2)))
+        else:
+            again = shared_worker.replayed(cache, question(2), cache.last_request.segments)
+            assert torch.equal(got[0], again)
+        cache.store.verify()
