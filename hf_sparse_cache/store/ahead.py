@@ -132,10 +132,7 @@ class Ahead:
         if self._seal.keyed:
             self.prove(name)
         data = self._upto(name, 8)
-        try:
-            self._upto(name, 8 + header_bytes(data, len(data)))
-        except DamagedFileError as error:
-            _tell(name, error)
+        self._upto(name, 8 + header_bytes(data, len(data)))
         return files.unsealed(data, self._seal, most, partial(self._upto, name))
 
     def prove(self, name: str) -> None:

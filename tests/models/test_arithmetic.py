@@ -35,6 +35,17 @@ def test_a_switch_of_the_accelerator_gives_another_name_there(place: Any, name: 
     assert arithmetic.modes("cuda") == there
 
 
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor keeps denormal numbers always")
+def test_flushed_denormals_give_another_name() -> None:
+    usual = arithmetic.modes("cpu")
+    try:
+        assert torch.set_flush_denormal(True)
+        assert "denormals flushed" in arithmetic.modes("cpu") != usual
+    finally:
+        torch.set_flush_denormal(False)
+    assert "denormals flushed" not in usual == arithmetic.modes("cpu")
+
+
 def test_attention_of_cudnn_switched_off() -> None:
     there = arithmetic.modes("cuda")
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mamba2 import modeling_mamba2
 
 from hf_sparse_cache import SparsePrefixCache, UnsupportedModelError
-from hf_sparse_cache.models import mamba1, rounding, states
+from hf_sparse_cache.models import mamba1, proof, rounding, states
 from hf_sparse_cache.models.families import CACHE_NAMES
 from hf_sparse_cache.models.weights import identity
 
@@ -27,6 +27,23 @@ Patch = pytest.MonkeyPatch
 def test_honest_models_pass(family: str, dtype: str) -> None:
     with SparsePrefixCache(build(family, DTYPES[dtype]), exactness="bitwise") as cache:
         assert cache.stats().proved
+
+
+def test_the_sample_has_ordinary_tokens_whatever_the_configuration_names() -> None:
+    """Some models stand for an image by a number that is no token at all."""
+    model = build("Jamba")
+    with SparsePrefixCache(model, exactness="bitwise") as cache:
+        vocabulary = model.config.vocab_size
+        own = proof.sample_prompt(cache.server.binding, 3)
+        model.config.image_token_index, model.config.audio_token_id = -200, vocabulary + 7
+        model.config.video_token_id = [-1, -vocabulary, vocabulary - 1]
+        try:
+            drawn = proof.sample_prompt(cache.server.binding, 3)
+            assert int(drawn.max()) < vocabulary - 1 and drawn.shape == own.shape
+            model.config.video_token_id = [-1]
+            assert torch.equal(proof.sample_prompt(cache.server.binding, 3), own)
+        finally:
+            del model.config.image_token_index, model.config.audio_token_id, model.config.video_token_id
 
 
 # -- ten ways and more to break upstream ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from matrix import Bench
 from tiny_models import build
 
 from hf_sparse_cache.models import rows, server, sitting, space, survey
-from hf_sparse_cache.models.weights import identity
+from hf_sparse_cache.models.weights import identity, unchanged
 
 
 def optimizer_step(model: Any) -> None:
@@ -174,6 +174,16 @@ def test_a_compiled_wrapper_stands_for_its_model(bench: Bench) -> None:
         expected = bench.generate(bench.prompt(1), None)
         assert bench.generate(bench.prompt(1), cache).distance(expected) <= 1e-4
         assert cache.last_request.reason == "resumed"
+
+
+def test_what_was_seen_is_not_surveyed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither before a request nor behind it; the twin, which is changed, is."""
+    model, surveyed, own = build("Jamba"), list[Any](), survey.survey
+    monkeypatch.setattr(survey, "survey", lambda model: surveyed.append(model) or own(model))
+    found = identity(model)
+    assert identity(model) == found and unchanged(model, found) and len(surveyed) == 1
+    optimizer_step(model)
+    assert not unchanged(model, found) and len(surveyed) == 2
 
 
 def test_looking_costs_a_millisecond_for_a_thousand_tensors() -> None:

@@ -311,6 +311,14 @@ def test_a_text_has_the_same_names_in_whatever_order_they_are_asked_for(length: 
         assert text.digest(position) == Text(Seal(), "s", ids[:position]).digest(position)
 
 
+@pytest.mark.parametrize(
+    ("length", "steps"), [(255, []), (256, [1]), (1279, [4, 2, 1]), (1 << 16, [256 >> n for n in range(9)])]
+)
+def test_a_search_steps_no_further_than_the_text_goes(length: int, steps: list[int]) -> None:
+    text = Text(Seal(), "s", np.zeros(length, np.int32))
+    assert [*text.steps()] == steps
+
+
 @pytest.mark.parametrize("reached", [(), (65_536,), (65_536, 98_304)])
 def test_a_search_hashes_no_token_twice(reached: tuple[int, ...]) -> None:
     """Also where it steps back, again and again, as nothing is there."""

@@ -23,6 +23,7 @@ from hf_sparse_cache.planning.lineage import Span
 from hf_sparse_cache.planning.policies import NoCheckpoints, make_policy
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.store.audit import WrongBooksError
+from hf_sparse_cache.store.bounds import Bound
 from hf_sparse_cache.store.forest import Forest
 from hf_sparse_cache.store.ledger import MOST_ACCOUNTS
 from hf_sparse_cache.store.store import CheckpointStore
@@ -367,6 +368,21 @@ def test_namespaces_that_continue_a_name_share_its_budget() -> None:
 
 
 # -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_room_of_a_tenant_is_what_its_own_marks_leave() -> None:
+    """What another one keeps counts towards the budget of all alone."""
+    store = CheckpointStore(1000, "lru", namespace_memory={"ann": 900, "bob": 900})
+    for name, marked in (("ann", 4), ("bob", 8)):
+        ids = np.arange(12, dtype=np.int32) + ord(name[0])
+        store.mark(ids[:marked], f"x\x1f{name}")
+        with begin(store, ids.tolist(), f"x\x1f{name}") as request:
+            request.add(marked, Blob(marked), lambda a, b: Blob(5 * (b - a)))
+    store.verify()
+    new = np.arange(500, 512, dtype=np.int32)
+    assert store.bound(new, 12, "x\x1fann") == Bound("namespace_memory", 900, 4 * 6, 4 * 6)
+    assert store.bound(new, 12, "x\x1fbob") == Bound("namespace_memory", 900, 8 * 6, 8 * 6)
+    assert store.bound(new, 12, "x\x1fcarl") == Bound("max_memory", 1000, 12 * 6, 12 * 6)
 
 
 def branches(kind: str, count: int) -> list[np.ndarray]:

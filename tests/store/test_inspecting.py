@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import tiny_models
 from forging import Saved
 from persisting import handle, logits, question
+from sharing import joined, prompt, serve
 
+from hf_sparse_cache import CheckpointStore
 from hf_sparse_cache.cli import inspecting
 from hf_sparse_cache.cli.screen import Screen
 
 
+assert joined
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\r\u202e"
 
 
@@ -85,3 +89,30 @@ def test_a_pipe_does_not_hold_it_up(tmp_path: Path, capsys: Any) -> None:
     os.mkfifo(tmp_path / "a" / ("state-0123456789ab-" + "0" * 32 + ".safetensors"))
     (tmp_path / "a" / "link").symlink_to(tmp_path)
     assert shown(tmp_path / "a", capsys)[0] == before
+
+
+def test_units_of_a_shared_store_take_what_their_files_do(
+    joined: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    store, where = joined(), tmp_path / "shared"
+    ids = prompt(1, 1100)
+    serve(store, ids, (512, 1024))
+    store.flush()
+    (first, second), taken = sorted(inspecting.stored_in(where), key=lambda one: len(one.tokens)), dict(sizes(where))
+    assert (first.tokens.tolist(), second.tokens.tolist()) == (ids[:512], ids[:1024])
+    assert first.kv_bytes + second.kv_bytes == sum(taken["kv"]) and first.kv_bytes > 0 < second.kv_bytes
+    assert sorted([first.state_bytes, second.state_bytes]) == sorted(taken["state"])
+    kv = max(where.rglob("kv-*"), key=lambda path: path.stat().st_mtime_ns)
+    kv.unlink()
+    (left,) = inspecting.stored_in(where)
+    assert left.tokens.tolist() == ids[:512]
+    for path in where.rglob("kv-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="keys and values it builds on are gone"):
+        inspecting.stored_in(where)
+
+
+def sizes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Bytes of the files of a kind."""
+    for kind in ("kv", "state"):
+        yield kind, [path.stat().st_size for path in folder.rglob("*") if path.is_file() and f"{kind}-" in path.name]

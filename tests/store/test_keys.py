@@ -67,6 +67,14 @@ def test_a_save_is_read_with_its_key_alone(jamba: PreTrainedModel, tmp_path: Pat
     assert resumed(jamba, plain, cold) == 96
 
 
+def test_each_of_two_keys_refuses_what_the_other_wrote() -> None:
+    seals = [Seal(KEY), Seal(OTHER)]
+    for own, other in (seals, seals[::-1]):
+        assert own.refusal({"keyed": own.keyed}) is None
+        assert "another key" in str(own.refusal({"keyed": other.keyed}))
+        assert "nobody vouches" in str(own.refusal({})) and "give key=" in str(Seal().refusal({"keyed": own.keyed}))
+
+
 def test_the_environment_gives_the_key(
     jamba: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

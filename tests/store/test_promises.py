@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,20 @@ def test_the_follower_goes_on_by_itself(how: str, monkeypatch: pytest.MonkeyPatc
     leader.ends()
     assert not store.promises._open
     store.verify()
+
+
+def test_the_pace_is_of_what_was_computed_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds a unit of cost: what a wait may take follows from it, whatever a prompt resumed before."""
+    clock = iter([10.0, 13.0, 20.0, 20.0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    promises = Promises()
+    terms = WaitTerms(FREE, lambda positions: positions**2)
+    for resumed, done in ((2, 4), (4, 4)):  # the second one computes nothing, which says nothing
+        with promises.given(prompt(0), "", lambda: pytest.fail("nobody is there"), terms) as promise:
+            promise.resumed, promise.done = resumed, done
+        assert promises.pace == 3.0 / 12
+    assert [promises._patience(tokens) for tokens in (1, 40, 1000)] == [1.0, 40.0, 60.0]
+    assert Promises()._patience(1) == 30.0
 
 
 def test_the_identical_prompt_computes_nothing() -> None:

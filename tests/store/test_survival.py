@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sparse_cache.simulator import simulate
 from hf_sparse_cache.store.store import CheckpointStore
-from hf_sparse_cache.store.survival import AGE_EDGES, PERIOD, WINDOW, SurvivalTables, cell_of
+from hf_sparse_cache.store.survival import AGE_EDGES, LEVEL_EDGES, PASS_EDGES, PERIOD, WINDOW, SurvivalTables, cell_of
 from hf_sparse_cache.store.value import LeastValue
 
 
@@ -40,6 +42,17 @@ def test_tables_recover_a_constant_hazard_and_the_last_pass() -> None:
         assert 0.012 < tables.rate(cell_of(passes, 1)) < 0.035
     assert tables.rate(cell_of(4, 1), 100) < 0.003
     assert tables.rate(cell_of(1, 1)) > 2 * tables.rate(cell_of(1, 1), 600)
+
+
+def test_an_edge_is_counted_where_its_passes_and_its_depth_begin() -> None:
+    """Each pair of edges has a row of its own, up to the next edges; what lies beyond the last is as the last."""
+    rows = [cell_of(int(passes), int(level)) for passes in PASS_EDGES for level in LEVEL_EDGES]
+    assert rows == [*range(0, 2 * len(PASS_EDGES) * len(LEVEL_EDGES), 2)]
+    assert len(SurvivalTables().index) == 2 * len(rows)
+    assert cell_of(0, 0) == cell_of(1, 1) and cell_of(10_000, 10_000) == rows[-1]
+    for edges, cell in ((PASS_EDGES, lambda edge: cell_of(edge, 3)), (LEVEL_EDGES, lambda edge: cell_of(3, edge))):
+        for edge, following in pairwise(map(int, edges)):
+            assert {cell(between) for between in range(edge, following)} == {cell(edge)} != {cell(following)}
 
 
 def test_tables_are_of_fixed_size_and_forget_what_is_too_old() -> None:
