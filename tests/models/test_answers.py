@@ -279,6 +279,26 @@ def test_a_cache_that_holds_other_tokens_than_were_returned(family: str) -> None
         assert lives and not kept(cache)
 
 
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_a_layer_that_lost_keys_while_it_answered(dropped: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As a compressor of keys and values does it behind the last forward; the twin drops none."""
+
+    class Drops(Stops):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            if input_ids.shape[1] == 160:
+                layer = lives[-1].layers[-1]
+                layer.keys, layer.values = (x[:, :, : x.shape[2] - dropped] for x in (layer.keys, layer.values))
+            return super().__call__(input_ids, scores)
+
+    with SparsePrefixCache(build("Llama")) as cache:
+        lives: list[Any] = []
+        cache.server.on_prefill = lives.append
+        ask(cache, SYSTEM, stopping_criteria=[Drops(160)])
+        assert kept(cache) == ([] if dropped else [159])
+        assert ("holds keys of 158 tokens where 159 are due" in caplog.text) is bool(dropped)
+        cache.store.verify()
+
+
 @pytest.mark.parametrize("where", ["_measure", "states.capture_state"])
 def test_memory_that_runs_out_behind_an_answer_costs_the_next_turn_and_no_answer(
     where: str, monkeypatch: pytest.MonkeyPatch

@@ -1,12 +1,15 @@
 """Where captured tensors lie: one slot for all of them, which lives as long as any tensor or view that reads it."""
 
 import gc
+import json
 import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
+from hf_sparse_cache.errors import DamagedFileError
 from hf_sparse_cache.models.tensors import LayerTensors
 from hf_sparse_cache.store import slabs
 
@@ -95,3 +98,45 @@ def test_a_file_that_was_not_packed_is_read_into_a_slot():
     assert last - first == read.nbytes == payload.nbytes
     for one, other in zip(payload.layers, read.layers, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one if name != "seen")
+
+
+def unpacked(change=lambda header: None):
+    """A file of layers in memory of its own, and the layers."""
+    payload = LayerTensors.captured(
+        [{name: value for name, value in layer.items() if name != "none"} for layer in layers()]
+    )
+    data = payload.to_bytes("{}", np.arange(4, dtype=np.int32))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return payload, memoryview(bytearray(len(text).to_bytes(8, "little") + text + data[8 + length :]))
+
+
+def test_what_was_unpacked_is_read_where_it_lies(monkeypatch):
+    payload, data = unpacked()
+    monkeypatch.setattr(safetensors.torch, "load", None)
+    read = LayerTensors.from_bytes(data)
+    assert read.nbytes == payload.nbytes
+    for one, other in zip(payload.layers, read.layers, strict=True):
+        assert one.keys() == other.keys() and all(
+            torch.equal(one[name], other[name]) for name in one if name != "seen"
+        )
+    before = read.layers[3]["3"].clone()
+    data[len(data) // 4 :] = bytes(len(data) - len(data) // 4)
+    assert any(not value.any() for value in read.tensors()) and before.any()
+
+
+@pytest.mark.parametrize(
+    "shape", [[3, 7003], [3, 7005], [4, 7004], [7004], [3, 7004, 2], [3, -7004], [3, 7004.0], [0]]
+)
+def test_a_shape_that_is_not_the_size_of_its_place_is_refused(shape):
+    """Also where it lies within the file, in the bytes of another tensor."""
+
+    def other_shape(header):
+        header["3.3"]["shape"] = shape
+
+    assert LayerTensors.from_bytes(unpacked()[1]).layers[3]["3"].shape == (3, 7004)
+    with pytest.raises(DamagedFileError):
+        LayerTensors.from_bytes(unpacked(other_shape)[1])

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.models import prefill, scores, sitting, states
 from hf_sparse_cache.models.inputs import Row
+from hf_sparse_cache.models.scoring import Scoring
 from hf_sparse_cache.tools.builtin import build_tokenizer
 
 
@@ -318,6 +319,67 @@ def test_a_call_that_fails_in_the_middle_leaves_nothing_behind(monkeypatch: pyte
         assert len(cache.loglikelihood(shared_twice())) == 12
 
 
+@pytest.fixture
+def questions() -> list[Pair]:
+    """One context, and eight continuations that share no first token."""
+    return [(words(40, 60), [100 + index, *words(3, index)]) for index in range(8)]
+
+
+def test_continuations_that_run_out_of_memory_together_run_in_smaller_groups(
+    questions: list[Pair], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once it was too much it stays halved; the twin fails otherwise, and one alone is not halved."""
+    model, own, sizes = build("Jamba"), Scoring._forward, list[int]()
+    room, error = 3, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    def forward(self: Scoring, chunk: Any, *args: Any) -> Any:
+        sizes.append(len(chunk))
+        if len(chunk) > room:
+            raise error
+        return own(self, chunk, *args)
+
+    monkeypatch.setattr(Scoring, "_forward", forward)
+    with SparsePrefixCache(model) as cache:
+        found = cache.loglikelihood(questions)
+        assert sizes == [8, 4, 2, 2, 2, 2] and "4 continuations ran out of memory together" in caplog.text
+        assert furthest(found, [stock(model, *pair) for pair in questions]) < TOLERANCE
+        room = 0
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            cache.loglikelihood(questions)
+        sizes.clear()
+        room, error = 3, RuntimeError("something else")
+        with pytest.raises(RuntimeError, match="something else"):
+            cache.loglikelihood(questions)
+        assert sizes == [8]
+        cache.store.verify()
+
+
+def test_a_model_that_changes_while_it_scores(questions: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was read with the weights before is read again; one that goes on changing is read uncached."""
+    model, own, times = build("Jamba"), Scoring._forward, iter([True, False, False])
+
+    def forward(self: Scoring, *args: Any) -> Any:
+        logits = own(self, *args)
+        if next(times):
+            with torch.no_grad():
+                model.model.layers[0].mamba.in_proj.weight.mul_(1.2)
+        return logits
+
+    monkeypatch.setattr(Scoring, "_forward", forward)
+    before = [stock(model, *pair) for pair in questions]
+    with SparsePrefixCache(model) as cache:
+        found = cache.loglikelihood(questions)
+        after = [stock(model, *pair) for pair in questions]
+        assert furthest(found, after) < TOLERANCE
+        assert max(abs(one - other) for (one, _), (other, _) in zip(before, after, strict=True)) > 10 * TOLERANCE
+        assert furthest(cache.loglikelihood(questions), after) < TOLERANCE
+        times = iter([True] * 9)
+        found = cache.loglikelihood(questions)
+        assert furthest(found, [stock(model, *pair) for pair in questions]) < TOLERANCE
+        assert "changed while the continuations" in cache.last_request.reason
+        cache.store.verify()
+
+
 def test_other_weights_give_other_scores() -> None:
     model, pairs = build("Jamba"), few_shot()[:12]
     with SparsePrefixCache(model) as cache:
@@ -383,6 +445,21 @@ def test_the_seam_is_where_the_harness_puts_it(tokenizer: Any, reader: Any, cont
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        (("", "the mat"), "an empty context"),
+        (("  ", "the mat"), "an empty context"),
+        (("", ""), "an empty context"),
+        (("the cat", ""), "an empty continuation"),
+    ],
+)
+def test_a_text_without_one_of_its_parts_is_no_pair(tokenizer: Any, reader: Any, pair: Any, said: str) -> None:
+    with SparsePrefixCache(reader, tokenizer) as cache, pytest.raises(ValueError, match=rf"pairs\[1\] has {said}"):
+        cache.loglikelihood([("the cat", " sat"), pair])
+
 
 GOOD: Pair = ([5, 6, 7], [8])
 
