@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -11,7 +12,11 @@ import torch
 from matrix import Bench
 from tiny_models import build
 
+from hf_sparse_cache import SparsePrefixCache
+from hf_sparse_cache.config import SparseCacheConfig
+from hf_sparse_cache.models import binding
 from hf_sparse_cache.models.cost import prefill_cost
+from hf_sparse_cache.models.families import family_of, learned_prompt
 
 
 CPU = torch.device("cpu")
@@ -141,3 +146,36 @@ def test_what_a_prefill_costs_is_a_matter_of_the_models_shape(family: str, layer
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert cost[0] == 0 and cost[1] == pytest.approx(1000 + layers * channels / weights * 1000**2)
     assert (cost[1] > 1001) == bool(layers)
+
+
+@pytest.mark.parametrize("family", ["Jamba", "Zamba2", "Qwen3.5", "Llama"])
+def test_an_accelerator_gathers_cuts_rarely_and_needs_no_pieces(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the weights lie decides: a forward costs an accelerator what many tokens do, and no scan is slow there."""
+    model = build(family)
+    with SparsePrefixCache(model) as cache:
+        here = cache.server.binding.segmenting
+    found = {}
+    for device in ("cuda", "mps", "xpu", "cpu"):
+        monkeypatch.setattr(binding, "input_device", lambda model, device=device: torch.device(device))
+        found[device] = binding._segmenting(model, family_of(model), here.rule, SparseCacheConfig())
+    assert found["cpu"] == here and not here.gathers and (here.piece is None) is (family != "Jamba")
+    for device in ("cuda", "mps", "xpu"):
+        there = found[device]
+        assert there.gathers and there.piece is None and there.cut_tokens == there.forward_tokens > here.cut_tokens
+
+
+def test_which_prompt_an_adapter_puts_before_the_tokens() -> None:
+    """Of the adapter that is active, and only where it does."""
+    learned, other = SimpleNamespace(is_prompt_learning=True, peft_type="PROMPT_TUNING"), SimpleNamespace()
+
+    def of(**values: Any) -> str:
+        return learned_prompt(SimpleNamespace(get_base_model=None, **values))
+
+    known = {"a": learned, "b": other}
+    assert of(peft_config=known, active_adapter="a") == "PROMPT_TUNING"
+    assert of(peft_config=known, active_adapter="b") == of(peft_config=known, active_adapter="c") == ""
+    assert of(peft_config=known, active_adapter=["a"]) == of(peft_config=known) == of() == ""
+    assert of(peft_config=[learned], active_adapter="a") == ""
+    inner = SimpleNamespace(get_base_model=None, peft_config=known, active_adapter="a")
+    assert learned_prompt(SimpleNamespace(_orig_mod=inner)) == "PROMPT_TUNING"
+    assert learned_prompt(SimpleNamespace(peft_config=known, active_adapter="a")) == ""

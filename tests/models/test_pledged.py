@@ -18,7 +18,7 @@ from persisting import cold_logits, handle, logits, question
 
 from hf_sparse_cache import CheckpointStore
 from hf_sparse_cache.errors import UnprovedError
-from hf_sparse_cache.models import prefill
+from hf_sparse_cache.models import prefill, sitting
 from hf_sparse_cache.models.lazy_kv import Waiting
 from hf_sparse_cache.models.live import LiveCache
 from hf_sparse_cache.models.tensors import LayerTensors
@@ -237,6 +237,26 @@ def test_whoever_was_once_given_what_is_wrong_waits_for_the_proof(
         assert forwards.count("unproved") == 1
         assert sum(count for what, count in cache.stats().shared.items() if "put aside" in what) >= 2
     store.close(flush=False)
+
+
+@pytest.mark.parametrize(("times", "resumes"), [(1, True), (2, False), (5, False)])
+def test_what_is_broken_twice_is_computed_from_nothing(
+    model: Any, times: int, resumes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever breaks it; once is bad luck, and what else there is serves."""
+    own, left = sitting._serve_alone, iter([True] * times)
+
+    def broken(means: Any, live: Any, asked: Any, resumes: bool = True) -> Any:
+        if resumes and next(left, False):
+            raise UnprovedError("it does not match its checksum")
+        return own(means, live, asked, resumes=resumes)
+
+    with handle(model) as cache:
+        logits(model, question(1), cache)
+        monkeypatch.setattr(sitting, "_serve_alone", broken)
+        assert torch.equal(logits(model, question(2), cache), cold_logits(model, question(2)))
+        assert cache.last_request is not None and (cache.last_request.resumed_tokens > 0) is resumes
+        cache.store.verify()
 
 
 def test_keys_and_values_that_are_rounded_are_proved_before_they_are_read(
