@@ -27,7 +27,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.limits cimport INT_MAX
 from libc.math cimport INFINITY, NAN, fabs, frexp, ldexp, pow
 
-from numpy import empty  # at run time only: large arrays come in huge pages, and the build needs no numpy
+from numpy import asarray, empty  # at run time only: large arrays come in huge pages, and the build needs no numpy
 
 # Inputs are scaled by powers of two (exact) until their maxima sit here: no product overflows, tiny inputs survive.
 cdef int SCALED_EXPONENT = 300
@@ -38,6 +38,8 @@ cdef enum:
 cdef double TIE = 1e-14
 # Passes that are fewer than this: the forecast sees nobody.
 cdef double LEAST_ENTERING = 1e-9
+# A view with less credit for a depth does not learn from it.
+cdef double LEAST_CREDIT = 1e-3
 
 
 def sound(const double[::1] weights not None, const double[::1] prefill_cost not None):
@@ -349,6 +351,9 @@ cdef class Histogram:
 
     def add(self, double value, double credit, double decay):
         """Counts one value; old counts fade by `decay` for each full unit of credit."""
+        self.count(value, credit, decay)
+
+    cdef int count(self, double value, double credit, double decay) except -1:
         cdef Py_ssize_t i, bins = len(self.counts)
         cdef Py_ssize_t index = min(bin_of(self.borders.data.as_doubles, bins, value, 0) + 1, bins) - 1
         cdef double keep = pow(decay, credit)
@@ -358,7 +363,7 @@ cdef class Histogram:
             self.counts.data.as_doubles[index] += credit
         else:
             self.counts.data.as_doubles[bins - 1] += credit
-        self.sum_up()
+        return self.sum_up()
 
     def upto(self, const double[:] values not None):
         """Unnormalised mass below each value, of shape (n,)."""
@@ -440,7 +445,7 @@ def viewed(list views not None, const double[::1] depths not None, shape not Non
     for v in range(len(views)):
         view = views[v]
         if not view.looks:
-            found[v] = view.below(depths.base, shape)
+            found[v] = view.below(asarray(depths.base), shape)
         else:
             look(view.looks, view.seen, depths, length, overlap, cuts, ends, stops, below[v], scratch)
     return found
@@ -506,32 +511,64 @@ cdef int look(
     return 0
 
 
-def credited(double[:, ::1] shares not None, list seen not None, Py_ssize_t kind, const double[:, ::1] edges not None,
-             double lean, double rate):
-    """Credits the views for one depth that was seen, and moves their shares that way.
+def leaning(const double[:, ::1] shares not None, list seen not None, Py_ssize_t kind, double lean):
+    """Shares of a context, of shape (V,), leaning on those of all, the last row, while it was seen little.
 
     Args:
-        shares: one row a context, the last one for all, of shape (K, V); changed.
-        seen: how often each context was; changed.
+        shares: one row a context, of shape (K, V).
+        seen: how often each context was.
         kind: of the context.
-        edges: P(overlap < depth) at both ends of the cell that it fell into, of shape (V, 2).
-        lean: observations with which a context leans on the shares of all.
-        rate: slowest speed at which the shares follow.
+        lean: observations with which it leans on the shares of all.
+    """
+    found = empty(shares.shape[1])
+    cdef double[::1] mixed = found
+    lean_on(shares, seen, kind, lean, mixed)
+    return found
+
+
+cdef int lean_on(const double[:, ::1] shares, list seen, Py_ssize_t kind, double lean, double[::1] mixed) except -1:
+    cdef Py_ssize_t v, last = shares.shape[0] - 1
+    if not 0 <= kind <= last or len(seen) != last + 1:
+        raise ValueError(f"kind={kind} and {len(seen)} counts do not fit shares of {last + 1} contexts")
+    cdef double often = seen[kind]
+    for v in range(shares.shape[1]):
+        mixed[v] = (often * shares[kind, v] + lean * shares[last, v]) / (often + lean)
+    return 0
+
+
+def credited(model not None, long long depth, const long long[::1] cuts not None, shape not None, double lean):
+    """Credits the views for one depth at which a prompt left another, moves their shares that way, and lets them
+    learn from it.
+
+    Args:
+        model: its `views`, `shares` and `seen`, which change, `rate` and `decay`, as of `OverlapModel`.
+        depth: at most the length of the prompt that was left.
+        cuts: of the later prompt: those around the depth bound the cell that it fell into.
+        shape: of the prompt that was left.
+        lean: as of `leaning`.
 
     Returns:
-        The credit of each view; the sum is 1.
+        The credit of each view; the sum is 1. Nothing where no cut lies before the depth: no checkpoint could have
+        helped, so there is nothing to learn for placing them.
     """
-    cdef Py_ssize_t v, row, last = shares.shape[0] - 1, n = shares.shape[1]
-    cdef double often, total, step
-    if not 0 <= kind <= last or len(seen) != last + 1 or edges.shape[0] != n or edges.shape[1] != 2 or n > 128:
-        raise ValueError(f"kind={kind} and {edges.shape[0]} views do not fit shares of {last + 1} contexts, {n} views")
+    cdef list views = model.views, seen = model.seen
+    cdef double[:, ::1] shares = model.shares
+    cdef Py_ssize_t v, row, kind = shape.kind, last = shares.shape[0] - 1, n = shares.shape[1]
+    cdef Py_ssize_t index = first_from(cuts, depth + 1)
+    cdef long long behind = <long long> shape.length + 1
+    cdef double total, step, rate = model.rate
+    if n != len(views) or n > 128:
+        raise ValueError(f"{len(views)} views do not fit shares of {n}: give one column a view, 128 at most")
+    if not index:
+        return []
+    cdef array ends = array("d", [cuts[index - 1], min(cuts[index], behind) if index < cuts.shape[0] else behind])
+    cdef double[:, ::1] edges = viewed(views, ends, shape)
     cdef array credits = array("d", [0.0]) * n
-    cdef double *credit = credits.data.as_doubles
-    often = seen[kind]
+    cdef double[::1] credit = credits
+    lean_on(shares, seen, kind, lean, credit)
     for v in range(n):
-        credit[v] = (often * shares[kind, v] + lean * shares[last, v]) / (often + lean)
         credit[v] *= max(edges[v, 1] - edges[v, 0], 1e-6)
-    total = sum_of(credit, n)
+    total = sum_of(&credit[0], n)
     for v in range(n):
         credit[v] /= total
     for row in (kind, last):
@@ -539,7 +576,35 @@ def credited(double[:, ::1] shares not None, list seen not None, Py_ssize_t kind
         step = max(1.0 / (<double> seen[row] + 4.0), rate)
         for v in range(n):
             shares[row, v] += step * (credit[v] - shares[row, v])
+    for v in range(n):
+        if credit[v] > LEAST_CREDIT:
+            view = views[v]
+            if view.looks:
+                counted(view, depth, shape, credit[v], model.decay)
+            else:
+                view.learn(depth, shape, credit[v], model.decay)
     return credits.tolist()
+
+
+def counted(view not None, long long depth, shape not None, double credit, double decay):
+    """Lets a compiled view learn that a prompt of this shape was left at `depth`: it counts what it looks at."""
+    cdef int how = view.looks
+    cdef const long long[::1] cuts
+    cdef double value = depth
+    cdef long long length = shape.length, overlap = shape.overlap
+    cdef Histogram seen = view.seen
+    if seen is None or (how == BEYOND_ and depth < overlap):
+        return
+    if how == RATIO_:
+        value = <double> depth / <double> (length + 1)
+    elif how == FROM_END_:
+        value = length - depth
+    elif how == CUTS_FROM_END_:
+        cuts = shape.cuts
+        value = cuts.shape[0] - first_from(cuts, depth + 1)
+    elif how == BEYOND_:
+        value = depth - overlap
+    seen.count(value, credit, decay)
 
 
 cdef double sum_of(const double *terms, Py_ssize_t n) noexcept nogil:
@@ -588,7 +653,7 @@ def shares(
     return stop, go
 
 
-cdef Py_ssize_t first_from(const long long[::1] cuts, long long position) noexcept nogil:
+cdef Py_ssize_t first_from(const long long[:] cuts, long long position) noexcept nogil:
     """How many of ascending cuts lie before a position."""
     cdef Py_ssize_t low = 0, high = cuts.shape[0], middle
     while low < high:
@@ -598,6 +663,47 @@ cdef Py_ssize_t first_from(const long long[::1] cuts, long long position) noexce
         else:
             high = middle
     return low
+
+
+def junctions(const long long[:] ends not None, const long long[:] passes not None, long long overlap):
+    """Where earlier prompts left a path or ended on it, up to `overlap`, and how many did, each of shape (J,).
+
+    Args:
+        ends: of the edges of the path, ascending, of shape (n,).
+        passes: earlier prompts along the whole of each edge.
+        overlap: tokens of the path.
+    """
+    cdef Py_ssize_t i, n = ends.shape[0], known = first_from(ends, overlap + 1)
+    if passes.shape[0] != n:
+        raise ValueError(f"{n} ends need as many passes, got {passes.shape[0]}")
+    found, left = empty(known, "q"), empty(known, "q")
+    cdef long long[::1] places = found, stops = left
+    for i in range(known):
+        places[i] = ends[i]
+        stops[i] = max(passes[i] - (passes[i + 1] if i + 1 < n else 0), 0)
+    return found, left
+
+
+def edges_of(list path not None):
+    """The ends of the edges of a path, and how often each was passed, of shape (n,)."""
+    cdef Py_ssize_t i, n = len(path)
+    found, often = empty(n, "q"), empty(n, "q")
+    cdef long long[::1] ends = found, passes = often
+    for i in range(n):
+        ends[i] = path[i].end
+        passes[i] = path[i].passes
+    return found, often
+
+
+def segment_ends(const long long[::1] cuts not None, long long start, long long length):
+    """The cuts between two positions, with the second one behind them."""
+    cdef Py_ssize_t i, first = first_from(cuts, start + 1), last = first_from(cuts, length)
+    found = empty(max(last - first, 0) + 1, "q")
+    cdef long long[::1] ends = found
+    for i in range(first, last):
+        ends[i - first] = cuts[i]
+    ends[ends.shape[0] - 1] = length
+    return found
 
 
 def walk(dict children not None, const int[::1] ids not None):

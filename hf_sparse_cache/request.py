@@ -135,8 +135,8 @@ class Request:
         length, resumed = self.prompt_tokens, self.resumed_tokens
         if resumed == length:
             return
-        fresh = _among([*self._prompt.open_cuts.tolist(), length], wanted, self._prompt.limit)
         reached = {length, *self._prompt.open_cuts.tolist()}
+        fresh = _among(reached, wanted, self._prompt.limit)
         self._marked = {position for position in self._visit.marked if position in reached}
         self.planned = sorted({*fresh, *self._marked})
         self._cut_behind(resumed)
@@ -173,10 +173,11 @@ class Request:
         """Cuts the rest of the prompt for what is to be captured; what comes too close to `start` is not."""
         made = Lineage() if self.checkpoint is None else self.checkpoint.lineage
         stops = sorted({*self.planned, *self.junctions})
-        self.segments = self._segmenting.segments(start, stops, self._prompt.cuts, self.prompt_tokens).tolist()
+        ends = self._segmenting.segments(start, stops, self._prompt.cuts, self.prompt_tokens)
+        self.segments = ends.tolist()
         self.planned = [position for position in self.planned if position in self.segments]
         self.junctions = [position for position in self.junctions if position in self.segments]
-        self.lineage = self._segmenting.behind(made, self.segments, {*self.planned, *self.junctions})
+        self.lineage = self._segmenting.behind(made, ends, {*self.planned, *self.junctions})
 
     def rounds_at(self, position: int) -> bool:
         """Whether what is computed behind the end of a segment goes on from rounded values."""
@@ -223,7 +224,7 @@ class Request:
             made = Lineage() if self.checkpoint is None else self.checkpoint.lineage
             self.planned = sorted({wish, *self.planned})
             self.segments = [*(end for end in self.segments if end <= position), *ends]
-            self.lineage = self._segmenting.behind(made, self.segments, {*self.planned, *self.junctions})
+            self.lineage = self._segmenting.behind(made, np.asarray(self.segments), {*self.planned, *self.junctions})
 
     def hand_over(self, position: int, state: Payload, kv: KVCapture | None = None) -> Handover:
         """What others take over at the end of one segment; arguments as for `add`."""
@@ -374,9 +375,9 @@ class Request:
             self._release()
 
 
-def _among(cuts: list[int], wanted: list[int], limit: int | None) -> list[int]:
+def _among(cuts: set[int], wanted: list[int], limit: int | None) -> list[int]:
     """Those of `wanted` that are cuts, ascending; the deepest `limit` of them."""
-    found = sorted(set(wanted).intersection(cuts))
+    found = sorted(cuts.intersection(wanted))
     return found if limit is None else found[max(0, len(found) - limit) :]
 
 

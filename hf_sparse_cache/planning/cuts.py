@@ -48,10 +48,10 @@ def cut_positions(ids: Tokens, grid: int, cut_ids: Iterable[int] = (), min_dista
         raise ValueError(f"min_distance must be 1 to grid ({grid}), got {min_distance}; leave it out for a default")
     limit = len(ids) - MIN_SUFFIX_TOKENS
     regular: Positions = np.arange(grid, limit + 1, grid, dtype=np.int64)
-    special_ids = np.fromiter(cut_ids, dtype=np.int64)
-    if limit < 1 or special_ids.size == 0:
+    special_ids = [*cut_ids]
+    if limit < 1 or not special_ids:
         return regular
-    special = np.flatnonzero(np.isin(ids[:limit], special_ids)) + 1
+    special = np.flatnonzero(np.isin(ids[:limit], np.asarray(special_ids, dtype=np.int64))) + 1
     if special.size == 0:
         return regular
     accepted: list[int] = []
@@ -73,10 +73,10 @@ def message_start(ids: Tokens, cut_ids: Iterable[int]) -> int:
         ids: token ids of shape `(N,)`.
         cut_ids: the special tokens.
     """
-    known = np.fromiter(cut_ids, dtype=np.int64)
-    if not known.size:
+    known = [*cut_ids]
+    if not known:
         return 0
-    special = np.flatnonzero(np.isin(ids, known)) + 1
+    special = np.flatnonzero(np.isin(ids, np.asarray(known, dtype=np.int64))) + 1
     followed = np.diff(np.append(special, len(ids) + 1)) > MESSAGE_TOKENS
     return int(special[followed][-1]) if followed.any() else 0
 

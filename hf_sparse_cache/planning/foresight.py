@@ -131,7 +131,7 @@ class Foreseen(Segmenting):
     def expected(self, cuts: Positions, length: int) -> Lineage | None:
         if self.base.expected(cuts, length) is None:
             return None
-        return self.behind(Lineage(), self.segments(0, [], cuts, length).tolist(), ())
+        return self.behind(Lineage(), self.segments(0, [], cuts, length), ())
 
     def rounded(self, ends: Sequence[int], stops: Collection[int]) -> set[int]:
         return self.base.rounded(ends, stops)

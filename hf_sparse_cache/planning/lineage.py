@@ -74,7 +74,9 @@ class Lineage:
 
     def then(self, ends: Sequence[int] | Positions) -> Lineage:
         """With further segments of a prefill behind it, which end at `ends`."""
-        return Lineage(np.concatenate([self._ends, np.asarray(ends, dtype=np.int64)]))
+        if not len(self._ends):
+            return Lineage(ends)
+        return Lineage(np.concatenate((self._ends, np.asarray(ends, dtype=np.int64))))
 
     def decoded(self, end: int) -> Lineage:
         """With tokens decoded one by one behind it, up to `end`; a run that goes on stays one run."""

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .compiled import credited, shares, viewed
+from .compiled import credited, junctions, leaning, shares, viewed
 from .cuts import Positions
 from .views import VIEWS, Floats, Shape
 
@@ -74,36 +74,21 @@ class OverlapModel:
         self.decay, self.rate = decay, rate
         self.views = [view() for view in VIEWS]
         self.shares = np.full((5, len(self.views)), 1.0 / len(self.views))  # one row a context, the last for all
-        self._seen = [0] * 5
+        self.seen = [0] * 5  # observations by context
 
     @property
     def observations(self) -> int:
         """Overlaps that it has learned from."""
-        return self._seen[-1]
+        return self.seen[-1]
 
     def forecast(self, cuts: Positions, shape: Shape) -> Forecast:
         """Predicts the next overlap with a prompt of this shape."""
-        return Forecast(cuts, self._shares_of(shape.kind) @ viewed(self.views, cuts.astype(np.float64), shape))
+        mixed = leaning(self.shares, self.seen, shape.kind, LEAN)
+        return Forecast(cuts, mixed @ viewed(self.views, cuts.astype(np.float64), shape))
 
     def learn(self, depth: int, cuts: Positions, previous: Shape) -> None:
         """Learns that a prompt left an earlier one, of shape `previous`, at `depth`; `cuts` are the later prompt's."""
-        depth = min(depth, previous.length)
-        index = int(cuts.searchsorted(depth, side="right"))
-        if not index:  # no checkpoint could have helped: nothing to learn for placing them
-            return
-        low = float(cuts[index - 1])
-        high = float(min(cuts[index], previous.length + 1)) if index < len(cuts) else previous.length + 1.0
-        edges = viewed(self.views, np.asarray([low, high]), previous)
-        credit = credited(self.shares, self._seen, previous.kind, edges, LEAN, self.rate)
-        for view, amount in zip(self.views, credit, strict=True):
-            if amount > 1e-3:
-                view.learn(depth, previous, amount, self.decay)
-
-    def _shares_of(self, kind: int) -> Floats:
-        """Shares of a context, leaning on those of all while it was seen little."""
-        seen = self._seen[kind]
-        shares: Floats = (seen * self.shares[kind] + LEAN * self.shares[-1]) / (seen + LEAN)
-        return shares
+        credited(self, min(depth, previous.length), cuts, previous, LEAN)
 
 
 def shape_of(
@@ -119,15 +104,11 @@ def shape_of(
         cuts: its cuts.
         previous: shape of the latest prompt along the last of these edges.
     """
-    known = int(ends.searchsorted(overlap, side="right"))
-    stops = passes[:known].copy()
-    further = passes[1 : known + 1]  # of those behind each end; of the last edge on the path none
-    stops[: len(further)] -= further
-    ends = ends[:known].copy()  # no view, which would keep all of them
+    ends, stops = junctions(ends, passes, overlap)
     if not len(cuts) or overlap < cuts[0]:
         kind = FRESH
     elif previous is not None and overlap >= previous.length - NEAR_END_TOKENS:
         kind = EXTENDS
     else:
         kind = RETURNS if len(ends) and ends[-1] == overlap else BRANCHES
-    return Shape(length, overlap, ends, np.maximum(stops, 0), cuts, kind)
+    return Shape(length, overlap, ends, stops, cuts, kind)

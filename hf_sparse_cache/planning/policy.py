@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Prompt:
     path_passes: NDArray[np.int64]
     limit: int | None = None
     latest: Shape | None = None
-    terms: Terms = field(default_factory=Terms)
+    terms: Terms = Terms()
     state_bytes: float = 0.0
     kv_bytes_per_token: float = 0.0
     resumed_bytes: int = 0

@@ -14,12 +14,14 @@ from typing import ClassVar
 
 import numpy as np
 
+from .compiled import segment_ends
 from .cuts import MIN_SUFFIX_TOKENS, CutRule, Positions, Tokens, cut_positions
 from .lineage import Lineage
 
 
 SHORT_FORWARDS = 4  # a prompt is short when its tokens cost at most so many times what its forward costs besides
 MOST_SHORT_TOKENS = 1024  # of longer ones something can be kept, whatever the forward costs
+_NOTHING = Lineage()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Segmenting(ABC):
             Ascending positions behind `start`, the last one `length`; no segment has fewer than two tokens.
         """
 
-    def behind(self, made: Lineage, ends: Sequence[int], stops: Collection[int]) -> Lineage:
+    def behind(self, made: Lineage, ends: Positions, stops: Collection[int]) -> Lineage:
         """The lineage of a prefill to the end of the prompt.
 
         Args:
@@ -105,8 +107,8 @@ class Segmenting(ABC):
         """
         if not self.rounds:
             return made.then(ends)
-        rounded = self.rounded(ends, stops)
-        return made.then([item for end in ends for item in ((end, end) if end in rounded else (end,))])
+        rounded = self.rounded(ends.tolist(), stops)
+        return made.then([item for end in ends.tolist() for item in ((end, end) if end in rounded else (end,))])
 
     @abstractmethod
     def rounded(self, ends: Sequence[int], stops: Collection[int]) -> set[int]:
@@ -180,7 +182,7 @@ class Bitwise(Segmenting):
 
     def expected(self, cuts: Positions, length: int) -> Lineage:
         """What this very prompt runs from nothing."""
-        return self.behind(Lineage(), self.segments(0, [], cuts, length).tolist(), ())
+        return self.behind(_NOTHING, self.segments(0, [], cuts, length), ())
 
     def rounded(self, ends: Sequence[int], stops: Collection[int]) -> set[int]:
         """Everywhere, the end of the prompt included: whatever is kept, a cold run sees what a warm one does."""
@@ -188,9 +190,7 @@ class Bitwise(Segmenting):
 
     def segments(self, start: int, planned: list[int], cuts: Positions, length: int) -> Positions:
         """From cut to cut."""
-        first, last = cuts.searchsorted((start + 1, length)).tolist()
-        found: Positions = np.empty(last - first + 1, dtype=np.int64)
-        found[:-1], found[-1] = cuts[first:last], length
+        found: Positions = segment_ends(cuts, start, length)
         return found
 
     def answered(self, ids: Tokens, start: int, lineage: Lineage) -> tuple[Positions, Lineage]:

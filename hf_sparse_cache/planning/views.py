@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import compiled
 from .compiled import Histogram as Histogram
-from .compiled import viewed
+from .compiled import counted, viewed
 
 
 Floats = NDArray[np.float64]
@@ -62,7 +62,9 @@ class View:
         return found
 
     def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
-        """Learns from a prompt that left one of this shape at `depth`."""
+        """Learns from a prompt that left one of this shape at `depth`, of which it foresaw its `credit`, 0 to 1."""
+        if self.looks:
+            counted(self, depth, shape, credit, decay)
 
 
 class Uniform(View):
@@ -81,10 +83,6 @@ class Absolute(View):
             np.concatenate([np.arange(0.0, 2**14, 32), np.exp2(np.arange(14, 22.01, 0.125))]), 4.0
         )
 
-    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
-        """Counts the depth."""
-        self.seen.add(depth, credit, decay)
-
 
 class Ratio(View):
     """Depth ÷ length: documents of one kind with a question at the end. The histogram, stretched to the prompt."""
@@ -93,10 +91,6 @@ class Ratio(View):
 
     def __init__(self) -> None:
         self.seen: Histogram = Histogram(np.linspace(0.0, 1.0, 129), 4.0)
-
-    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
-        """Counts the ratio."""
-        self.seen.add(depth / (shape.length + 1), credit, decay)
 
 
 class FromEnd(View):
@@ -110,10 +104,6 @@ class FromEnd(View):
     def __init__(self) -> None:
         self.seen: Histogram = Histogram(LOG_EDGES, 2.0)
 
-    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
-        """Counts the distance."""
-        self.seen.add(shape.length - depth, credit, decay)
-
 
 class CutsFromEnd(View):
     """Cuts between the overlap and the end: prompts that are shared in whole blocks.
@@ -126,10 +116,6 @@ class CutsFromEnd(View):
     def __init__(self) -> None:
         self.seen: Histogram = Histogram(LOG_EDGES, 2.0)
 
-    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
-        """Counts the cuts."""
-        self.seen.add(len(shape.cuts) - int(shape.cuts.searchsorted(depth, side="right")), credit, decay)
-
 
 class Beyond(View):
     """Distance behind the prompt's own overlap: how much of what was new is shared again.
@@ -141,11 +127,6 @@ class Beyond(View):
 
     def __init__(self) -> None:
         self.seen: Histogram = Histogram(LOG_EDGES, 2.0)
-
-    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
-        """Counts the distance."""
-        if depth >= shape.overlap:
-            self.seen.add(depth - shape.overlap, credit, decay)
 
 
 class Again(View):

@@ -34,7 +34,9 @@ class Marks:
 
     def lengths(self, ids: Tokens, space: str) -> list[int]:
         """Lengths of the announced prefixes that this prompt begins with, ascending."""
-        known = self._prefixes.get(space, {})
+        known = self._prefixes.get(space)
+        if not known:
+            return []
         return sorted(length for length in known if length <= len(ids) and ids[:length].tobytes() in known[length])
 
     def forget(self, space: str | None = None) -> list[Checkpoint]:

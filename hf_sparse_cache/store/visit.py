@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
+from ..planning.compiled import edges_of
 from ..planning.cuts import Positions, Tokens, message_start
 from ..planning.lineage import Lineage, Span
 from ..planning.policy import Prompt, Terms
@@ -159,13 +158,14 @@ def _prompt(ledger: Ledger, ids: Tokens, cuts: Positions, match: Match, checkpoi
     state_bytes = ledger.checkpoint_bytes / max(ledger.checkpoint_count, 1)
     kv_bytes = ledger.kv_bytes / max(ledger.chains.tokens, 1)
     resumed = checkpoint.position if checkpoint is not None else 0
+    path_ends, path_passes = edges_of(match.path)
     return Prompt(
         ids,
         cuts,
         match.overlap,
         resumed,
-        path_ends=np.asarray([node.end for node in match.path], dtype=np.int64),
-        path_passes=np.asarray([node.passes for node in match.path], dtype=np.int64),
+        path_ends=path_ends,
+        path_passes=path_passes,
         latest=match.path[-1].latest if match.path else None,
         state_bytes=state_bytes,
         kv_bytes_per_token=kv_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import heapq
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from hf_sparse_cache import CheckpointStore, _planner
 from hf_sparse_cache.planning import compiled
 from hf_sparse_cache.planning.cuts import CutRule
+from hf_sparse_cache.planning.overlap import OverlapModel
 from hf_sparse_cache.planning.policies import make_policy
 from hf_sparse_cache.planning.segments import Bitwise, Replayable, Segmenting
-from hf_sparse_cache.planning.views import VIEWS, Shape
+from hf_sparse_cache.planning.views import VIEWS, Shape, View
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.simulator import Sized
 from hf_sparse_cache.store.value import LEAST_STOPPING, LeastValue
@@ -85,19 +87,77 @@ def test_the_views_say_what_numpy_says(length: int, data: st.DataObject) -> None
         assert row.tobytes() == expected.tobytes() == named[name].below(depths, shape).tobytes()
 
 
+class Told(View):
+    """A view in Python that is told what to say, and notes what it is asked and learns."""
+
+    def __init__(self, said: np.ndarray) -> None:
+        self.said, self.cell, self.learned = said, list[float](), list[float]()
+
+    def below(self, depths: np.ndarray, shape: Shape) -> np.ndarray:
+        self.cell = depths.tolist()
+        return self.said
+
+    def learn(self, depth: int, shape: Shape, credit: float, decay: float) -> None:
+        self.learned.append(credit)
+
+
 @given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 1000))
 def test_credit_is_given_as_by_numpy(count: int, kind: int, seed: int) -> None:
-    generator, seen = np.random.default_rng(seed), [3, 0, 50, 7, 60]
-    shares, edges = generator.random((5, count)), np.sort(generator.random((count, 2)))
-    expected, often = shares.copy(), [*seen]
-    credit = (seen[kind] * shares[kind] + 8.0 * shares[-1]) / (seen[kind] + 8.0)
+    generator, model = np.random.default_rng(seed), OverlapModel()
+    edges = np.sort(generator.random((count, 2)))
+    model.views, model.shares, model.seen = (
+        [Told(row) for row in edges],
+        generator.random((5, count)),
+        [3, 0, 50, 7, 60],
+    )
+    shares, often = model.shares.copy(), [*model.seen]
+    credit = (often[kind] * shares[kind] + 8.0 * shares[-1]) / (often[kind] + 8.0)
+    assert compiled.leaning(shares, often, kind, 8.0).tobytes() == credit.tobytes()
     credit *= np.maximum(edges[:, 1] - edges[:, 0], 1e-6)
     credit /= credit.sum()
     for row in (kind, -1):
         often[row] += 1
-        expected[row] += max(1.0 / (often[row] + 4.0), 0.01) * (credit - expected[row])
-    assert compiled.credited(shares, seen, kind, edges, 8.0, 0.01) == credit.tolist()
-    assert seen == often and shares.tobytes() == expected.tobytes()
+        shares[row] += max(1.0 / (often[row] + 4.0), 0.01) * (credit - shares[row])
+    shape = Shape(200, 0, *np.zeros((3, 0), dtype=np.int64), kind)
+    assert compiled.credited(model, 150, np.asarray([64, 128, 192]), shape, 8.0) == credit.tolist()
+    assert model.seen == often and model.shares.tobytes() == shares.tobytes()
+    for view, amount in zip(model.views, credit.tolist(), strict=True):
+        assert view.cell == [128.0, 192.0] and view.learned == ([amount] if amount > 1e-3 else [])
+    assert compiled.credited(model, 63, np.asarray([64, 128, 192]), shape, 8.0) == [] and model.seen == often
+
+
+def test_what_a_compiled_view_counts_is_what_it_looks_at() -> None:
+    cuts = np.arange(64, 1000, 64)
+    shape = Shape(1000, 300, *np.zeros((2, 0), dtype=np.int64), cuts, 0)
+    looked = {"Absolute": 700.0, "Ratio": 700 / 1001, "FromEnd": 300.0, "CutsFromEnd": 5.0, "Beyond": 400.0}
+    for view, fresh in zip((kind() for kind in VIEWS), (kind() for kind in VIEWS), strict=True):
+        if fresh.seen is not None:
+            fresh.seen.add(looked[type(view).__name__], 0.7, 0.99)
+            view.learn(700, shape, 0.7, 0.99)
+            assert view.seen is not None and view.seen.counts == fresh.seen.counts
+    beyond: Any = VIEWS[5]()
+    before = beyond.seen.counts[:]
+    beyond.learn(299, shape, 0.7, 0.99)  # before its overlap there is nothing to count
+    assert beyond.seen.counts == before
+    beyond.learn(300, shape, 0.7, 0.99)
+    assert beyond.seen.counts != before
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9)), max_size=8), st.integers(0, 300))
+def test_who_left_a_path_is_counted_as_by_numpy(edges: list[tuple[int, int]], overlap: int) -> None:
+    ends, passes = np.cumsum([0, *(length for length, _ in edges)])[1:], np.asarray([often for _, often in edges], int)
+    known = int(ends.searchsorted(overlap, side="right"))
+    stops = passes[:known] - np.append(passes[1:], 0)[:known]
+    places, left = compiled.junctions(ends, passes, overlap)
+    assert places.tolist() == ends[:known].tolist() and left.tolist() == np.maximum(stops, 0).tolist()
+    path = [SimpleNamespace(end=end, passes=often) for end, often in zip(ends.tolist(), passes.tolist(), strict=True)]
+    assert [found.tolist() for found in compiled.edges_of(path)] == [ends.tolist(), passes.tolist()]
+
+
+@given(st.sets(st.integers(1, 90)), st.integers(0, 90), st.integers(0, 90))
+def test_a_prefill_ends_its_segments_at_each_cut(positions: set[int], start: int, more: int) -> None:
+    found = compiled.segment_ends(np.asarray(sorted(positions), dtype=np.int64), start, start + more)
+    assert found.tolist() == [*(cut for cut in sorted(positions) if start < cut < start + more), start + more]
 
 
 def test_one_tick_moves_who_comes_of_each_age() -> None:
@@ -132,7 +192,13 @@ def test_what_would_lead_outside_an_array_is_refused() -> None:
     with pytest.raises(ValueError, match="stops"):
         compiled.viewed([], np.ones(1), Shape(9, 0, places, places[:1], places, 0))
     with pytest.raises(ValueError, match="contexts"):
-        compiled.credited(np.ones((5, 8)), [0] * 5, 5, np.ones((8, 2)), 8.0, 0.01)
+        compiled.leaning(np.ones((5, 8)), [0] * 5, 5, 8.0)
+    with pytest.raises(ValueError, match="passes"):
+        compiled.junctions(places, places[:1], 1)
+    model: Any = OverlapModel()
+    model.views = model.views[1:]
+    with pytest.raises(ValueError, match="views"):
+        compiled.credited(model, 1, places, Shape(9, 0, places, places, places, 0), 8.0)
     with pytest.raises(ValueError, match="edges"):
         compiled.Histogram(np.ones(1))
 
@@ -272,4 +338,8 @@ def test_a_walk_compares_tokens() -> None:
 
 
 def test_all_that_is_compiled_has_its_place() -> None:
-    assert set(compiled.__all__) == {name for name in dir(_planner) if not name.startswith("_")} - {"array", "empty"}
+    assert set(compiled.__all__) == {name for name in dir(_planner) if not name.startswith("_")} - {
+        "array",
+        "asarray",
+        "empty",
+    }
