@@ -14,17 +14,16 @@ Each pair runs both ways in alternating order. Printed are the median of the rat
 
 import argparse
 import gc
-import json
 import shlex
 import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from benchmarks.bench_new_tokens import VOCABULARY, summary
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.tools.builtin import SIZES, build_model
 from hf_sparse_cache.tools.machine import describe_machine
@@ -132,7 +131,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["unrelated", "shared", "threads"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=results_file)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     results = []
@@ -148,7 +147,7 @@ def main():
                 if arguments.json:
                     about = {"command": shlex.join(["python", "-m", "benchmarks.bench_batches", *sys.argv[1:]])}
                     about |= {"machine": describe_machine(), "seed": arguments.seed}
-                    arguments.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+                    write_results(arguments.json, {**about, "results": results})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ back: a forward of what is new, and nothing else.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import decode_steps
 from benchmarks.bench_new_tokens import bounds
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.tools.builtin import load
 from hf_sparse_cache.tools.machine import describe_machine
@@ -153,7 +153,7 @@ def decoding(model: Any, tokens: int = 48) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["jamba-3m", "mamba-130m", "jamba-134m"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "chat.json")
+    parser.add_argument("--out", type=results_file, default=Path(__file__).parent / "results" / "chat.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"machine": describe_machine()}
@@ -169,7 +169,7 @@ def main() -> None:
             print(name, part, found[name][part], flush=True)
         found[name]["over_text"] = over_text(model, tokenizer, 60)
         print(name, "over_text", found[name]["over_text"], flush=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_results(args.out, found)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ import shlex
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from transformers.utils import logging
 
 from benchmarks import decode_steps
+from benchmarks.outputs import results_file, write_results
 from benchmarks.process_memory import memory
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.bench.contenders import Cached, Chunked, Contender, Limit
@@ -249,7 +249,7 @@ def main():
     parser.add_argument("--store", type=int, default=10_000, help="prompts remembered in the case 'big-store'")
     parser.add_argument("--grid", type=int, help="default: what suits the model")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=results_file, help="file for the results")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     results = []
@@ -269,7 +269,6 @@ def main():
     columns = ("model", "case", "ratio", "median", "range", "bound")
     print(table(columns, [_cells(result) for result in results]))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         commands, kept = [shlex.join(["python", "-m", "benchmarks.bench_costs", *sys.argv[1:]])], []
         if arguments.json.exists():  # what is measured anew takes the place of what the file holds
             before = json.loads(arguments.json.read_text(encoding="utf-8"))
@@ -278,7 +277,7 @@ def main():
             commands = [before["command"], *commands] if kept else commands
         content = {"command": " && ".join(commands), "machine": describe_machine(), "seed": 0}
         content["results"] = [*kept, *results]
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.json, content)
 
 
 def _cells(result):

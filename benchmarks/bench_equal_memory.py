@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_policies import BUDGETS
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache.config import KEPT, STORAGES
 from hf_sparse_cache.simulator import simulate
 from hf_sparse_cache.tools.machine import describe_machine
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", type=Path, help="folder of workload folders")
     parser.add_argument("--seed", type=int, default=42, help="of the arrival order")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_file, default=RESULTS)
     asked = parser.parse_args()
     found: dict[str, Any] = {"machine": describe_machine(), "seed": asked.seed, "uncaptured": {}}
     for meta in sorted(asked.workloads.glob("*/meta.json")):
@@ -58,7 +59,7 @@ def main() -> None:
         means = {storage: statistics.mean(row[storage] for row in rows) for storage in STORAGES}
         found["means"][kind] = means | {f"{name} / exact": means[name] / means["exact"] for name in ("bf16", "int8")}
         print(kind, found["means"][kind])
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_results(asked.out, found)
 
 
 if __name__ == "__main__":

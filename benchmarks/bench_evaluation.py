@@ -29,6 +29,7 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.evaluation.harness import SparseLM
 from hf_sparse_cache.stats import table
@@ -165,7 +166,7 @@ def main():
     parser.add_argument("--exactness", default="replayable")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="added to what the file holds")
+    parser.add_argument("--json", type=results_file, help="added to what the file holds")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -196,9 +197,9 @@ def main():
                     flush=True,
                 )
                 if arguments.json:
-                    arguments.json.write_text(json.dumps(known, indent=1) + "\n")
+                    write_results(arguments.json, known)
     if arguments.json:
-        arguments.json.write_text(json.dumps(known, indent=1) + "\n")
+        write_results(arguments.json, known)
 
 
 if __name__ == "__main__":

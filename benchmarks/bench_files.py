@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.models.tensors import LayerTensors
 from hf_sparse_cache.store import files, planes
@@ -103,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="default: seven of 21 to 143 M parameters")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_file, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -115,7 +116,7 @@ def main() -> None:
                 found["models"][key] = measured = measure(name, dtype, storage, asked.pairs)
                 for kind, each in measured.items():
                     print(f"{key}, {kind}: " + ", ".join(f"{k} {v:.3g}" for k, v in each.items()), flush=True)
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_results(asked.out, found)
 
 
 if __name__ == "__main__":

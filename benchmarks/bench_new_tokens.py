@@ -19,19 +19,18 @@ and no two questions agree by chance.
 
 import argparse
 import gc
-import json
 import shlex
 import statistics
 import sys
 import time
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Zamba2Config, Zamba2ForCausalLM
 from transformers.utils import logging
 
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache.bench.contenders import Cached, Contender, DeepCopy, Limit
 from hf_sparse_cache.bench.upstream import why_wrong
 from hf_sparse_cache.bench.workloads import WorkloadRequest
@@ -207,7 +206,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--cold", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=results_file)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     names = arguments.model or ["mamba-21m", "jamba-30m", "zamba2-30m", "qwen3.5-29m"]
@@ -219,7 +218,7 @@ def main():
             if arguments.json:
                 about = {"command": shlex.join(["python", "-m", "benchmarks.bench_new_tokens", *sys.argv[1:]])}
                 about |= {"machine": describe_machine(), "seed": arguments.seed}
-                arguments.json.write_text(json.dumps({**about, "results": found}, indent=1) + "\n")
+                write_results(arguments.json, {**about, "results": found})
 
 
 if __name__ == "__main__":

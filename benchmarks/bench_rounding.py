@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.bench_new_tokens import summary
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import SparsePrefixCache, UnsupportedModelError
 from hf_sparse_cache.models import prefill, states
 from hf_sparse_cache.models.inputs import Row
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--every", type=int, default=512, help="tokens between two captures")
     parser.add_argument("--seed", type=int, default=70_000)
-    parser.add_argument("--json", type=Path, help="file to which the results are added")
+    parser.add_argument("--json", type=results_file, help="file to which the results are added")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.model or (list(recall.MANUALS) if options.what == "perplexity" else list(MODELS))
@@ -193,7 +194,7 @@ def main() -> None:
         known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
         command = " ".join(["python -m benchmarks.bench_rounding", *sys.argv[1:]])
         known[options.what] = {"command": command, "machine": describe_machine(), "models": found}
-        options.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        write_results(options.json, known)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from pathlib import Path
 import httpx2 as httpx
 
 from benchmarks.bench_new_tokens import bounds
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.serving.model import PLAIN_TEMPLATE
 from hf_sparse_cache.stats import table
@@ -301,7 +302,7 @@ def main():
     parser.add_argument("--crowd", type=int, default=1000, help="short requests")
     parser.add_argument("--leaving", type=int, default=200, help="clients that leave")
     parser.add_argument("--only", action="append", choices=PARTS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=results_file)
     options = parser.parse_args()
     wanted = options.only or PARTS
     sessions = sessions_of(options.folder, options.requests, options.sessions)
@@ -337,7 +338,7 @@ def main():
             found[part] = {**about, **found[part]}
     if options.json is not None:
         known = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps({**known, **found}, indent=1) + "\n", encoding="utf-8")
+        write_results(options.json, {**known, **found})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import safetensors.numpy
 import torch
 
 from benchmarks.bench_new_tokens import bounds
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.store import files
@@ -246,7 +247,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--model", action="append", help="a built-in model; default mamba-21m and zamba2-30m")
     parser.add_argument("--tokens", type=int, default=2048, help="of the document of the warm start")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=results_file)
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(CASES):
         parser.error(f"{', '.join(sorted(unknown))}: give some of {', '.join(CASES)}")
@@ -265,7 +266,7 @@ def keep(path, case, results):
     said = json.loads(path.read_text()) if path.exists() else {}
     command = shlex.join(["python", "-m", "benchmarks.bench_shared", *sys.argv[1:]])
     said[case] = {"command": command, "machine": describe_machine(), "results": results}
-    path.write_text(json.dumps(said, indent=1) + "\n")
+    write_results(path, said)
 
 
 if __name__ == "__main__":

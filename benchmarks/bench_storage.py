@@ -8,13 +8,13 @@ itself (the others in 16), and all together. `models/deviation.py` follows from 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.outputs import results_file, write_results
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.models import prefill, states
 from hf_sparse_cache.models.inputs import Row
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="default: all")
     parser.add_argument("--prompts", type=int, default=200, help="of each family")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=results_file, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"prompts": asked.prompts, "machine": describe_machine(), "families": {}}
@@ -78,7 +78,7 @@ def main() -> None:
         measured = found["families"][family] = measure(family, asked.prompts)
         row = ", ".join(f"{way} {each['largest']:.1e}" for way, each in measured["ways"].items())
         print(f"{family}: logits up to {measured['logits_up_to']:.1f}; largest difference {row}", flush=True)
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_results(asked.out, found)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Writes weights in bfloat16, the tokenizer and the curve (loss and exact match ov
 import argparse
 import copy
 import json
+import os
 import random
 import sys
 import time
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -475,9 +477,26 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, runs: list[
     """Write everything that `from_pretrained` reads, in bfloat16, and a line of JSON for each run that led to it."""
     rounded = type(model)(copy.deepcopy(model.config))  # the training may go on with the model itself
     rounded.load_state_dict(model.state_dict())
-    cast_weights(rounded, torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / CURVE).write_text("".join(f"{json.dumps(run)}\n" for run in runs), encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=out) as name:  # where the disk is full, the stage before stays whole
+        folder = Path(name)
+        cast_weights(rounded, torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / CURVE).write_text("".join(f"{json.dumps(run)}\n" for run in runs), encoding="utf-8")
+        for file in sorted(folder.iterdir()):
+            os.replace(file, out / file.name)
+
+
+def own_folder(name: str) -> Path:
+    """The type of `--out`: a new folder, an empty one, or one that an earlier run wrote, and no other model's.
+
+    Raises:
+        argparse.ArgumentTypeError: it holds something else.
+    """
+    out = Path(name)
+    if os.path.lexists(out) and not (out.is_dir() and ((out / CURVE).is_file() or not any(out.iterdir()))):
+        raise argparse.ArgumentTypeError(f"{name} holds something else, which would be replaced; give a new folder")
+    return out
 
 
 def main() -> None:
@@ -486,7 +505,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, help="folder to write; nothing is written without it")
+    parser.add_argument("--out", type=own_folder, help="folder to write; nothing is written without it")
     parser.add_argument("--start", type=Path, help="go on from what an earlier run wrote, instead of random weights")
     parser.add_argument("--skip", type=int, default=0, help="stages to leave out at the beginning")
     parser.add_argument("--last", action="store_true", help="the stages that sharpen what was learned; with --start")

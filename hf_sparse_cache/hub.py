@@ -6,9 +6,11 @@ wrote them, and keys that a version does not know are ignored, so that older ver
 
 import json
 import os
+import stat
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
@@ -55,10 +57,11 @@ class Shareable(ABC):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self.to_dict(), VERSION_KEY: __version__}, indent=2, sort_keys=True) + "\n"
-        _replace(folder / self.file_name, text)
+        check_own(folder / self.file_name)
+        replace_whole(folder / self.file_name, text)
         if not os.path.lexists(folder / CARD_NAME):
             header = f"---\nlibrary_name: hf_sparse_cache\ntags:\n- {_TAGS[0]}\n---\n\n"
-            (folder / CARD_NAME).write_text(header + self.card(), encoding="utf-8")
+            replace_whole(folder / CARD_NAME, header + self.card())
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -143,22 +146,30 @@ def check_own(path: Path) -> None:
             raise ValueError(f"{path} was not written by save_pretrained; choose another folder, or move it away.")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file in full or not at all, in the place of one that was written here before.
+def replace_whole(path: Path, data: bytes | str) -> None:
+    """Puts a file in its place once all of it is written: a disk that is full costs nobody what was there before.
+
+    Args:
+        path: in a folder that is there; where a link leads to, the file is replaced.
+        data: what it is to hold, text in UTF-8.
 
     Raises:
-        ValueError: what lies there was not.
+        OSError: it cannot be written; nothing is left of it.
     """
-    check_own(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("x", encoding="utf-8") as file:
-        try:
-            file.write(text)
-            file.close()
-            os.replace(temporary, path)
-        except BaseException:
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid.uuid4().hex}.partial")  # a longer name might be none
+    try:
+        with temporary.open("xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
             temporary.unlink()
-            raise
+        raise
 
 
 def _tag(card_file: Path, repo_id: str, tags: list[str], token: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .checks import shown
+from .checks import MOST_ID, shown
 from .config import SparseCacheConfig
 from .errors import DamagedFileError
 from .models import fingerprint
@@ -68,7 +68,7 @@ class Manifest:
         """Of a state of version 1, which its file does not say: that of every cut of the handle that saved it."""
         cut_ids = tuple(self.fingerprint.get("cut ids", ()))
         longer = np.append(tokens, np.full(2, -1, dtype=np.int32))
-        return Lineage(CutRule(self.settings["grid"] or 1, cut_ids).cuts(longer))
+        return Lineage(CutRule(self.settings.get("grid") or 1, cut_ids).cuts(longer))
 
     @property
     def listed(self) -> set[str]:
@@ -122,7 +122,7 @@ class Manifest:
         if not isinstance(content, dict):
             raise DamagedFileError("it is no JSON object")
         version = content.get("version", 1)
-        if version not in range(1, VERSION + 1) or isinstance(version, bool):
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise DamagedFileError(f"version is {shown(version)}, and 1 to {VERSION} are read")
         if seal is not None:
             _authenticate(content, seal)
@@ -150,14 +150,14 @@ class Manifest:
             keys = fingerprint.differences(self.config, current.config)
             found[found.index("other config")] = "other config (" + "; ".join(_shortened(keys)) + ")"
         if self.namespace != current.namespace:
-            found.append(f"namespace {self.namespace!r} instead of {current.namespace!r}")
+            found.append(f"namespace {shown(self.namespace)} instead of {shown(current.namespace)}")
             names.append("namespace")
         if not found:
             return
         if not loading:
             remedy = "This handle cannot save there; choose another folder, or delete this one."
         elif names == ["namespace"]:  # nothing is wrong with the model
-            remedy = f"The model fits: leave out namespace=, or pass namespace={self.namespace!r}."
+            remedy = f"The model fits: leave out namespace=, or pass namespace={shown(self.namespace)}."
         else:
             remedy = "This model cannot continue its states; make a new cache with this model instead."
         listed = "; ".join(_shortened(found))
@@ -204,6 +204,9 @@ def _settings(content: dict[str, Any]) -> dict[str, Any]:
     if content.get("version", 1) == 1:  # which has the cuts in its fingerprint
         settings = {**{name: described[name] for name in ("grid", "exactness") if name in described}, **settings}
         settings.setdefault("exactness", "bitwise")
+        ids = described.get("cut ids", [])
+        if not isinstance(ids, list) or not all(is_count(item, MOST_ID) for item in ids):
+            raise DamagedFileError(f"fingerprint.cut ids is {shown(ids)}, no list of token ids")
     chosen = {name: settings[name] for name in _SETTINGS if name in settings}
     if settings.get("exactness") == "numerical":
         raise DamagedFileError(
@@ -217,7 +220,9 @@ def _settings(content: dict[str, Any]) -> dict[str, Any]:
     try:
         if "max_checkpoints" not in chosen or not isinstance(chosen.get("exactness"), str):
             raise ValueError(f"exactness or max_checkpoints is missing, or of another type: {shown(settings)}")
-        chosen["cut_after"] = tuple(chosen.get("cut_after", ()))
+        if not isinstance(chosen.setdefault("cut_after", []), list):
+            raise ValueError(f"cut_after is {shown(chosen['cut_after'])}, not a list of strings")
+        chosen["cut_after"] = tuple(chosen["cut_after"])
         SparseCacheConfig(**chosen)
     except (ValueError, TypeError) as error:
         raise DamagedFileError(str(error)) from error

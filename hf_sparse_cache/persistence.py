@@ -178,7 +178,7 @@ def load_saved(server: Server, save_directory: str | Path, seal: Seal, mark: Cal
     source = _Source(folder, manifest, seal)
     space, _ = server.space.now()
     source.reader = UnitReader(LayerTensors.from_bytes, seal, server.space.layout)
-    prefixes = source.marks()
+    prefixes = source.marks(server.store.ledger.max_remembered)
     units = source.units()
     source.warn_of_other_cuts(units, server.binding.segmenting)
     marked = [unit for unit in units if any(_begins(prefix, unit.tokens) for prefix in prefixes)]
@@ -229,12 +229,12 @@ class _Source:
                 "exactness that they were saved with, or with exactness='replayable', which resumes from any."
             )
 
-    def marks(self) -> list[Tokens]:
-        """The announced prefixes."""
+    def marks(self, most: int | None) -> list[Tokens]:
+        """The announced prefixes, whose tokens may take so many bytes."""
         found: list[Tokens] = []
         for name in (name for name in self._manifest.parts if files.is_name(name, "marks")):
             try:
-                found += read_marks(self._folder / name, self._manifest.space, self._seal)
+                found += read_marks(self._folder / name, self._manifest.space, self._seal, most)
             except (OSError, DamagedFileError) as error:
                 self._lose(self._folder / name, error)
         return found

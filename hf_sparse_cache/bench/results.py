@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import jsontext
+from ..hub import replace_whole
 from ..tools.machine import describe_machine
 
 
@@ -90,8 +91,9 @@ class RunFolder:
         known = path / "config.json"
         if known.is_file():
             before = jsontext.read_json(known)
-            if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
+            if not _is_run(before):
                 raise ValueError(f"--out {path}: its config.json is not that of a run; give another folder.")
+            _refuse_links(path)
             known_settings = {"exactness": "bitwise", **before["settings"]}  # which older runs do not say
             differ = sorted(
                 key for key, value in content["settings"].items() if known_settings.get(key, value) != value
@@ -103,9 +105,10 @@ class RunFolder:
             content = {**content, **before}
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"--out {path} holds files of something else; give another folder, or an empty one.")
-        (path / "units").mkdir(parents=True, exist_ok=True)
-        if not known.is_file():
+        path.mkdir(parents=True, exist_ok=True)
+        if not known.is_file():  # first, so that a run that is killed here is known by it
             _write(known, content)
+        (path / "units").mkdir(exist_ok=True)
         self.config: dict[str, Any] = content
 
     def holds(self, model: str, dataset: str, repeat: int) -> bool:
@@ -120,7 +123,7 @@ class RunFolder:
         rows = pandas.DataFrame(trial.rows)
         rows.insert(0, "model", trial.summary["model"])
         rows.insert(1, "dataset", trial.summary["dataset"])
-        rows.to_parquet(name.with_suffix(".parquet"), index=False)
+        replace_whole(name.with_suffix(".parquet"), rows.to_parquet(None, index=False))
         _write(name.with_suffix(".json"), trial.summary)
 
     def finish(self) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
@@ -130,7 +133,7 @@ class RunFolder:
         files = sorted((self.path / "units").glob("*.json"))
         summaries = [jsontext.read_json(file) for file in files]
         rows = pandas.concat([pandas.read_parquet(file.with_suffix(".parquet")) for file in files], ignore_index=True)
-        rows.to_parquet(self.path / "requests.parquet", index=False)
+        replace_whole(self.path / "requests.parquet", rows.to_parquet(None, index=False))
         return rows, summaries
 
     def write(self, name: str, content: Any) -> None:
@@ -142,7 +145,24 @@ class RunFolder:
         return self.path / "units" / f"{'--'.join(words)}--{repeat}"
 
 
+def _is_run(content: Any) -> bool:
+    """Whether this is the `config.json` of a run; other programs have files of that name, with settings, too."""
+    if not isinstance(content, dict) or not {"settings", "command", "machine"} <= content.keys():
+        return False
+    asked = content["settings"]
+    return isinstance(asked, dict) and {"models", "datasets", "rivals", "requests", "seed"} <= asked.keys()
+
+
+def _refuse_links(path: Path) -> None:
+    """Refuses the folder of a run with a link in the place of what is written there.
+
+    Raises:
+        ValueError: there is one, which may lead to anything.
+    """
+    links = [name for name in ("units", "plots", "metrics.json", "requests.parquet") if (path / name).is_symlink()]
+    if links:
+        raise ValueError(f"--out {path}: {links[0]} in it is a link; remove it, or give another folder.")
+
+
 def _write(file: Path, content: Any) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(file)
+    replace_whole(file, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..hub import replace_whole
 from . import metrics, page, plots
 from .results import RunFolder
 from .runner import run_trial
@@ -49,7 +50,7 @@ def run_all(
     _draw(folder.path, rows, measured, list(settings.policies))
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(page.report_page(folder.config, rows, summaries, measured), encoding="utf-8")
+        replace_whole(report, page.report_page(folder.config, rows, summaries, measured))
     return measured
 
 
@@ -61,7 +62,7 @@ def _draw(out: Path, rows: Any, measured: list[dict[str, Any]], policies: list[s
             name = "-".join(
                 f"{Path(str(model)).name} {dataset} {title}".lower().replace(",", "").replace("/", " ").split()
             )
-            (out / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+            replace_whole(out / "plots" / f"{name}.svg", svg)
 
 
 def _name(dataset: str) -> str:

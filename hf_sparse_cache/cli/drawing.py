@@ -1,9 +1,11 @@
 """The advisor's pictures in one PNG: readable without colour, every line with its own marker and stroke."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 from ..checks import printable
+from ..hub import replace_whole
 from ..stats import format_bytes
 from .outputs import PNG_MARK
 
@@ -45,7 +47,9 @@ def draw_advice(found: dict[str, Any], path: Path) -> None:
         _depths(middle, found)
         _frontier(right, found)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, format="png", metadata={"Software": PNG_MARK.decode()})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=130, format="png", metadata=dict([PNG_MARK.decode().split("\0")]))
+    replace_whole(path, drawn.getvalue())
 
 
 def _floor(found: dict[str, Any]) -> str:

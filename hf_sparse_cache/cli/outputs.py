@@ -6,7 +6,9 @@ from pathlib import Path
 from ..checks import shown
 
 
-PNG_MARK, REPORT_MARK = b"hf-sparse-cache", b"<title>hf_sparse_cache bench</title>"
+# As a picture has it, and no script or note that names the command.
+PNG_MARK = b"Software\0hf-sparse-cache"
+REPORT_MARK = b"<title>hf_sparse_cache bench</title>"
 _MARKED_BYTES = 4096
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.utils import logging
 
+from ..checks import shown
 from ..config import SparseCacheConfig
 from ..errors import UnsupportedModelError, out_of_memory
 from ..explain import ModelFacts
@@ -192,7 +193,7 @@ def _text_ends(tokenizer: Any, config: SparseCacheConfig) -> TextEnds | None:
         return None
     if tokenizer is None:
         raise ValueError(
-            f"cut_after={config.cut_after!r} needs a tokenizer to find these strings: SparsePrefixCache(model, "
+            f"cut_after={shown(config.cut_after)} needs a tokenizer to find these strings: SparsePrefixCache(model, "
             "tokenizer, ...)."
         )
 

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from .. import forks
+from ..checks import shown
 from ..explain import frequent, not_supported, remedy
 from ..planning.policies import NoCheckpoints, Policy
 from ..stats import PATIENCE, Cause, Recorder, RequestInfo
@@ -220,9 +221,9 @@ class Server:
         ends = self.binding.segmenting.rule.cut_after
         if ends is not None and not ends.found and self.recorder.totals().requests == PATIENCE:
             logger.warning(
-                f"None of {PATIENCE} prompts has a token that ends with one of cut_after={ends.strings!r}, so none is "
-                "cut there. A string that ends inside a token does not cut: give the text up to the end of a token, "
-                "or call cache.mark() on the shared part."
+                f"None of {PATIENCE} prompts has a token that ends with one of cut_after={shown(ends.strings)}, so "
+                "none is cut there. A string that ends inside a token does not cut: give the text up to the end of a "
+                "token, or call cache.mark() on the shared part."
             )
 
     def _over(self) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checks import shown
 from .cuts import Positions
 
 
@@ -190,7 +191,7 @@ class Lineage:
             numbers = type(start) is int and type(end) is int and start == position
             rounds = numbers and run and end == position and not rounded
             if not numbers or not (rounds or position < end < 2**31):
-                raise ValueError(f"{entry!r} does not continue a lineage at position {position}")
+                raise ValueError(f"{shown(entry)} does not continue a lineage at position {position}")
             ends.append(-end if run and not rounds else end)
             position, rounded = end, rounds
         found._ends = np.array(ends, dtype=np.int64)

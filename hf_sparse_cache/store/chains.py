@@ -80,9 +80,9 @@ class Chains:
 
     def stand(self, footing: Footing, chain: list[KVSegment]) -> None:
         """Holds the end of a chain, and with it all of it, in place of the one before."""
-        before, footing.chain = footing.chain, chain
+        self.held[chain[-1]] += 1  # the only one that takes memory
         chain[-1].holds += 1
-        self.held[chain[-1]] += 1
+        before, footing.chain = footing.chain, chain
         if before:
             self._unhold(before[-1])
 

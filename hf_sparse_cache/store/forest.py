@@ -200,18 +200,22 @@ class Forest:
         """Splits an edge at `depth`; checkpoints and segments go to the half that holds their end."""
         offset = depth - node.start
         assert node.parent is not None
+        # Whatever takes memory is made first: where there is none, the edge is as it was.
         upper = Node(node.tokens[:offset].copy(), node.start, node.parent, node.tree)
         upper.passes, upper.last_used, upper.latest = node.passes, node.last_used, node.latest
         upper.generated, upper.batched = node.generated, node.batched
-        node.parent.children[int(upper.tokens[0])] = upper
-        node.tokens, node.start, node.parent = node.tokens[offset:].copy(), depth, upper
-        upper.children[int(node.tokens[0])] = upper.recent = node
+        tokens = node.tokens[offset:].copy()
+        upper.children[int(tokens[0])] = upper.recent = node
         upper.checkpoints = [checkpoint for checkpoint in node.checkpoints if checkpoint.position <= depth]
-        node.checkpoints = node.checkpoints[len(upper.checkpoints) :]
+        checkpoints = node.checkpoints[len(upper.checkpoints) :]
+        upper.segments = {key: segment for key, segment in node.segments.items() if key[1].end <= depth}
+        segments = {key: segment for key, segment in node.segments.items() if key[1].end > depth}
+        node.parent.children[int(upper.tokens[0])] = upper
+        node.tokens, node.start, node.parent = tokens, depth, upper
+        node.checkpoints, node.segments = checkpoints, segments
         for checkpoint in upper.checkpoints:
             checkpoint.node = upper
-        for key in [k for k in node.segments if k[1].end <= depth]:
-            segment = upper.segments[key] = node.segments.pop(key)
+        for segment in upper.segments.values():
             segment.node = upper
         if 0 < node.lost <= depth:
             upper.lost, node.lost = node.lost, 0

@@ -178,7 +178,12 @@ def _size_of(layout: dict[str, Any]) -> int:
         raise DamagedFileError("its layout names no tensors and pieces")
     total = 0
     for piece in pieces:
-        if not isinstance(piece, list) or len(piece) != 3 or piece[0] not in (1, 2, 4, 8) or not is_count(piece[1]):
+        if (
+            not isinstance(piece, list)
+            or len(piece) != 3
+            or not all(map(is_count, piece[:2]))
+            or piece[0] not in (1, 2, 4, 8)
+        ):
             raise DamagedFileError(f"its layout has a piece that is none: {str(piece)[:40]}")
         size, count, strips = piece
         if count > _NUMBERS or not isinstance(strips, list) or not all(map(_is_strip, strips)):

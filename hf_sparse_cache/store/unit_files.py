@@ -238,15 +238,21 @@ def state_record(record: dict[str, Any], tokens: Tokens) -> StateRecord:
     return StateRecord.parse(record, tokens)
 
 
-def read_marks(path: Path, space: str, seal: Seal) -> list[Tokens]:
+def read_marks(path: Path, space: str, seal: Seal, most: int | None) -> list[Tokens]:
     """The announced prefixes in a file.
+
+    Args:
+        most: bytes that their tokens may take; None for no bound.
 
     Raises:
         OSError: it cannot be read.
-        DamagedFileError: it is not such a file, or of another space.
+        DamagedFileError: it is not such a file, of another space, or larger than marks can be.
     """
-    record, tokens = files.record_of(files.read(path, seal))
+    # An encrypted file has the tokens as text as well.
+    record, tokens = files.record_of(files.read(path, seal, None if most is None else _FRAME_BYTES + 4 * most))
     lengths = record.get("lengths")
+    if record["format"] not in READ_FORMATS:
+        raise RefusedFileError(f"it has format {record['format']}, and formats {READ_FORMATS} are read")
     if record.get("space") != space:
         raise DamagedFileError("its marks belong to another model or namespace")
     if not isinstance(lengths, list) or not all(map(is_count, lengths)) or sum(lengths) != len(tokens):

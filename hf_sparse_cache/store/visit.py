@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -69,29 +70,31 @@ class Visit:
         with ledger.lock:
             ledger.clock += 1
             footing = ledger.chains.begin(Trail(ledger.forest, ids, space))
-            match = Match(*footing.trail.known(), space in ledger.forest.trees)
-            marked = ledger.marks.lengths(ids, space)
-            cuts = segmenting.cuts(ids, marked)
-            expected = segmenting.expected(cuts, len(ids))
-            checkpoint = next(match.fitting(len(ids), expected, tail=segmenting.tail), None)
-            chain: Sequence[KVSegment] = ()
-            if checkpoint is not None:
-                ledger.take(checkpoint)
-                checkpoint.hits += 1
-                checkpoint.last_used = ledger.clock
-                if checkpoint.kv is not None:
-                    chain = checkpoint.chain()
-                    ledger.chains.stand(footing, [*chain])
-            for item in match.fitting(len(ids), expected) if marked else ():
-                if item.position in marked:  # a tier below may have brought it after it was announced
-                    ledger.keep(item, space)
-            ledger.passed(match, checkpoint, space)
-            cuts = segmenting.joined(cuts, match.overlap, len(ids))
-            prompt = _prompt(ledger, ids, cuts, match, checkpoint)
-            prompt.terms = _terms(ledger, match, checkpoint, _wanted(prompt, bool(segmenting.junctions)))
-            prompt.cut_tokens, prompt.seconds = segmenting.cut_tokens, ledger.seconds()
-            prompt.message_start = message_start(ids, segmenting.rule.cut_ids)
-            return cls(ledger, space, footing, match, checkpoint, set(marked), expected, prompt, chain=chain)
+            with _standing(ledger, footing) as taken:
+                match = Match(*footing.trail.known(), space in ledger.forest.trees)
+                marked = ledger.marks.lengths(ids, space)
+                cuts = segmenting.cuts(ids, marked)
+                expected = segmenting.expected(cuts, len(ids))
+                checkpoint = next(match.fitting(len(ids), expected, tail=segmenting.tail), None)
+                chain: Sequence[KVSegment] = ()
+                if checkpoint is not None:
+                    ledger.take(checkpoint)
+                    taken.append(checkpoint)
+                    checkpoint.hits += 1
+                    checkpoint.last_used = ledger.clock
+                    if checkpoint.kv is not None:
+                        chain = checkpoint.chain()
+                        ledger.chains.stand(footing, [*chain])
+                for item in match.fitting(len(ids), expected) if marked else ():
+                    if item.position in marked:  # a tier below may have brought it after it was announced
+                        ledger.keep(item, space)
+                ledger.passed(match, checkpoint, space)
+                cuts = segmenting.joined(cuts, match.overlap, len(ids))
+                prompt = _prompt(ledger, ids, cuts, match, checkpoint)
+                prompt.terms = _terms(ledger, match, checkpoint, _wanted(prompt, bool(segmenting.junctions)))
+                prompt.cut_tokens, prompt.seconds = segmenting.cut_tokens, ledger.seconds()
+                prompt.message_start = message_start(ids, segmenting.rule.cut_ids)
+                return cls(ledger, space, footing, match, checkpoint, set(marked), expected, prompt, chain=chain)
 
     @classmethod
     def again(cls, ledger: Ledger, prompt: Prompt, space: str, before: Before) -> Visit | None:
@@ -104,16 +107,18 @@ class Visit:
             if known is None or known.serial != before.tree:
                 return None
             footing = ledger.chains.begin(Trail(ledger.forest, prompt.ids, space))
-            match = Match(*footing.trail.known(), True)
-            prompt.terms = replace(prompt.terms, price=_terms(ledger, match, None, _wanted(prompt, True)).price)
-            prompt.seconds = ledger.seconds()
-            stored = match.checkpoints(before.resumed)[-1:]
-            below = next((item for item in stored if item.position == before.resumed), None)
-            if below is not None:
-                ledger.take(below)
-                if below.kv is not None:
-                    ledger.chains.stand(footing, below.chain())
-            return cls(ledger, space, footing, match, below, set(), None, prompt, before.tokens)
+            with _standing(ledger, footing) as taken:
+                match = Match(*footing.trail.known(), True)
+                prompt.terms = replace(prompt.terms, price=_terms(ledger, match, None, _wanted(prompt, True)).price)
+                prompt.seconds = ledger.seconds()
+                stored = match.checkpoints(before.resumed)[-1:]
+                below = next((item for item in stored if item.position == before.resumed), None)
+                if below is not None:
+                    ledger.take(below)
+                    taken.append(below)
+                    if below.kv is not None:
+                        ledger.chains.stand(footing, below.chain())
+                return cls(ledger, space, footing, match, below, set(), None, prompt, before.tokens)
 
     @property
     def tree(self) -> int:
@@ -148,9 +153,27 @@ class Visit:
         """Takes back what it pins and holds."""
         with self.ledger.lock:
             if self.footing in self.ledger.chains.footings:
-                self.ledger.chains.end(self.footing)
-                if self.checkpoint is not None:
-                    self.ledger.done_with(self.checkpoint)
+                _leave(self.ledger, self.footing, [] if self.checkpoint is None else [self.checkpoint])
+
+
+@contextmanager
+def _standing(ledger: Ledger, footing: Footing) -> Iterator[list[Checkpoint]]:
+    """Takes back a footing, and the pins of what is put on the list, where a visit fails to begin.
+
+    A prompt is cut by what a user's tokenizer says, and priced by an eviction of his own: either may fail.
+    """
+    taken: list[Checkpoint] = []
+    try:
+        yield taken
+    except BaseException:
+        _leave(ledger, footing, taken)
+        raise
+
+
+def _leave(ledger: Ledger, footing: Footing, taken: Sequence[Checkpoint]) -> None:
+    ledger.chains.end(footing)
+    for checkpoint in taken:
+        ledger.done_with(checkpoint)
 
 
 def _prompt(ledger: Ledger, ids: Tokens, cuts: Positions, match: Match, checkpoint: Checkpoint | None) -> Prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,6 +144,7 @@ OF_STATES: dict[str, Change] = {
     "position as text": record(position="32"),
     "position beyond memory": record(position=2**62),
     "no position": lambda unit: unit.record.pop("position"),
+    "segments of many words": record(lineage=["x" * 10**6]),
     "no keys and values": record(kv=[]),
     "keys and values that are no list": record(kv={"a": 1}),
     "keys and values of numbers": record(kv=[1, 2, 3]),
@@ -194,6 +196,7 @@ def loses(folder: Path, model: PreTrainedModel, cold: torch.Tensor, caplog: pyte
         assert cache.last_request is not None
         told = [entry for entry in caplog.records if entry.levelno == logging.WARNING]
         assert len(told) <= 1 and (not told or str(folder) in told[0].getMessage())
+        assert not told or len(told[0].getMessage()) < 1000
         assert told or cache.last_request.resumed_tokens == 96
         return cache.last_request.resumed_tokens
 
@@ -264,6 +267,26 @@ def test_a_hostile_disk_folder(
     assert 1 <= len(caplog.records) <= 2 and (folder / "sparse_cache.json").exists()
 
 
+@pytest.mark.parametrize("size", [2**33, 2**40])
+def test_marks_that_promise_more_than_any_can_be_are_not_read(copied: Any, caplog: Any, size: int) -> None:
+    """A file that is mostly a hole costs nobody anything to make, and memory to read."""
+    model, folder, _ = copied
+    with handle(model, policy="none") as cache:
+        cache.mark(question(2)[:, :40])
+        cold = logits(model, question(3), cache)
+    with SparsePrefixCache.from_pretrained(folder, model) as cache:
+        cache.mark(question(2)[:, :40])
+        cache.save_pretrained(folder)
+    (marks,) = folder.glob("marks-*")
+    os.truncate(marks, size)
+    with SparsePrefixCache.from_pretrained(folder, model, policy="none") as cache:
+        assert len(caplog.messages) == 1 and f"has {size} bytes" in caplog.messages[0] and marks.name in caplog.text
+        assert not cache.store.marks.kept
+        cache.mark(question(2)[:, :40])
+        assert torch.equal(logits(model, question(3), cache), cold)
+        assert cache.last_request is not None and cache.last_request.resumed_tokens
+
+
 def test_two_honest_saves_in_one_folder(honest: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of another tenant and of other weights: each is refused by its space, with and without a list of files."""
     model, folder, cold = honest
@@ -330,6 +353,16 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an unknown mode": (lambda m: m["settings"].update(exactness="vague"), "exactness must be"),
     "a mode of before": (lambda m: m["settings"].update(exactness="numerical"), "exactness is 'numerical'"),
     "strings that are none": (lambda m: m["settings"].update(cut_after=[3]), "cut_after must be strings"),
+    "strings in one": (lambda m: m["settings"].update(cut_after="x" * 9999), "cut_after is 'xxx"),
+    "strings that are numbers": (lambda m: m["settings"].update(cut_after=7), "cut_after is 7"),
+    "cut ids of version 1 that are none": (
+        lambda m: (m.update(version=1), m["fingerprint"].update({"cut ids": 5})),
+        "fingerprint.cut ids is 5",
+    ),
+    "cut ids of version 1 beyond all": (
+        lambda m: (m.update(version=1), m["fingerprint"].update({"cut ids": [2**70]})),
+        r"fingerprint.cut ids is \[1180",
+    ),
     "pieces of text": (lambda m: m["settings"].update(pieces="9"), "settings.pieces is '9'"),
     "a mode that is a list": (lambda m: m["settings"].update(exactness=[]), "exactness"),
     "a namespace that is a number": (lambda m: m.update(namespace=3), "namespace is 3"),
@@ -340,6 +373,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a config that is none": (lambda m: m.update(config="x"), "config is 'x'"),
     "a version to come": (lambda m: m.update(version=4), "version is 4, and 1 to 3 are read"),
     "a true version": (lambda m: m.update(version=True), "version is True"),
+    "a version with a point": (lambda m: m.update(version=3.0), "version is 3.0"),
     "a version of text": (lambda m: m.update(version="2"), "version is '2'"),
     "a version that is a list": (lambda m: m.update(version=[2]), r"version is \[2\]"),
     "files that are no list": (lambda m: m.update(units="all"), "units is no list of names"),
@@ -361,6 +395,11 @@ def test_a_hostile_manifest_is_refused_by_field(copied: Any, name: str) -> None:
 TEXTS = {
     "nested deep": (DEEP.decode(), "nested too deep"),
     "a key twice": ('{"settings": {}, "settings": {}}', "the key 'settings' comes twice"),
+    "a long key twice": (f'{{"{"k" * 10**6}": 1, "{"k" * 10**6}": 1}}', "the key 'kkk"),
+    "many keys, one twice": (
+        "{" + ",".join(f'"{key}": 1' for key in [*range(10**5), 99_999]) + "}",
+        "the key '99999' comes twice",
+    ),
     "no JSON": ("{", "not JSON"),
     "a list": ("[]", "no JSON object"),
     "nothing": ("", "not JSON"),

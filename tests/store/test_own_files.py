@@ -322,7 +322,7 @@ def test_a_picture_or_a_report_takes_the_place_of_ours_alone(tmp_path: Path) -> 
         check_output(path, "--png", mark)
         path.write_bytes(ours)
         check_output(path, "--png", mark)
-        for mine in (b"", b"a photograph", bytes(5000) + ours):
+        for mine in (b"", b"a photograph", bytes(5000) + ours, b"hf-sparse-cache plan trace.jsonl --png plan.png"):
             path.write_bytes(mine)
             with pytest.raises(ValueError, match="--png .* was not written by this command; give another name"):
                 check_output(path, "--png", mark)

@@ -170,6 +170,7 @@ HOSTILE: dict[str, tuple[Callable[[Any, bytes], Any], str]] = {
     "a piece more": (pieces(lambda p: p.append(p[0])), "not the bytes of its tensors"),
     "a piece that is none": (pieces(lambda p: p.append(7)), "a piece that is none"),
     "numbers of 3 bytes": (pieces(lambda p: p[0].__setitem__(0, 3)), "a piece that is none"),
+    "numbers of 4.0 bytes": (pieces(lambda p: p[0].__setitem__(0, 4.0)), "a piece that is none"),
     "numbers below 0": (pieces(lambda p: p[0].__setitem__(1, -1)), "a piece that is none"),
     "numbers beyond all": (pieces(lambda p: p[0].__setitem__(1, 2**61)), "strips that are none"),
     "true numbers": (pieces(lambda p: p[0].__setitem__(1, True)), "a piece that is none"),

@@ -100,3 +100,42 @@ def test_a_path_has_the_rate_of_those_that_were_passed_as_often(passes: int) -> 
             pass
     found = eviction.terms(store.match(np.asarray(DOCUMENT, dtype=np.int32)).path, 20, 0.0, None)
     assert (found.known_rate, found.new_rate) == (cell_of(passes + 1, 1), cell_of(1, 2))
+
+
+class Failing(LRU):
+    """Cannot say what a checkpoint is worth while it is told to fail."""
+
+    error: BaseException | None = None
+
+    def terms(self, path: Sequence[Any], overlap: int, need: float, resumed: Any) -> Terms:
+        if self.error is not None:
+            raise self.error
+        return super().terms(path, overlap, need, resumed)
+
+
+@pytest.mark.parametrize("error", [ValueError("of a user's own eviction"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", ["terms", "cuts"])
+def test_a_visit_that_fails_to_begin_holds_nothing(
+    error: BaseException, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eviction = Failing()
+    store = CheckpointStore(None, eviction)
+    run(store, DOCUMENT, [2 * GRID], kv=3)
+    held = store.used_bytes
+    segmenting = every(GRID)
+    with monkeypatch.context() as patch:
+        if place == "terms":
+            patch.setattr(eviction, "error", error)
+        else:
+
+            def cuts(*_: Any) -> Any:
+                raise error
+
+            patch.setattr(type(segmenting), "cuts", cuts)
+        with pytest.raises(type(error)):
+            open_request(store, NoCheckpoints(), np.asarray([*DOCUMENT, 7, 8], dtype=np.int32), segmenting)
+    store.verify()
+    assert not store.ledger.chains.footings and not store.ledger.in_use and held == store.used_bytes > 0
+    assert not any(item.pins for item in store.stored())
+    store.clear()
+    assert store.used_bytes == 0
