@@ -628,21 +628,21 @@ cdef double sum_of(const double *terms, Py_ssize_t n) noexcept nogil:
 
 
 def shares(
-    const double[::1] reaching not None, const long long[::1] cuts not None, list positions not None,
+    const double[::1] below not None, const long long[::1] cuts not None, list positions not None,
     list starts not None, list following not None,
 ):
-    """What `Forecast.shares` says, as two lists; reaching[c] is P(next overlap >= cut c), with a 0 behind the last."""
+    """What `Forecast.shares` says, as two lists; below[c] is P(next overlap < cut c)."""
     cdef Py_ssize_t i, n = len(positions)
     cdef double here, behind, entering, follows, onward, stopping
     cdef bint seen
-    if reaching.shape[0] != cuts.shape[0] + 1:
-        raise ValueError(f"reaching has {reaching.shape[0]} entries for {cuts.shape[0]} cuts: give one more")
+    if below.shape[0] != cuts.shape[0]:
+        raise ValueError(f"below has {below.shape[0]} entries for {cuts.shape[0]} cuts: give one a cut")
     stop, go = [], []
-    behind = reaching[first_from(cuts, positions[0])] if n else 0.0
+    behind = reaching(below, cuts, positions[0]) if n else 0.0
     for i in range(n):
         here = behind
-        behind = reaching[first_from(cuts, positions[i + 1])] if i + 1 < n else 0.0
-        entering = reaching[first_from(cuts, <long long> starts[i] + 1)]
+        behind = reaching(below, cuts, positions[i + 1]) if i + 1 < n else 0.0
+        entering = reaching(below, cuts, <long long> starts[i] + 1)
         follows = min(<double> following[i], 1.0)
         onward = follows * behind
         seen = entering > LEAST_ENTERING
@@ -651,6 +651,12 @@ def shares(
         stop.append(max(stopping, 0.0))
         go.append(onward / entering if seen else follows)
     return stop, go
+
+
+cdef double reaching(const double[::1] below, const long long[::1] cuts, long long position) noexcept nogil:
+    """P(next overlap >= position); between two cuts a position counts as the deeper one, behind the last as none."""
+    cdef Py_ssize_t cut = first_from(cuts, position)
+    return 1.0 - below[cut] if cut < cuts.shape[0] else 0.0
 
 
 cdef Py_ssize_t first_from(const long long[:] cuts, long long position) noexcept nogil:
@@ -706,6 +712,18 @@ def segment_ends(const long long[::1] cuts not None, long long start, long long 
     return found
 
 
+def appended(const long long[:] first not None, const long long[:] then not None):
+    """One array of positions behind another."""
+    cdef Py_ssize_t i, n = first.shape[0]
+    found = empty(n + then.shape[0], "q")
+    cdef long long[::1] all_ = found
+    for i in range(n):
+        all_[i] = first[i]
+    for i in range(then.shape[0]):
+        all_[n + i] = then[i]
+    return found
+
+
 def walk(dict children not None, const int[::1] ids not None):
     """Follows `ids` through a radix tree, token by token.
 
@@ -746,46 +764,100 @@ def levels(path not None, Py_ssize_t least):
     return found
 
 
-def age(
-    short[:, ::1] alive not None, double[:, ::1] waiting not None, double[:, ::1] exposure not None,
-    const long long[::1] later not None, long long clock,
-):
-    """One tick: those that come of each later age move to its row of `waiting`; then each waits one tick more.
+cdef class Waits:
+    """Individuals that wait for their next event, by row and by how long, and what happened to them meanwhile.
 
     Args:
-        alive: how many entered each cell at a tick, of shape (W, cells), by tick modulo W.
-        waiting: the same by row of ages, of shape (A, cells).
-        exposure: ticks that they waited; of the same shape.
-        later: the ages at which the rows behind the first begin, of shape (A - 1,), at most W.
-        clock: the tick, which has nobody yet.
+        alive: how many entered each row at a tick and still wait, of shape (W, rows), by tick modulo W.
+        waiting: the same by bin of their ages now, of shape (A, rows).
+        events: how many met their event, by bin of their age then; of the same shape.
+        exposure: ticks that were waited, by bin; of the same shape.
+        ages: the least age of each bin, ascending from 0 to W, of shape (A,); those who come to W are forgotten.
+
+    All of these arrays are changed in place. Copies keep what they share with whoever is copied along with them.
+
+    Attributes:
+        clock: ticks so far.
     """
-    cdef Py_ssize_t row, cell, rows = later.shape[0], cells = alive.shape[1], when
-    if waiting.shape[0] != rows + 1 or exposure.shape[0] != rows + 1:
-        raise ValueError(f"{rows} later ages need {rows + 1} rows, got {waiting.shape[0]} and {exposure.shape[0]}")
-    if waiting.shape[1] != cells or exposure.shape[1] != cells:
-        raise ValueError(f"alive has {cells} cells, but waiting {waiting.shape[1]} and exposure {exposure.shape[1]}")
-    if not rows or clock < 0:
-        raise ValueError(f"clock={clock} with {rows} later ages: give a tick of at least 0, and an age")
-    for row in range(rows):
-        when = (clock + alive.shape[0] - later[row]) % alive.shape[0]
-        if later[row] > alive.shape[0] or when < 0:
-            raise ValueError(f"later[{row}] is {later[row]}: more than the {alive.shape[0]} ticks that are known")
-        for cell in range(cells):
-            waiting[row, cell] -= alive[when, cell]
-        if row + 1 < rows:  # the last fall out of the window
-            for cell in range(cells):
-                waiting[row + 1, cell] += alive[when, cell]
-    when = clock % alive.shape[0]
-    for cell in range(cells):
-        alive[when, cell] = 0
-    for row in range(rows + 1):
-        for cell in range(cells):
-            exposure[row, cell] += waiting[row, cell]
+
+    cdef readonly long long clock
+    cdef short[:, ::1] alive
+    cdef double[:, ::1] waiting, events, exposure
+    cdef const long long[::1] ages
+
+    def __init__(self, alive not None, waiting not None, events not None, exposure not None, ages not None, clock=0):
+        self.alive, self.waiting, self.events, self.exposure, self.ages = alive, waiting, events, exposure, ages
+        self.clock = clock
+        cdef Py_ssize_t bins = self.ages.shape[0], rows = self.alive.shape[1]
+        for counts in (waiting, events, exposure):
+            if counts.shape != (bins, rows):
+                raise ValueError(f"{bins} ages and {rows} rows need counts of that shape, got {counts.shape}")
+        if bins < 2 or self.ages[0] or self.ages[bins - 1] != self.alive.shape[0] or clock < 0:
+            raise ValueError(f"give ages from 0 to {self.alive.shape[0]}, and a clock of at least 0")
+
+    def __reduce__(self):
+        arrays = (self.alive.base, self.waiting.base, self.events.base, self.exposure.base, self.ages.base)
+        return Waits, (*arrays, self.clock)
+
+    def tick(self):
+        """Those that come of the least age of a bin move there; then each waits one tick more."""
+        cdef Py_ssize_t bin, row, when, bins = self.ages.shape[0], rows = self.alive.shape[1]
+        self.clock += 1
+        for bin in range(bins - 1):
+            when = (self.clock + self.alive.shape[0] - self.ages[bin + 1]) % self.alive.shape[0]
+            for row in range(rows):
+                self.waiting[bin, row] -= self.alive[when, row]
+            if bin + 2 < bins:  # the last fall out of the window
+                for row in range(rows):
+                    self.waiting[bin + 1, row] += self.alive[when, row]
+        when = self.clock % self.alive.shape[0]
+        for row in range(rows):
+            self.alive[when, row] = 0
+        for bin in range(bins):
+            for row in range(rows):
+                self.exposure[bin, row] += self.waiting[bin, row]
+
+    def enter(self, Py_ssize_t row):
+        """One waits in a row from now on."""
+        self.count(row, self.clock, 1)
+
+    def leave(self, Py_ssize_t row, long long since):
+        """One that entered a row at tick `since` waits no longer."""
+        self.count(row, since, -1)
+
+    def move(self, Py_ssize_t row, Py_ssize_t other, long long since):
+        """One that entered a row at tick `since` waits in another one from now on, as old as it is."""
+        self.count(row, since, -1)
+        self.count(other, since, 1)
+
+    def hit(self, Py_ssize_t row, long long since, bint split=False):
+        """One that entered a row at tick `since` met its event now; `split`: another part of it goes on waiting."""
+        cdef long long age = self.clock - since
+        cdef Py_ssize_t bin, last = self.bin_at(row, age)
+        age = min(age, self.alive.shape[0])
+        self.events[last, row] += 1.0
+        if split:  # the part that met it waited as well, and is counted nowhere else
+            for bin in range(last):
+                self.exposure[bin, row] += self.ages[bin + 1] - self.ages[bin]
+            self.exposure[last, row] += age - self.ages[last]
+
+    cdef int count(self, Py_ssize_t row, long long since, int number) except -1:
+        cdef long long age = self.clock - since
+        cdef Py_ssize_t bin = self.bin_at(row, age)
+        if age < self.alive.shape[0]:
+            self.alive[since % self.alive.shape[0], row] += number
+            self.waiting[bin, row] += number
+        return 0
+
+    cdef Py_ssize_t bin_at(self, Py_ssize_t row, long long age) except -1:
+        if age < 0 or age > self.clock or not 0 <= row < self.alive.shape[1]:
+            raise ValueError(f"row {row} of {self.alive.shape[1]} has none of age {age} at tick {self.clock}")
+        return first_from(self.ages, age + 1) - 1
 
 
 def looked_up(
     const double[:, ::1] index not None, const long long[::1] cells not None, const long long[::1] ticks not None,
-    long long now, const long long[::1] bins not None,
+    long long now, const unsigned char[::1] bins not None,
 ):
     """index[cell, bins[age]] for each, the age being how long before `now` its tick was; of shape (n,)."""
     cdef Py_ssize_t i, n = cells.shape[0]

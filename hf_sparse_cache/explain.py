@@ -70,6 +70,7 @@ _BEHIND_CUT = (
     "{:,} shared tokens lie {} and are computed again. cache.mark() on the shared part, cut_after= the string that "
     "ends it,{} or exactness='replayable' saves them."
 )
+_RESUMED = Reason(Cause.RESUMED)  # most requests have it
 _LAST_CUT, _FIRST_CUT = "behind the last cut before the prompts part", "before the first cut"
 
 
@@ -303,7 +304,7 @@ def cause(match: Match, checkpoint: Checkpoint | None, usable: int, cuts: Positi
         cuts: the prompt's cuts.
     """
     if checkpoint is not None:
-        return Reason(Cause.RESUMED)
+        return _RESUMED
     if not match.known:
         return Reason(Cause.NOTHING_STORED)
     if not len(cuts) or (cuts[0] > usable and match.overlap > usable):  # its end comes first, not where it leaves

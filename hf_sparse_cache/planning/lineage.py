@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checks import shown
+from .compiled import appended
 from .cuts import Positions
 
 
@@ -73,11 +74,17 @@ class Lineage:
         """The position it leads to."""
         return abs(int(self._ends[-1])) if len(self._ends) else 0
 
+    @classmethod
+    def _of(cls, ends: Positions) -> Lineage:
+        """The one that these ends become, which nobody else may change."""
+        found = cls.__new__(cls)
+        found._ends = ends
+        ends.setflags(write=False)
+        return found
+
     def then(self, ends: Sequence[int] | Positions) -> Lineage:
         """With further segments of a prefill behind it, which end at `ends`."""
-        if not len(self._ends):
-            return Lineage(ends)
-        return Lineage(np.concatenate((self._ends, np.asarray(ends, dtype=np.int64))))
+        return self._of(appended(self._ends, np.asarray(ends, dtype=np.int64)))
 
     def decoded(self, end: int) -> Lineage:
         """With tokens decoded one by one behind it, up to `end`; a run that goes on stays one run."""
@@ -115,9 +122,7 @@ class Lineage:
         count = int(np.searchsorted(np.abs(self._ends), position))
         if count == len(self._ends) or abs(int(self._ends[count])) != position:
             raise ValueError(f"position={position} is not the end of a segment; those end at {self}")
-        found = Lineage()
-        found._ends = self._ends[: count + 1]
-        return found
+        return self._of(self._ends[: count + 1])
 
     def through(self, position: int) -> Lineage:
         """The same, and with a rounding there if there is one."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -36,15 +35,9 @@ class Forecast:
     cuts: Positions
     below: Floats
 
-    @cached_property
-    def _reaching(self) -> Floats:
-        found = np.zeros(len(self.below) + 1)
-        np.subtract(1.0, self.below, out=found[:-1])
-        return found
-
     def passing(self, positions: Positions) -> Floats:
         """P(next overlap >= position), of shape `(P,)`; positions between two cuts count as the deeper one."""
-        found: Floats = self._reaching[self.cuts.searchsorted(positions)]
+        found: Floats = np.append(1.0 - self.below, 0.0)[self.cuts.searchsorted(positions)]
         return found
 
     def shares(
@@ -59,7 +52,7 @@ class Forecast:
             following: rate of passes at the next position over that here: at a junction most prompts go elsewhere.
                 0 for the last, behind which nothing is stored.
         """
-        return shares(self._reaching, self.cuts, [*positions], [*starts], [*following])
+        return shares(self.below, self.cuts, [*positions], [*starts], [*following])
 
 
 class OverlapModel:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..planning.compiled import age, looked_up
+from ..planning.compiled import Waits, looked_up
 from ..planning.views import Floats
 
 
@@ -32,9 +32,8 @@ MOST_PASSES, MOST_LEVELS = int(PASS_EDGES[-1]), int(LEVEL_EDGES[-1])
 # Lists, as these are looked up one by one, many times a request, and an element of an array takes five times as long.
 _PASS_ROWS: list[int] = (np.searchsorted(PASS_EDGES, np.arange(MOST_PASSES + 1), side="right") - 1).tolist()
 _LEVEL_ROWS: list[int] = (np.searchsorted(LEVEL_EDGES, np.arange(MOST_LEVELS + 1), side="right") - 1).tolist()
-_LATER_AGES = AGE_EDGES[1:].astype(np.int64)
 _WIDTHS = np.diff(np.append(AGE_EDGES, 2.0 * AGE_EDGES[-1]))
-_AGE_BIN = np.searchsorted(AGE_EDGES, np.arange(WINDOW + 1), side="right") - 1
+_AGE_BIN = np.searchsorted(AGE_EDGES, np.arange(WINDOW + 1), side="right").astype(np.uint8) - 1
 _AGE_BINS: list[int] = _AGE_BIN.tolist()
 
 
@@ -52,6 +51,11 @@ class SurvivalTables:
     Args:
         half_lives: of the counts, in requests; one a speed of forgetting.
         strength: pseudo-events with which a cell leans on the coarser table above it.
+
+    Attributes:
+        waits: the edges that wait in each cell, since the tick of their last pass; what is seen is told it.
+        shares: how much each speed counts.
+        index: best rates of hits, of shape (cells, ages).
     """
 
     def __init__(self, half_lives: Sequence[float] = HALF_LIVES, strength: float = 1.5) -> None:
@@ -64,46 +68,24 @@ class SurvivalTables:
         # What happened since the last update, and all before, by speed of forgetting.
         self._new_events, self._new_exposure = np.zeros((2, len(AGE_EDGES), cells))
         self._events, self._exposure = np.zeros((2, len(half_lives), len(AGE_EDGES), cells))
-        self._clock = 0
+        self.waits = Waits(
+            self._alive, self._waiting, self._new_events, self._new_exposure, AGE_EDGES.astype(np.int64)
+        )
         self._updated = 0
         self.shares = np.full(len(half_lives), 1.0 / len(half_lives))
         self.index = np.zeros((cells, len(AGE_EDGES)))
         self._solve()
 
-    def enter(self, cell: int) -> None:
-        """An edge was passed now and belongs to `cell` from now on."""
-        self._count(cell, self._clock, 1)
-
-    def leave(self, cell: int, since: int) -> None:
-        """The edge that entered `cell` at tick `since` is no longer waiting."""
-        self._count(cell, since, -1)
-
     def bypass(self, cell: int, since: int) -> int:
         """Moves an edge to the row of those that prompts left for another path, and returns that row."""
         if not cell % 2:
-            self._count(cell, since, -1)
-            self._count(cell + 1, since, 1)
+            self.waits.move(cell, cell + 1, since)
         return cell | 1
-
-    def _count(self, cell: int, since: int, number: int) -> None:
-        if self._clock - since < WINDOW:
-            self._alive[since % WINDOW, cell] += number
-            self._waiting[_AGE_BINS[self._clock - since], cell] += number
-
-    def hit(self, cell: int, since: int, split: bool = False) -> None:
-        """An edge of `cell`, last passed at tick `since`, was passed again now; `split`: its rest goes on waiting."""
-        age = min(self._clock - since, WINDOW)
-        last = _AGE_BINS[age]
-        self._new_events[last, cell] += 1.0
-        if split:  # the part that was passed waited as well, and is counted nowhere else
-            self._new_exposure[:last, cell] += _WIDTHS[:last]
-            self._new_exposure[last, cell] += age - AGE_EDGES[last]
 
     def advance(self, now: int) -> None:
         """Moves the clock to `now`, one tick a request."""
-        while self._clock < now:
-            self._clock += 1
-            age(self._alive, self._waiting, self._new_exposure, _LATER_AGES, self._clock)
+        while self.waits.clock < now:
+            self.waits.tick()
         ticks = now - self._updated
         if ticks >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
             self._judge()

@@ -161,9 +161,9 @@ class LeastValue(Scored):
             if node.waiting is not None:
                 cell, since = node.waiting
                 whole = node.end - overlap < MIN_EDGE_TOKENS
-                self.tables.hit(cell, since, split=not whole)
+                self.tables.waits.hit(cell, since, split=not whole)
                 if whole:
-                    self.tables.leave(cell, since)
+                    self.tables.waits.leave(cell, since)
                     node.waiting = None
 
     def settled(self, path: Sequence[Node], forecast: Forecast | None, now: int) -> None:
@@ -177,7 +177,7 @@ class LeastValue(Scored):
             if node.waiting is None and len(node.tokens) >= MIN_EDGE_TOKENS:
                 cell = cell_of(node.passes, level)
                 node.waiting = cell, self.now
-                self.tables.enter(cell)
+                self.tables.waits.enter(cell)
             if child is not None and node.recent is not child:
                 if len(node.children) <= FORK_CHILDREN and node.end >= MIN_STEM_TOKENS:
                     self._bypass(node.recent)
@@ -247,10 +247,10 @@ class LeastValue(Scored):
 
 def _branches(node: Node, child: Node | None) -> bool:
     """Whether other prompts run on from the end of this edge, apart from those along `child`."""
-    return any(
-        other is not child and (other.children or len(other.tokens) >= MIN_EDGE_TOKENS)
-        for other in node.children.values()
-    )
+    for other in node.children.values():  # no generator: it is asked for every edge of every path
+        if other is not child and (other.children or len(other.tokens) >= MIN_EDGE_TOKENS):
+            return True
+    return False
 
 
 def _cell(checkpoint: Checkpoint) -> int:

@@ -163,32 +163,63 @@ def test_a_prefill_ends_its_segments_at_each_cut(positions: set[int], start: int
 def test_one_tick_moves_who_comes_of_each_age() -> None:
     generator, later, window = np.random.default_rng(0), np.asarray([1, 4, 16]), 16
     alive = generator.integers(0, 9, (window, 7)).astype(np.int16)
-    waiting, exposure = generator.integers(0, 99, (2, 4, 7)).astype(float)
+    waiting, events, exposure = generator.integers(0, 99, (3, 4, 7)).astype(float)
+    waits = compiled.Waits(alive, waiting, events, exposure, np.append(0, later), 39)
     for clock in range(40, 80):
         older = alive[(clock - later) % window]
         expected = waiting.copy()
         expected[:-1] -= older
         expected[1:-1] += older[:-1]
         spent = exposure + expected
-        compiled.age(alive, waiting, exposure, later, clock)
-        assert (waiting == expected).all() and (exposure == spent).all() and not alive[clock % window].any()
+        waits.tick()
+        assert waits.clock == clock and not alive[clock % window].any()
+        assert (waiting == expected).all() and (exposure == spent).all()
         alive[clock % window] = generator.integers(0, 9, 7)
+
+
+def test_a_copy_of_waits_keeps_what_it_shares() -> None:
+    counts = np.zeros((8, 2), dtype=np.int16), *np.zeros((3, 3, 2))
+    waits = compiled.Waits(*counts, np.asarray([0, 1, 8]))
+    for others, (alive, waiting, events, exposure) in (
+        copy.deepcopy((waits, counts)),
+        pickle.loads(pickle.dumps((waits, counts))),
+    ):
+        others.enter(1)
+        for _ in range(5):
+            others.tick()
+        others.hit(1, 0)
+        others.leave(1, 0)
+        assert events[:, 1].tolist() == [0, 1, 0] and exposure[:, 1].tolist() == [0, 5, 0]
+        assert not alive.any() and not waiting.any() and others.clock == 5
+    assert waits.clock == 0 and not any(array.any() for array in counts)
 
 
 def test_what_would_lead_outside_an_array_is_refused() -> None:
     counts, places = np.zeros((3, 4)), np.asarray([1, 2])
     alive = np.zeros((8, 4), dtype=np.int16)
-    for later, clock, waiting in ((places, -1, counts), (np.asarray([1, 9]), 9, counts), (places, 9, counts[:2])):
+    sound = compiled.Waits(alive, counts, counts, counts, np.asarray([0, 1, 8]), 9)
+    for ages, clock, waiting in (
+        ([0, 1, 8], -1, counts),
+        ([0, 1, 9], 9, counts),
+        ([0, 1, 8], 9, counts[:2]),
+        ([1, 2, 8], 9, counts),
+    ):
         with pytest.raises(ValueError):
-            compiled.age(alive, waiting, counts, later, clock)
-    bins = np.asarray([0, 1, 2])
+            compiled.Waits(alive, waiting, counts, counts, np.asarray(ages), clock)
+    for row, since in ((4, 9), (-1, 9), (0, 10), (0, -1)):
+        for told in (sound.leave, sound.hit):
+            with pytest.raises(ValueError, match="row"):
+                told(row, since)
+    with pytest.raises(ValueError, match="row"):
+        sound.enter(4)
+    bins = np.asarray([0, 1, 2], dtype=np.uint8)
     for cells, ticks, now in (([3], [5], 5), ([-1], [5], 5), ([0], [5], 4), ([0, 1], [5], 5)):
         with pytest.raises(ValueError):
             compiled.looked_up(counts, np.asarray(cells), np.asarray(ticks), now, bins)
     with pytest.raises(ValueError, match="rates"):
         compiled.Leaving(0.0).until(1.0, [None], np.ones(2), np.ones(1))
     with pytest.raises(ValueError, match="cuts"):
-        compiled.shares(np.ones(2), np.asarray([64, 128]), [64], [0], [0.0])
+        compiled.shares(np.ones(3), np.asarray([64, 128]), [64], [0], [0.0])
     with pytest.raises(ValueError, match="stops"):
         compiled.viewed([], np.ones(1), Shape(9, 0, places, places[:1], places, 0))
     with pytest.raises(ValueError, match="contexts"):

@@ -23,15 +23,15 @@ def feed(tables: SurvivalTables, hazard: float, most: int, ticks: int = 6000) ->
         waiting = []
         for passes, since in alive:
             if passes < most and generator.random() < hazard:
-                tables.hit(cell_of(passes, 1), since)
-                tables.leave(cell_of(passes, 1), since)
-                tables.enter(cell_of(passes + 1, 1))
+                tables.waits.hit(cell_of(passes, 1), since)
+                tables.waits.leave(cell_of(passes, 1), since)
+                tables.waits.enter(cell_of(passes + 1, 1))
                 waiting.append((passes + 1, now))
             elif now - since < 1000:
                 waiting.append((passes, since))
         alive = waiting
         if now % 20 == 0:
-            tables.enter(cell_of(1, 1))
+            tables.waits.enter(cell_of(1, 1))
             alive.append((1, now))
 
 
@@ -58,10 +58,10 @@ def test_an_edge_is_counted_where_its_passes_and_its_depth_begin() -> None:
 def test_tables_are_of_fixed_size_and_forget_what_is_too_old() -> None:
     tables = SurvivalTables()
     before = tables._alive.nbytes
-    tables.enter(cell_of(1, 1))
+    tables.waits.enter(cell_of(1, 1))
     tables.advance(WINDOW + 5)
-    tables.hit(cell_of(1, 1), 0)
-    tables.leave(cell_of(1, 1), 0)
+    tables.waits.hit(cell_of(1, 1), 0)
+    tables.waits.leave(cell_of(1, 1), 0)
     assert tables._alive.nbytes == before
     assert (tables._alive >= 0).all()
     assert (tables._waiting == 0).all()
@@ -76,7 +76,7 @@ def test_waiting_times_are_those_of_a_naive_count(steps: list[tuple[str, int]]) 
     now = 0
     for step, number in steps:
         if step == "e":
-            tables.enter(cells[number % 2])
+            tables.waits.enter(cells[number % 2])
             waiting.append((cells[number % 2], now))
         elif step == "t":
             for _ in range(number):
@@ -88,7 +88,7 @@ def test_waiting_times_are_those_of_a_naive_count(steps: list[tuple[str, int]]) 
             cell, since = waiting[number % len(waiting)]
             waiting[number % len(waiting)] = tables.bypass(cell, since), since
         elif waiting:
-            tables.leave(*waiting.pop(number % len(waiting)))
+            tables.waits.leave(*waiting.pop(number % len(waiting)))
     assert np.array_equal(tables._exposure[0] + tables._new_exposure, exposure)
 
 
@@ -98,13 +98,13 @@ def test_a_root_that_all_share_does_not_make_young_paths_hot() -> None:
     for now in range(1, 20 * PERIOD):
         tables.advance(now)
         if now > 1:
-            tables.hit(root, now - 1)
-            tables.leave(root, now - 1)
-        tables.enter(root)
-        tables.enter(fresh)
+            tables.waits.hit(root, now - 1)
+            tables.waits.leave(root, now - 1)
+        tables.waits.enter(root)
+        tables.waits.enter(fresh)
         if now > 100 and now % 4 == 0:  # every fourth comes back, and never before its hundredth request
-            tables.hit(fresh, now - 100)
-            tables.leave(fresh, now - 100)
+            tables.waits.hit(fresh, now - 100)
+            tables.waits.leave(fresh, now - 100)
     assert tables.rate(root) > 0.5
     assert tables.rate(fresh) < 0.01
 
