@@ -20,9 +20,10 @@ import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .attachment import Override
+from .definitions import Definitions
 from .rope import set_by_forward
 from .samples import checksum
-from .telling import STANDARD, Teller, loud, name_of
+from .telling import STANDARD, Teller, is_named, loud, name_of
 
 
 # Components of a path that a library puts there when it wraps a module whose weights stay what they are.
@@ -39,7 +40,7 @@ _ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
 # Whose hooks these are.
 _LOOKS = ("transformers.", "hf_sparse_cache.")
 _FIXED = (
-    bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.BuiltinFunctionType
+    bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, types.BuiltinFunctionType
 )  # fmt: skip
 # By module, the attributes that its own forward was seen to write.
 _written: weakref.WeakKeyDictionary[torch.nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -50,6 +51,7 @@ class Survey:
     """What was found.
 
     Attributes:
+        definitions: what others put on classes and in files, which `code` tells as well.
         weights: by path, everything that no adapter brings; wrappers leave no trace in a path.
         adapters: by path, tensors of the adapters that are active.
         settings, adapted, code: told as text; `adapted` is what adapters bring, with the settings of their layers.
@@ -61,6 +63,7 @@ class Survey:
         mutable: how to reach values that can change without being replaced.
     """
 
+    definitions: Definitions
     weights: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, torch.Tensor] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
@@ -76,7 +79,7 @@ class Survey:
 
 def survey(model: torch.nn.Module) -> Survey:
     """Look at everything."""
-    found = Survey()
+    found = Survey(definitions=Definitions(model))
     teller = Teller(frozenset(map(id, model.modules())))
     configs: dict[int, Any] = {}
     for place in _places(model):
@@ -100,7 +103,8 @@ def survey(model: torch.nn.Module) -> Survey:
     found.mutable.extend(configs.values())
     for path, tensor in sorted(found.adapters.items()):
         found.adapted.append(f"{path}{'away' if tensor.is_meta else checksum(tensor)}")
-    found.opaque = teller.opaque
+    found.code += found.definitions.told
+    found.opaque = teller.opaque or found.definitions.opaque
     return found
 
 
@@ -164,6 +168,8 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _is_fixed(value: Any) -> bool:
     """Whether a value cannot change without being replaced."""
+    if isinstance(value, type):
+        return is_named(value)
     return isinstance(value, _FIXED) or (isinstance(value, tuple) and all(map(_is_fixed, value)))
 
 

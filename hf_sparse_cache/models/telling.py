@@ -1,14 +1,17 @@
 """Values told as text, so that code and settings found on a model can be compared by what they are, not by address.
 
-Two functions are told alike when their code, defaults, closures, the globals they read and the object they are bound
-to are; two objects when their classes and attributes are. What cannot be looked into (a handle of a C library, say) is
-told by its address, and what libraries keep for themselves (locks, loggers, their own functions) by its name.
+Two functions are told alike when their code, defaults, closures, the globals they read, their attributes and the
+object they are bound to are; two classes when what they and their bases hold is; two objects when their classes and
+attributes are. What cannot be looked into (a handle of a C library, say) is told by its address, and what libraries
+keep for themselves (locks, loggers, their own functions and classes) by its name.
 """
 
+import array
 import contextvars
 import enum
 import functools
 import hashlib
+import operator
 import threading
 import types
 import weakref
@@ -21,6 +24,8 @@ import torch
 from transformers import PreTrainedConfig
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_GETTERS = (operator.itemgetter, operator.attrgetter, operator.methodcaller)
 # Tensors up to this many values are told by their bits.
 _SMALL = 1 << 16
 _MOST_PARTS = 20_000
@@ -30,6 +35,11 @@ _LIBRARIES = frozenset(
      "math", "functools", "collections", "typing", "abc", "os", "sys", "re", "random", "time", "asyncio",
      "concurrent", "queue", "_queue", "contextlib", "warnings", "itertools", "operator", "pytest", "_pytest"}
 )  # fmt: skip
+# Those whose objects may hold settings all the same.
+_NAMED = _LIBRARIES | {
+    "hf_sparse_cache", "transformers_modules", "peft", "bitsandbytes", "torchao", "huggingface_hub", "tokenizers",
+    "safetensors", "datasets", "evaluate",
+}  # fmt: skip
 # Settings of a configuration that say what comes out besides the states, or nothing about arithmetic at all.
 _SILENT = ("use_cache", "return_dict", "_name_or_path", "name_or_path", "transformers_version", "architectures")
 _SILENT_STARTS = ("output_", "_output_", "id2label", "label2id", "_commit_hash", "_auto_class", "tokenizer_")
@@ -47,15 +57,18 @@ class Teller:
 
     def __init__(self, own: frozenset[int] = frozenset()) -> None:
         self._own, self._seen, self._left = own, set[int](), _MOST_PARTS
+        self._told: dict[int, tuple[Any, str]] = {}  # of functions and classes, which many others refer to
         self.opaque = False
 
     def tell(self, value: Any) -> str:
         """One value as text."""
         self._left -= 1
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        if value is None or isinstance(value, _PLAIN):
             return repr(value)
-        if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType, torch.Size)) or self._left < 0:
-            return str(value) if not isinstance(value, types.BuiltinFunctionType) else value.__qualname__
+        if isinstance(value, (type, types.ModuleType)) and is_named(value):
+            return str(value)
+        if self._left < 0:
+            return self._by_address(value)
         if id(value) in self._own or id(value) in self._seen:
             return "known"
         self._seen.add(id(value))
@@ -69,11 +82,21 @@ class Teller:
             if isinstance(value, kinds):
                 return tell(self, value)
         kind = type(value)
-        name = f"{kind.__module__}.{kind.__qualname__}"
         if kind.__module__.partition(".")[0] in _LIBRARIES:
-            return name
-        parts = _attributes(value)
-        return f"{name}{self.tell(parts)}" if parts is not None else self._by_address(value)
+            return _name(kind)
+        held = _attributes(value)
+        return f"{_name(kind)}{self.tell(held)}" if held is not None else self._by_address(value)
+
+    def _once(self, value: Any, tell: Callable[[Any], str]) -> str:
+        """What is told of something that is told often, by a digest."""
+        if id(value) not in self._told:
+            digest = hashlib.blake2b(tell(value).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+            self._told[id(value)] = value, f"{_name(value)} {digest}"  # it stays, and with it its address
+        return self._told[id(value)][1]
+
+    def _kind(self, kind: type) -> str:
+        """A class: what it and its bases hold, as far as they are no library's."""
+        return self.tell(_of_class(kind))
 
     def _by_address(self, value: Any) -> str:
         self.opaque = True
@@ -104,25 +127,15 @@ class Teller:
         return f"{array.dtype}{array.shape}{hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()}"
 
     def _function(self, function: types.FunctionType) -> str:
-        name = f"{function.__module__}.{function.__qualname__}"
         if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
-            return name
-        code = function.__code__
-        cells = [_content(cell) for cell in function.__closure__ or ()]
-        read = self._read(function, code)
-        return f"{name}{_code(code)}{self.tell([function.__defaults__, function.__kwdefaults__, cells, read])}"
+            return _name(function)
+        return self._once(function, self._code_of)
 
-    def _read(self, function: types.FunctionType, code: types.CodeType) -> dict[str, Any]:
-        """The globals that a function reads, and of modules among them what it reads there."""
-        names = set(_names(code))
-        found: dict[str, Any] = {}
-        for name in sorted(names & function.__globals__.keys()):
-            value = function.__globals__[name]
-            if not isinstance(value, types.ModuleType):
-                found[name] = value
-            elif value.__name__.partition(".")[0] not in _LIBRARIES:
-                found.update({f"{name}.{inner}": vars(value)[inner] for inner in sorted(names & vars(value).keys())})
-        return found
+    def _code_of(self, function: types.FunctionType) -> str:
+        code, read = function.__code__, frozenset(_names(function.__code__))
+        given = [function.__defaults__, function.__kwdefaults__, *map(_content, function.__closure__ or ())]
+        held = [_read(value, read) for value in _flat(given)]
+        return f"{_code(code)}{self.tell([held, _read_in(function.__globals__, read), vars(function)])}"
 
     def _method(self, method: types.MethodType) -> str:
         return f"{self.tell(method.__self__)}.{self.tell(method.__func__)}"
@@ -133,7 +146,7 @@ class Teller:
     def _module(self, module: torch.nn.Module) -> str:
         held = {name: value for name, value in vars(module).items() if name not in STANDARD}
         tensors = [dict(module._parameters), dict(module._buffers), dict(module._modules)]
-        return f"{type(module).__qualname__}{self.tell([held, *tensors])}"
+        return f"{self.tell(type(module))}{self.tell([held, *tensors])}"
 
     def _config(self, config: Any) -> str:
         return f"{type(config).__name__}{self.tell(loud(vars(config)))}"
@@ -151,7 +164,9 @@ def loud(settings: Mapping[str, Any]) -> dict[str, Any]:
 # What every module has, looked at on its own or of no consequence.
 STANDARD = frozenset(vars(torch.nn.Module()))
 _TELLERS: list[tuple[Any, Callable[[Teller, Any], str]]] = [
-    (enum.Enum, lambda teller, value: str(value)),
+    (type, lambda teller, value: teller._once(value, teller._kind)),
+    (types.BuiltinFunctionType, lambda teller, value: value.__qualname__),
+    (enum.Enum, lambda teller, value: f"{value}{teller.tell(value.value)}"),
     (torch.Tensor, Teller._tensor),
     (np.ndarray, Teller._array),
     (np.generic, lambda teller, value: repr(value)),
@@ -161,6 +176,13 @@ _TELLERS: list[tuple[Any, Callable[[Teller, Any], str]]] = [
     (types.FunctionType, Teller._function),
     (types.MethodType, Teller._method),
     (functools.partial, Teller._partial),
+    (property, lambda teller, value: teller.tell([value.fget, value.fset])),
+    ((staticmethod, classmethod), lambda teller, value: f"{type(value).__name__}{teller.tell(value.__func__)}"),
+    (functools.cached_property, lambda teller, value: teller.tell(value.func)),
+    (type(functools.lru_cache(len)), lambda teller, value: teller.tell(value.__wrapped__)),
+    (_GETTERS, lambda teller, value: f"{type(value).__name__}{value.__reduce__()[1:]}"),
+    ((bytearray, memoryview, array.array), lambda teller, value: f"{type(value).__name__}{bytes(value)!r}"),
+    ((range, slice), lambda teller, value: repr(value)),
     (Mapping, Teller._mapping),
     ((set, frozenset), Teller._unordered),
     ((list, tuple, deque), Teller._items),
@@ -178,22 +200,37 @@ def name_of(function: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def is_named(value: Any) -> bool:
+    """Whether a class, a function or a module is a library's, and told by its name."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    return str(name).partition(".")[0] in _NAMED
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
 def _attributes(value: Any) -> dict[str, Any] | None:
     """An object's attributes and methods, wherever it has them from; None where it cannot be looked into."""
-    kinds = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
-    slots = [name for kind in kinds for name in _slots(kind)]
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
     if not slots and not hasattr(value, "__dict__"):
         return None
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return _of_class(type(value)) | held | getattr(value, "__dict__", {})
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """What objects of a class have from it and its bases, as far as these are no library's."""
     found: dict[str, Any] = {}
-    for kind in reversed(kinds):
-        found.update({name: inner for name, inner in vars(kind).items() if _counts(name, inner)})
-    found.update({name: getattr(value, name) for name in slots if hasattr(value, name)})
-    return found | getattr(value, "__dict__", {})
+    for each in reversed(kind.__mro__):
+        if not is_named(each):
+            found.update({name: held for name, held in vars(each).items() if _counts(name, held)})
+    return found
 
 
 def _counts(name: str, value: Any) -> bool:
     """Whether what a class holds under a name may matter to what its objects do."""
-    return isinstance(value, types.FunctionType) or not name.startswith("__")
+    return isinstance(value, types.FunctionType) or not (name.startswith("__") or name == "_abc_impl")
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -208,6 +245,23 @@ def _content(cell: Any) -> Any:
         return None
 
 
+def _flat(values: list[Any]) -> Iterator[Any]:
+    """Defaults one by one, as modules may be among them."""
+    for value in values:
+        yield from value if isinstance(value, tuple) else value.values() if type(value) is dict else (value,)
+
+
+def _read(value: Any, names: frozenset[str], around: frozenset[int] = frozenset()) -> Any:
+    """What a function sees of a value of which it reads these names: of a module, what has one of them."""
+    if not isinstance(value, types.ModuleType) or is_named(value):
+        return value
+    return None if id(value) in around else _read_in(vars(value), names, around | {id(value)})
+
+
+def _read_in(values: Mapping[str, Any], names: frozenset[str], around: frozenset[int] = frozenset()) -> dict[str, Any]:
+    return {name: _read(values[name], names, around) for name in sorted(names & values.keys())}
+
+
 def _names(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
@@ -216,5 +270,15 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _code(code: types.CodeType) -> str:
-    constants = [_code(each) if isinstance(each, types.CodeType) else repr(each) for each in code.co_consts]
-    return hashlib.blake2b(repr((code.co_code, code.co_names, constants)).encode(), digest_size=16).hexdigest()
+    told = repr((code.co_code, code.co_names, [_constant(each) for each in code.co_consts]))
+    return hashlib.blake2b(told.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _constant(value: Any) -> str:
+    """A constant of a function: a set of them has another order in each process."""
+    if isinstance(value, types.CodeType):
+        return _code(value)
+    if isinstance(value, (tuple, frozenset)):
+        inside = map(_constant, value)
+        return f"{type(value).__name__}{sorted(inside) if isinstance(value, frozenset) else list(inside)}"
+    return repr(value)

@@ -112,6 +112,7 @@ class _Watch:
         self._tensors, self._marks = _glance(model, self._own_from)
         attributes = (value for module in model.modules() for value in vars(module).values())
         self._kept = [*(value for value in attributes if isinstance(value, _PLAIN)), *found.of_call]
+        self._definitions = found.definitions
         self._settings = surveys.Kept(found.mutable, frozenset(map(id, model.modules())))
         self._base = _Values(found.weights.values())
         self._adapters = _Values(found.adapters.values())
@@ -150,6 +151,7 @@ class _Watch:
             and self._base.untouched()
             and self._adapters.untouched()
             and self._settings.unchanged()
+            and self._definitions.unchanged()
         )
 
     def _same_weights(self, later: _Watch) -> bool:

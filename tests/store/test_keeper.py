@@ -14,7 +14,7 @@ from sharing import files_in, prompt, serve, written
 from hf_sparse_cache.store import keeper
 from hf_sparse_cache.store.keeper import DAY, GRACE_SECONDS, LEASE_SECONDS, Keeper
 from hf_sparse_cache.store.seal import Seal
-from hf_sparse_cache.store.storage import Folder
+from hf_sparse_cache.store.storage import Folder, ListedFile
 from hf_sparse_cache.store.store import CheckpointStore
 
 
@@ -161,6 +161,23 @@ def test_the_unit_that_is_worth_least_goes_and_what_is_used_or_new_does_not(root
     aged(LEASE_SECONDS + 30, *kinds(root)["lease"])
     swept(root, 6_000)  # far too much: all goes that nobody uses
     assert [path.exists() for path in (older, in_use, new)] == [False, False, True]
+
+
+def test_what_a_unit_is_worth() -> None:
+    """Its tokens for each byte, its part of what others share among them, by uses, over the time since it was used."""
+
+    def worth(
+        modified: float = 0.0, last: float = 0.0, uses: int = 0, kv: tuple[str, ...] = (), sharing: int = 1
+    ) -> float:
+        entry = ListedFile("s/at/b/000c-0-0-state-1", 100, modified)
+        files = {name: ListedFile(name, 300, 0.0) for name in ("one", "two")}
+        census = keeper._Census(1000.0, kv=files, used={"000c-0-0-state-1": (last, uses)} if last or uses else {})
+        return keeper._worth(entry, keeper._Needs(kv, tokens=50), census, dict.fromkeys(files, sharing))
+
+    assert worth() == 50 / 100 / 1010
+    assert worth(modified=400) == worth(last=400) == worth(modified=400, last=100) == 50 / 100 / 610
+    assert worth(uses=3) == 4 * worth() and worth(modified=5000.0) == 50 / 100 / 10
+    assert worth(kv=("one",)) == 50 / 400 / 1010 and worth(kv=("one", "two", "gone"), sharing=2) == 50 / 400 / 1010
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ import pytest
 from cutting import every
 from reference_store import Blob
 
+from hf_sparse_cache.planning.batch import Member
 from hf_sparse_cache.planning.cuts import CutRule, Tokens
 from hf_sparse_cache.planning.policies import Junction, NoCheckpoints, Policy
 from hf_sparse_cache.planning.segments import Replayable, Segmenting
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.store import promises as module
-from hf_sparse_cache.store.promises import Promises, WaitTerms
+from hf_sparse_cache.store.promises import Promise, Promises, WaitTerms
 from hf_sparse_cache.store.store import CheckpointStore
 
 
@@ -173,6 +174,18 @@ def test_the_follower_goes_on_by_itself(how: str, monkeypatch: pytest.MonkeyPatc
     leader.ends()
     assert not store.promises._open
     store.verify()
+
+
+def test_what_is_offered_is_what_will_be_stored() -> None:
+    """Behind the forward that runs any place can be cut; before its end there is what is planned and not yet done."""
+    ids = prompt(0)
+    other = Member(prompt(1), np.arange(2, 219))
+    promise = Promise(ids, "", lambda: Member(ids, np.arange(2, 219)), planned={60, 120, 160, 210})
+    for done, running, offered in (
+        (0, None, 200), (0, 100, 200), (100, 200, 200), (100, 201, 160), (120, 220, 160), (160, 220, 0), (30, 220, 160)
+    ):  # fmt: skip
+        promise.done, promise.running = done, running
+        assert promise.offer(other, FREE) == offered, (done, running)
 
 
 def test_the_pace_is_of_what_was_computed_last(monkeypatch: pytest.MonkeyPatch) -> None:
