@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_ID = 2**31 - 1  # tokens are kept as int32
+MOST_STATE_BYTES, MOST_TOKEN_BYTES = 2**50, 2**36  # of one checkpoint, and of one token: sums of them fit 64 bits
 _SHOWN = 60
 
 

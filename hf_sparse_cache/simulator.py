@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .checks import MOST_ID, is_whole, shown, token_ids, whole_number
+from .checks import MOST_ID, MOST_STATE_BYTES, MOST_TOKEN_BYTES, is_whole, shown, token_ids, whole_number
 from .config import EXACTNESS, KEPT, check_storage
 from .planning.cuts import CutRule, Tokens
 from .planning.policies import Policy, make_policy
@@ -222,15 +222,10 @@ class _Sizes:
     logits_bytes: int
 
     def __post_init__(self) -> None:
-        if not is_whole(self.state_bytes, 1):
-            raise ValueError(
-                f"state_bytes must be at least 1, got {shown(self.state_bytes)}; it is the size of one checkpoint"
-            )
-        if not is_whole(self.kv_bytes_per_token, 0):
-            raise ValueError(
-                f"kv_bytes_per_token must be at least 0, got {shown(self.kv_bytes_per_token)}; use 0 without full "
-                "attention"
-            )
+        whole_number("state_bytes", self.state_bytes, 1, "it is the size of one checkpoint", MOST_STATE_BYTES)
+        hint = "use 0 without full attention"
+        whole_number("kv_bytes_per_token", self.kv_bytes_per_token, 0, hint, MOST_TOKEN_BYTES)
+        whole_number("logits_bytes", self.logits_bytes, 0, "use 0 where no end of a prompt is kept", MOST_STATE_BYTES)
 
     def kept(self, storage: str) -> _Sizes:
         """What is kept of float32 states and keys and values under a storage; logits are kept as they are."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..checks import MOST_ID, printable
+from ..checks import MOST_ID, MOST_STATE_BYTES, MOST_TOKEN_BYTES, printable
 from ..stats import parse_bytes
 from ..tools import recall
 from ..tools.builtin_sizes import SIZES
@@ -69,9 +69,10 @@ SizesModel = Annotated[
     typer.Option(help="Take sizes and grid from this model; default: those given.", autocompletion=_model_names),
 ]
 StateBytes = Annotated[
-    int | None, typer.Option(help="Bytes of a checkpoint's states, without --model; default: 1 MiB.", min=1)
+    int | None,
+    typer.Option(help="Bytes of a checkpoint's states, without --model; default: 1 MiB.", min=1, max=MOST_STATE_BYTES),
 ]
-KVBytes = Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0)]
+KVBytes = Annotated[int, typer.Option(help="Bytes of KV a token, without --model.", min=0, max=MOST_TOKEN_BYTES)]
 MaxCheckpoints = Annotated[
     int | None, typer.Option(help="Most new checkpoints a prompt; default: the policy's.", min=0)
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checks import printable
-from ..errors import out_of_memory
+from ..errors import DamagedFileError, out_of_memory
 from ..planning.cuts import Tokens
 from ..planning.lineage import Lineage, Span
 from . import files
@@ -174,7 +174,7 @@ class Writer:
             self.trust.kept()
         except Exception as error:
             reason = f"writing: {type(error).__name__}: {error}"
-            if not out_of_memory(error):
+            if not (out_of_memory(error) or isinstance(error, DamagedFileError)):  # in one place, not in all
                 self.trust.broken(reason)
             self._tier.write_failed(reason)
 
@@ -276,7 +276,10 @@ class Writer:
         """Says, once, that the namespace has this space, for others who find nothing of their own."""
         if space not in self._told:
             name, data = self._packing.marks([], space)
-            self._tier.storage.put(f"{namespace_folder(self._tier.seal, namespace_of(space))}/{name}", data)
+            try:
+                self._tier.storage.put(f"{namespace_folder(self._tier.seal, namespace_of(space))}/{name}", data)
+            except DamagedFileError as error:  # something else lies there: others are told less
+                self._tier.write_failed(str(error))
             self._told.add(space)
 
 

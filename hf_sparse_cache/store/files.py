@@ -98,7 +98,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: str | Path) -> str | None:
     """What lies at a path, in words, following no link; None for nothing."""
     try:
         mode = os.lstat(path).st_mode

@@ -125,7 +125,8 @@ class Keeper:
 
     def sweep(self, now: float) -> None:
         """Looks at everything, and deletes what is due."""
-        self.beat(now, soon=True)
+        with suppress(DamagedFileError):  # something else lies in its place, which is named when the writer is idle
+            self.beat(now, soon=True)
         census = self._census()
         gone = list(self._stale(census))
         if self.budget is not None and census.total > FULL * self.budget:

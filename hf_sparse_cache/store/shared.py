@@ -49,6 +49,7 @@ _READERS = 8
 MOST_TRIES = 3  # units that one request tries
 _MOST_BAD = 4096
 _MOST_ABOUT_BYTES = 2**20
+_MOST_ASIDE_BYTES = 2**26  # of a file that is put aside
 _MOST_FAILURES = 16  # kinds that are told apart
 
 
@@ -292,9 +293,10 @@ class SharedTier:
         if isinstance(error, DamagedFileError):
             culprit = found.filed.state if error.path is None else error.path.name
             seen = found.data if culprit == found.filed.state else ahead.seen(culprit)
-            self.refuse(found.filed, culprit, error, "" if seen is None else _digest(seen))
-            others = [found.text.kv(file.path.name) for file in found.files.kv.values() if file.path.name != culprit]
-            self.chores(partial(self._check, others))
+            most = {found.text.kv(file.path.name): found.reader.most(0, span) for span, file in found.files.kv.items()}
+            own = most.pop(found.text.kv(culprit), None)
+            self.refuse(found.filed, culprit, error, "" if seen is None else _digest(seen), own)
+            self.chores(partial(self._check, most))
         elif isinstance(error, BusyError):
             self._failed(f"reading: {error}")
         else:
@@ -337,12 +339,15 @@ class SharedTier:
         with self._lock:
             self._bad.pop(state, None)
 
-    def refuse(self, filed: Filed, culprit: str, error: DamagedFileError, seen: str = "") -> None:
+    def refuse(
+        self, filed: Filed, culprit: str, error: DamagedFileError, seen: str = "", most: int | None = None
+    ) -> None:
         """A unit is of no use: it is not looked at until it is put aside for all, and never where that cannot be.
 
         Args:
             culprit: the file that is to blame.
             seen: the digest of what was in it; empty where it was gone, or was not read to its end.
+            most: bytes that it may have; None where that is not known.
         """
         reason = printable(str(error))
         with self._lock:
@@ -359,38 +364,46 @@ class SharedTier:
         doomed = [filed.name] if own else [filed.name, name]
 
         def chore() -> None:
-            if self._is_as_it_was(name, seen, own):
+            if self._is_as_it_was(name, seen, own, most):
                 self._put_aside(doomed, reason)
             self.forgive(filed.state)
 
         self.chores(chore)
 
-    def _is_as_it_was(self, name: str, seen: str, own: bool) -> bool:
+    def _is_as_it_was(self, name: str, seen: str, own: bool, most: int | None) -> bool:
         """Whether a file is what was refused; others may have put it aside and written it anew since."""
         if not seen:
-            return own or self.storage.size(name) is None
+            return own or (size := self.storage.size(name)) is None or (most is not None and size > most)
         try:
             return _digest(self.storage.read(name)) == seen
         except FileNotFoundError:
             return True
 
     def _put_aside(self, names: list[str], reason: str) -> None:
-        """Moves files out of their places: the state first, so that nobody finds the rest."""
+        """Moves files out of their places: the state first, so that nobody finds the rest.
+
+        Of one that is longer than any is kept, the beginning: whoever can write here can make files that are mostly a
+        hole, and take no room until they are read.
+        """
         for name in names:
             own = name.rpartition("/")[2]
             try:
-                data = self.storage.read(name)
+                data = self.storage.read(name, 0, _MOST_ASIDE_BYTES)
             except (FileNotFoundError, DamagedFileError):
                 continue
             self.storage.put(f"quarantine/{own}.reason", json.dumps({"file": name, "reason": reason}).encode())
             self.storage.put(f"quarantine/{own}", bytes(data))
             self.storage.remove(name)
 
-    def _check(self, names: list[str]) -> None:
-        """Puts aside which of these files are damaged, as others rely on them by their names."""
-        for name in names:
+    def _check(self, names: dict[str, int | None]) -> None:
+        """Puts aside which of these files are damaged, as others rely on them by their names.
+
+        Args:
+            names: with the bytes that each may have at most.
+        """
+        for name, most in names.items():
             try:
-                files.proved(Path(name), self.storage.read(name), self.seal)
+                files.proved(Path(name), self._bytes(name, most), self.seal)
             except FileNotFoundError:
                 continue
             except DamagedFileError as error:

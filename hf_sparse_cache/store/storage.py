@@ -81,7 +81,7 @@ class Folder:
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """See `Storage`; through no link, and from regular files alone."""
-        with files.open_regular(self.root / name) as file:
+        with files.open_regular(self._at(name)) as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(start)
             # Of what there is: memory for what there may be at most would be new each time, at four times the cost.
@@ -89,7 +89,7 @@ class Folder:
 
     def parts(self, name: str, most: int | None) -> Iterator[tuple[Plain, int]]:
         """See `Storage`."""
-        with files.open_regular(self.root / name) as file:
+        with files.open_regular(self._at(name)) as file:
             size, come = os.fstat(file.fileno()).st_size, 0
             _check_size(size, most)
             found = _memory(size)
@@ -103,7 +103,7 @@ class Folder:
 
     def put(self, name: str, data: bytes) -> None:
         """See `Storage`."""
-        path = self.root / name
+        path = self._at(name)
         if files.kind_of(path) not in (None, "a file"):
             raise DamagedFileError(f"{path} is {files.kind_of(path)}, not a file that was written here")
         self._made(path.parent)
@@ -119,6 +119,19 @@ class Folder:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
+
+    def _at(self, name: str) -> Path:
+        """Where a file lies.
+
+        Raises:
+            DamagedFileError: what stands for a folder on the way is none that was made here: a link, or a file.
+        """
+        path = self.where
+        for part in name.split("/")[:-1]:
+            path = f"{path}{os.sep}{part}"
+            if (kind := files.kind_of(path)) not in (None, "a folder"):
+                raise DamagedFileError(f"{path} is {kind}, not a folder that was made here")
+        return self.root / name
 
     def _opened(self, path: Path, opener: Callable[[str, int], int]) -> IO[bytes]:
         """A new file, in a folder that another process may remove as empty just before."""
@@ -153,7 +166,11 @@ class Folder:
 
     def _scan(self, folder: str) -> Iterator[ListedFile | str]:
         """Files and, as strings, folders in one folder."""
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(os.path.join(self.where, folder)) as found:
+        with suppress(DamagedFileError, NotADirectoryError):
+            yield from self._entries(folder, self._at(f"{folder}/" if folder else ""))
+
+    def _entries(self, folder: str, path: Path) -> Iterator[ListedFile | str]:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as found:
             for item in found:
                 name = f"{folder}/{item.name}" if folder else item.name
                 if item.is_dir(follow_symlinks=False):
@@ -170,8 +187,8 @@ class Folder:
         return None
 
     def remove(self, name: str) -> None:
-        """See `Storage`; a folder that is left empty goes as well."""
-        path = self.root / name
+        """See `Storage`; a folder that is left empty goes as well. Raises DamagedFileError as `put` does."""
+        path = self._at(name)
         if files.kind_of(path) == "a file":
             with suppress(FileNotFoundError):
                 os.unlink(path)

@@ -275,6 +275,58 @@ def test_what_is_damaged_is_put_aside_and_never_served(
     assert serve(joined(), prompt(1, 1300)) == 1024
 
 
+@pytest.mark.parametrize("kind", ["-state-", "kv-"])
+def test_files_that_are_mostly_a_hole_are_put_aside_unread(
+    joined: Joined, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """They take no room and no time to make, and all of the memory to read."""
+    serve(store := joined(), prompt(1, 1300), (512, 1024))
+    written(store)
+    for path in files_in(tmp_path / "shared", kind):
+        os.truncate(path, 2**40)
+    monkeypatch.setattr(shared, "_MOST_ASIDE_BYTES", 2**16)
+    monkeypatch.setattr(shared.UnitReader, "most", lambda *_: 2**16)  # as a model's layers bound it
+    other = joined()
+    assert serve(other, prompt(1, 1300), (512, 1024)) == 0
+    counts = written(other)
+    assert any(what.startswith("put aside: it has more than") for what in counts)
+    assert not any("Memory" in what for what in counts) and counts["written"]
+    assert all(path.stat().st_size < 2**17 for path in (tmp_path / "shared").rglob("*"))
+    assert serve(joined(), prompt(1, 1300)) == 1024
+
+
+PLACES = ["", "at", "kv", "leases", "about", "quarantine"]
+
+
+@pytest.mark.parametrize("what", ["a link", "a file", "a pipe"])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_stands_for_a_folder_is_not_written_through(
+    joined: Joined, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str, what: str
+) -> None:
+    """A link inside the store may lead to anything; what lies behind it would not even be counted."""
+    root, mine = tmp_path / "shared", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes").write_text("mine")
+    space = Text(Seal(), "", np.zeros(1, np.int32)).root
+    path = root / (place if place in PLACES[3:] else f"{space}/{place}".rstrip("/"))
+    path.parent.mkdir(parents=True)
+    if what == "a link":
+        path.symlink_to(mine)
+    elif what == "a file":
+        path.write_text("mine")
+    else:
+        os.mkfifo(path)
+    serve(store := joined(), prompt(1, 1300), (512, 1024))
+    serve(store, prompt(1, 1300), (512, 1024), space="another")
+    counts = written(store)
+    assert [entry.name for entry in mine.iterdir()] == ["notes"] and os.path.lexists(path)
+    assert "not written: the storage failed lately" not in counts
+    assert serve(joined(), prompt(1, 1300), space="another") == 1024, "one place is not the whole store"
+    assert serve(joined(), prompt(1, 1300)) == (1024 if place in PLACES[3:] else 0)
+    if place not in ("leases", "quarantine"):  # named when something is to be written there
+        assert str(path) in caplog.text and what in caplog.text
+
+
 # -- what is read ahead -----------------------------------------------------------------------------------------------
 
 
