@@ -771,7 +771,8 @@ cdef class Waits:
         alive: how many entered each row at a tick and still wait, of shape (W, rows), by tick modulo W.
         waiting: the same by bin of their ages now, of shape (A, rows).
         events: how many met their event, by bin of their age then; of the same shape.
-        exposure: ticks that were waited, by bin; of the same shape.
+        exposure: ticks that were waited, by bin; of the same shape. True where `accrue` has just been called: few of
+            those who wait change their bin at a tick, and the rest is multiplied.
         ages: the least age of each bin, ascending from 0 to W, of shape (A,); those who come to W are forgotten.
 
     All of these arrays are changed in place. Copies keep what they share with whoever is copied along with them.
@@ -781,13 +782,14 @@ cdef class Waits:
     """
 
     cdef readonly long long clock
+    cdef long long accrued  # the tick up to which exposure is true for who waits now
     cdef short[:, ::1] alive
     cdef double[:, ::1] waiting, events, exposure
     cdef const long long[::1] ages
 
     def __init__(self, alive not None, waiting not None, events not None, exposure not None, ages not None, clock=0):
         self.alive, self.waiting, self.events, self.exposure, self.ages = alive, waiting, events, exposure, ages
-        self.clock = clock
+        self.clock = self.accrued = clock
         cdef Py_ssize_t bins = self.ages.shape[0], rows = self.alive.shape[1]
         for counts in (waiting, events, exposure):
             if counts.shape != (bins, rows):
@@ -796,26 +798,39 @@ cdef class Waits:
             raise ValueError(f"give ages from 0 to {self.alive.shape[0]}, and a clock of at least 0")
 
     def __reduce__(self):
+        self.accrue()
         arrays = (self.alive.base, self.waiting.base, self.events.base, self.exposure.base, self.ages.base)
         return Waits, (*arrays, self.clock)
 
     def tick(self):
         """Those that come of the least age of a bin move there; then each waits one tick more."""
         cdef Py_ssize_t bin, row, when, bins = self.ages.shape[0], rows = self.alive.shape[1]
-        self.clock += 1
+        cdef int number
         for bin in range(bins - 1):
-            when = (self.clock + self.alive.shape[0] - self.ages[bin + 1]) % self.alive.shape[0]
+            when = (self.clock + 1 + self.alive.shape[0] - self.ages[bin + 1]) % self.alive.shape[0]
             for row in range(rows):
-                self.waiting[bin, row] -= self.alive[when, row]
-            if bin + 2 < bins:  # the last fall out of the window
-                for row in range(rows):
-                    self.waiting[bin + 1, row] += self.alive[when, row]
+                number = self.alive[when, row]
+                if number:
+                    self.add(bin, row, -number)
+                    if bin + 2 < bins:  # the last fall out of the window
+                        self.add(bin + 1, row, number)
+        self.clock += 1
         when = self.clock % self.alive.shape[0]
         for row in range(rows):
             self.alive[when, row] = 0
-        for bin in range(bins):
-            for row in range(rows):
-                self.exposure[bin, row] += self.waiting[bin, row]
+
+    def accrue(self):
+        """Brings exposure up to this tick."""
+        cdef Py_ssize_t bin, row
+        for bin in range(self.ages.shape[0]):
+            for row in range(self.alive.shape[1]):
+                self.exposure[bin, row] += self.waiting[bin, row] * (self.clock - self.accrued)
+        self.accrued = self.clock
+
+    cdef void add(self, Py_ssize_t bin, Py_ssize_t row, int number) noexcept:
+        """So many more wait in a bin, from the next tick on."""
+        self.waiting[bin, row] += number
+        self.exposure[bin, row] -= number * (self.clock - self.accrued)
 
     def enter(self, Py_ssize_t row):
         """One waits in a row from now on."""
@@ -846,7 +861,7 @@ cdef class Waits:
         cdef Py_ssize_t bin = self.bin_at(row, age)
         if age < self.alive.shape[0]:
             self.alive[since % self.alive.shape[0], row] += number
-            self.waiting[bin, row] += number
+            self.add(bin, row, number)
         return 0
 
     cdef Py_ssize_t bin_at(self, Py_ssize_t row, long long age) except -1:

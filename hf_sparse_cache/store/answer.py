@@ -19,9 +19,9 @@ answer behind its prompt, so that the next turn is known to share both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -39,8 +39,7 @@ from .visit import Before, Visit
 KVCapture = Callable[[int, int], Payload]
 
 
-@dataclass(frozen=True, eq=False)
-class Read:
+class Read(NamedTuple):
     """What the request of a prompt leaves for its answer: numbers and tokens, nothing that is stored.
 
     Attributes:

@@ -88,6 +88,7 @@ class SurvivalTables:
             self.waits.tick()
         ticks = now - self._updated
         if ticks >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
+            self.waits.accrue()
             self._judge()
             keep = self._keep**ticks
             for counts, new in ((self._events, self._new_events), (self._exposure, self._new_exposure)):

@@ -164,16 +164,19 @@ def test_one_tick_moves_who_comes_of_each_age() -> None:
     generator, later, window = np.random.default_rng(0), np.asarray([1, 4, 16]), 16
     alive = generator.integers(0, 9, (window, 7)).astype(np.int16)
     waiting, events, exposure = generator.integers(0, 99, (3, 4, 7)).astype(float)
-    waits = compiled.Waits(alive, waiting, events, exposure, np.append(0, later), 39)
+    waits, spent = compiled.Waits(alive, waiting, events, exposure, np.append(0, later), 39), exposure.copy()
     for clock in range(40, 80):
         older = alive[(clock - later) % window]
         expected = waiting.copy()
         expected[:-1] -= older
         expected[1:-1] += older[:-1]
-        spent = exposure + expected
+        spent = spent + expected
         waits.tick()
         assert waits.clock == clock and not alive[clock % window].any()
-        assert (waiting == expected).all() and (exposure == spent).all()
+        if clock % 3:
+            waits.accrue()
+            assert (exposure == spent).all()
+        assert (waiting == expected).all()
         alive[clock % window] = generator.integers(0, 9, 7)
 
 
@@ -189,6 +192,7 @@ def test_a_copy_of_waits_keeps_what_it_shares() -> None:
             others.tick()
         others.hit(1, 0)
         others.leave(1, 0)
+        others.accrue()
         assert events[:, 1].tolist() == [0, 1, 0] and exposure[:, 1].tolist() == [0, 5, 0]
         assert not alive.any() and not waiting.any() and others.clock == 5
     assert waits.clock == 0 and not any(array.any() for array in counts)

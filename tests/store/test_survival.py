@@ -89,6 +89,7 @@ def test_waiting_times_are_those_of_a_naive_count(steps: list[tuple[str, int]]) 
             waiting[number % len(waiting)] = tables.bypass(cell, since), since
         elif waiting:
             tables.waits.leave(*waiting.pop(number % len(waiting)))
+    tables.waits.accrue()
     assert np.array_equal(tables._exposure[0] + tables._new_exposure, exposure)
 
 
