@@ -319,6 +319,26 @@ def test_a_search_steps_no_further_than_the_text_goes(length: int, steps: list[i
     assert [*text.steps()] == steps
 
 
+def test_a_header_is_read_when_all_of_it_has_come(tmp_path: Path) -> None:
+    """Its last byte comes late."""
+    data = a_file(3000, False)
+    end = 8 + files.header_bytes(data[:8], len(data))
+    memory, late = bytearray(len(data)), threading.Event()
+
+    def parts() -> Iterator[tuple[bytearray, int]]:
+        memory[: end - 1] = data[: end - 1]
+        yield memory, end - 1
+        late.wait(60)
+        memory[:] = data
+        yield memory, len(data)
+
+    one = ahead.Ahead(Hands(2, "test"), Seal(), time.monotonic() + 60)
+    name = files.same_name("kv", data)
+    one.begin(name, parts)
+    threading.Timer(0.2, late.set).start()
+    assert bytes(one.plain(name, None)) == data
+
+
 @pytest.mark.parametrize("reached", [(), (65_536,), (65_536, 98_304)])
 def test_a_search_hashes_no_token_twice(reached: tuple[int, ...]) -> None:
     """Also where it steps back, again and again, as nothing is there."""

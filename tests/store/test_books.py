@@ -406,6 +406,17 @@ def test_tree_bytes_are_those_of_the_objects(kind: str) -> None:
     assert store.tree_bytes == pytest.approx(held_bytes(store.forest), rel=0.2)
 
 
+def test_tree_bytes_of_a_namespace_are_those_of_its_spaces() -> None:
+    store = CheckpointStore(None)
+    for name, tokens in (("a", 10), ("b", 300), ("b#1", 500), ("c", 40)):
+        for space in ("x", "y"):
+            with begin(store, list(range(tokens)), f"{space}\x1f{name}"):
+                pass
+    by_name = {name: store.ledger.tree_bytes(name) for name in ("a", "b", "b#1", "c", "d")}
+    assert sum(by_name.values()) == store.tree_bytes and by_name["d"] == 0
+    assert by_name["b#1"] - by_name["b"] >= 2 * 4 * 200 > by_name["c"] - by_name["a"] > 0
+
+
 def test_short_branches_are_bounded_by_the_byte() -> None:
     most = 2**19
     store, policy = CheckpointStore(None, max_remembered=most), make_policy("learned")

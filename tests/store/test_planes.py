@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 import zstandard
@@ -263,3 +264,9 @@ def test_nothing_hostile_is_resumed(jamba: PreTrainedModel, tmp_path: Path, capl
             assert torch.equal(logits(jamba, question(3), cache), cold)
             assert cache.last_request is not None and (cache.last_request.resumed_tokens > 0) == resumed
         assert ("A stored state is lost" in caplog.text) != resumed
+
+
+@pytest.mark.parametrize("length", range(1, 18))
+def test_a_header_ends_where_any_number_can_begin(length: int) -> None:
+    data = canonical(safetensors.numpy.save({"a" * length: np.ones(3)}, {"unit": "{}"}))
+    assert int.from_bytes(data[:8], "little") % 8 == 0 and safetensors.numpy.load(data)["a" * length].sum() == 3
