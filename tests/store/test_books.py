@@ -97,6 +97,15 @@ FAULTS: dict[str, tuple[Callable[[CheckpointStore], object], str]] = {
         lambda store: setattr(deepest(store).node, "parent", store.forest.roots[""]),
         "follows one that ends at|does not hang where",
     ),
+    "an edge of another tree": (
+        lambda store: setattr(deepest(store).node, "tree", Forest().extend([], 0, np.arange(3), "", 0)[0].tree),
+        "does not hang where it says",
+    ),
+    "an edge that nobody is above": (lambda store: setattr(deepest(store).node, "parent", None), "does not hang"),
+    "an edge in another one's place": (
+        lambda store: deepest(store).node.parent.children.update({77: deepest(store).node}),
+        "does not hang|two places|hangs",
+    ),
     "a leaf that is never forgotten": (lambda store: store.forest._leaves.clear(), "will never be forgotten"),
     "a leaf that waits twice": (
         lambda store: store.forest._leaves.append(store.forest._leaves[0]),
