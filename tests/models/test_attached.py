@@ -297,7 +297,8 @@ def test_pruned_keys(family: str) -> None:
         assert is_stock(bench, cache, 2) and reason(cache) == "resumed"
 
 
-def test_keys_taken_out_only_of_long_prompts() -> None:
+@pytest.mark.parametrize("options", [{}, {"policy": "none"}], ids=["kept", "nothing kept"])
+def test_keys_taken_out_only_of_long_prompts(options: dict[str, Any]) -> None:
     """What the proof's short prompt does not show is noticed while a prompt is computed; nothing of it is kept."""
     bench = Bench("Jamba", model=build("Jamba"))
 
@@ -308,7 +309,7 @@ def test_keys_taken_out_only_of_long_prompts() -> None:
     for each in attentions(bench.model):
         each.register_forward_hook(prune_long, with_kwargs=True)
     ids = random_ids(300, seed=5)
-    with bench.handle() as cache:
+    with bench.handle(**options) as cache:
         expected = bench.generate(ids, None, max_new_tokens=1)
         for _ in range(2):
             found = bench.generate(ids, cache, max_new_tokens=1)
