@@ -19,7 +19,7 @@ from transformers.utils import logging
 from . import persistence
 from .checks import is_whole, shown, whole_number
 from .config import SparseCacheConfig
-from .explain import Explanation, explain, not_supported, remedy, too_small
+from .explain import Explanation, ModelFacts, explain, not_supported, remedy, too_small
 from .models import fingerprint, generation
 from .models.ambient import claim
 from .models.binding import Binding
@@ -109,7 +109,7 @@ class SparsePrefixCache(Handle):
             else policy
         )
         self.store = CheckpointStore(self.config.max_memory) if store is None else store
-        self._check_budget()
+        self._check_budget(binding.facts)
         self.store.read_with(LayerTensors.from_bytes)
         proof = Proof(binding, prove)
         proof.require()
@@ -231,6 +231,7 @@ class SparsePrefixCache(Handle):
             "state_bytes": self.size.state_bytes,
             "kv_bytes_per_token": self.size.kv_bytes_per_token,
             "logits_bytes": self.size.logits_bytes,
+            "page_bytes": self.size.page_bytes,
             "exactness": self.config.exactness,
             "grid": segmenting.step if isinstance(segmenting, Replayable) else self.grid,
             "cut_ids": binding.cut_ids,
@@ -259,7 +260,7 @@ class SparsePrefixCache(Handle):
         if position < MIN_SUFFIX_TOKENS:
             raise ValueError(f"ids has {position} token, and no segment has fewer than 2: mark a longer prefix.")
         self.store.mark(tokens, space)
-        need = self.size.state_bytes + position * self.size.kv_bytes_per_token
+        need = self.server.binding.facts.bytes_of(position)
         bound = self.store.bound(tokens, position, space)
         if bound is not None and bound.kept + need > bound.limit:
             logger.warning(f"Nothing can be kept for this mark. {too_small(bound, position, need)}.")
@@ -417,8 +418,8 @@ class SparsePrefixCache(Handle):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _check_budget(self) -> None:
-        needed = self.size.state_bytes + self.grid * self.size.kv_bytes_per_token
+    def _check_budget(self, facts: ModelFacts) -> None:
+        needed = facts.bytes_of(self.grid)
         if self.store.max_memory is not None and self.store.max_memory < needed:
             raise ValueError(
                 f"max_memory is {format_bytes(self.store.max_memory)}, less than one checkpoint of this model, "

@@ -20,6 +20,7 @@ from .planning.lineage import Lineage
 from .planning.segments import Segmenting
 from .stats import Cause, Reason, format_bytes, html_table
 from .store.bounds import Bound
+from .store.slabs import taken
 from .store.tree import Checkpoint, Departure, Match, nearest
 from .store.unit import namespace_of
 
@@ -183,16 +184,19 @@ class ModelFacts:
         state_bytes, kv_bytes_per_token: of a checkpoint.
         smaller_grid: the largest grid that suits the model and cuts a prefix of so many tokens; 0 where none does.
         decode: turns token ids into text; None without a tokenizer.
+        page_bytes: of which what is stored takes multiples, see `slabs.taken`.
     """
 
     state_bytes: int
     kv_bytes_per_token: int
     smaller_grid: Callable[[int], int]
     decode: Callable[[list[int]], str] | None = None
+    page_bytes: int = 1
 
     def bytes_of(self, position: int, resumed: int = 0) -> int:
-        """Of a checkpoint with its keys and values, those up to `resumed` left out."""
-        return self.state_bytes + self.kv_bytes_per_token * (position - resumed)
+        """That a checkpoint takes with its keys and values, those up to `resumed` left out, the others in one span."""
+        held = self.state_bytes, self.kv_bytes_per_token * (position - resumed)
+        return sum(taken(nbytes, self.page_bytes) for nbytes in held)
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,14 @@ from .planning.policy import check_policy, limited
 from .planning.segments import Bitwise, Replayable, Segmenting
 from .planning.views import Floats
 from .request import Request, open_request
-from .routing.fleet import Arrival, Clocks, Fleet, FleetTimes, Router, SharedSizes, make_router
+from .routing.fleet import Arrival, Clocks, Fleet, FleetTimes, Router, SharedSizes, Sized, make_router
 from .stats import RequestInfo, counted, format_bytes, html_table, parse_bytes
 from .store.answer import Read, open_answer
 from .store.eviction import Eviction
 from .store.forest import Forest
+from .store.slabs import taken
 from .store.store import CheckpointStore
 from .tools.traces import load_trace
-
-
-@dataclass(frozen=True, slots=True)
-class Sized:
-    """A payload that holds nothing and only has a size."""
-
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -124,6 +118,7 @@ def simulate(
     exactness: str = "bitwise",
     marks: Iterable[Sequence[int]] = (),
     logits_bytes: int = 0,
+    page_bytes: int = 1,
     cut_tokens: float = 0.0,
     pieces: int | None = None,
     storage: str = "exact",
@@ -157,6 +152,9 @@ def simulate(
         exactness: "bitwise" or "replayable", as of `SparsePrefixCache`.
         marks: announced prefixes, as of `SparsePrefixCache.mark`, each a list of token ids.
         logits_bytes: what the checkpoint at the end of a prompt holds besides its state.
+        page_bytes: of what states, logits and the keys and values of a segment take multiples in memory, if they hold
+            32 KiB or more: on Linux 4096 for a model on a CPU, as `cache.simulation()` says. By default every system
+            is told the same: all takes what it holds.
         cut_tokens: what a cut costs in tokens of prefill, in replayable mode.
         pieces: most tokens of a forward, in replayable mode.
         storage: "bf16" or "int8" where the two sizes are those of float32 numbers as they are, and a checkpoint shall
@@ -180,7 +178,7 @@ def simulate(
         ValueError: if an argument is out of range or a name unknown.
         TypeError: if `policy` is neither a name nor a `Policy` object, or places what are no positions.
     """
-    sizes = _Sizes(state_bytes, kv_bytes_per_token, logits_bytes).kept(storage)
+    sizes = _Sizes(state_bytes, kv_bytes_per_token, logits_bytes, page_bytes).kept(storage)
     if not isinstance(warmup, int | float) or not 0.0 <= warmup < 1.0:
         raise ValueError(
             f"warmup must be a fraction in [0, 1), got {shown(warmup)}; 0.6 leaves 40 % of the requests counted"
@@ -215,17 +213,19 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the checkpoints of a model that is not there take, in bytes."""
+    """What the checkpoints of a model that is not there hold, in bytes, and of which bytes they take multiples."""
 
     state_bytes: int
     kv_bytes_per_token: int
     logits_bytes: int
+    page_bytes: int
 
     def __post_init__(self) -> None:
         whole_number("state_bytes", self.state_bytes, 1, "it is the size of one checkpoint", MOST_STATE_BYTES)
         hint = "use 0 without full attention"
         whole_number("kv_bytes_per_token", self.kv_bytes_per_token, 0, hint, MOST_TOKEN_BYTES)
         whole_number("logits_bytes", self.logits_bytes, 0, "use 0 where no end of a prompt is kept", MOST_STATE_BYTES)
+        whole_number("page_bytes", self.page_bytes, 1, "large payloads take multiples of it in memory", MOST_ID)
 
     def kept(self, storage: str) -> _Sizes:
         """What is kept of float32 states and keys and values under a storage; logits are kept as they are."""
@@ -236,7 +236,7 @@ class _Sizes:
 
     def add(self, request: Request, position: int, final: bool = False) -> None:
         """Stores a checkpoint of these sizes; the one at the end of a prompt is `final` and holds logits as well."""
-        state = Sized(self.state_bytes + (self.logits_bytes if final else 0))
+        state = self._sized(self.state_bytes, self.logits_bytes if final else 0)
         request.add(position, state, self._kv if self.kv_bytes_per_token else None)
 
     def answer(self, read: Read | None, output: Tokens, info: RequestInfo) -> RequestInfo:
@@ -246,11 +246,15 @@ class _Sizes:
             return info
         with answer:
             for position in answer.planned:
-                answer.add(position, Sized(self.state_bytes), self._kv if self.kv_bytes_per_token else None)
+                answer.add(position, self._sized(self.state_bytes), self._kv if self.kv_bytes_per_token else None)
         return replace(info, captured=(*info.captured, *answer.captured))
 
     def _kv(self, start: int, end: int) -> Sized:
-        return Sized((end - start) * self.kv_bytes_per_token)
+        return self._sized((end - start) * self.kv_bytes_per_token)
+
+    def _sized(self, *parts: int) -> Sized:
+        """A payload of parts that lie apart in memory and together in a file."""
+        return Sized(sum(taken(part, self.page_bytes) for part in parts), sum(parts))
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,7 @@ def test_a_prompt_of_blocks_is_no_longer_than_it_says() -> None:
         ({"kv_bytes_per_token": 10**30}, "kv_bytes_per_token"),
         ({"logits_bytes": 10**30}, "logits_bytes"),
         ({"logits_bytes": -1}, "logits_bytes"),
+        ({"page_bytes": 0}, "page_bytes"),
         ({"kv_bytes_per_token": float("inf")}, "kv_bytes_per_token"),
         ({"kv_bytes_per_token": 0.5}, "kv_bytes_per_token"),
         ({"grid": 2.5}, "grid"),

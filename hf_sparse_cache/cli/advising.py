@@ -169,7 +169,7 @@ def _every_cut(inquiry: Inquiry, rows: list[RequestInfo]) -> dict[str, Any]:
     In bitwise mode that is up to the last cut; in replayable mode there may be one at every token that is shared.
     """
     sizes, skipped = inquiry.sizes, len(rows) - len(_counted(inquiry, rows))
-    resumed = checkpoints = held = 0
+    resumed = checkpoints = peak = 0
     for index, (ids, row) in enumerate(zip(inquiry.trace, rows, strict=True)):
         cuts = cut_positions(ids, sizes.grid, inquiry.cut_ids)
         usable = _usable(row.overlap_tokens, len(ids))
@@ -179,13 +179,14 @@ def _every_cut(inquiry: Inquiry, rows: list[RequestInfo]) -> dict[str, Any]:
             resumed += cut if sizes.exactness == "bitwise" else usable
         if shared < len(cuts):
             checkpoints += len(cuts) - shared
-            held += int(cuts[-1]) - (int(cuts[shared - 1]) if shared else 0)
+            spans = np.diff(cuts[shared:], prepend=cuts[shared - 1] if shared else 0)
+            peak += sizes.taken(len(spans), *spans.tolist())
     counted = _counted(inquiry, rows)
     overlap, tokens = sum(row.overlap_tokens for row in counted), sum(row.prompt_tokens for row in counted)
     return {
         "resumed_tokens": resumed,
         "checkpoints": checkpoints,
-        "peak_bytes": checkpoints * sizes.state_bytes + held * sizes.kv_bytes_per_token,
+        "peak_bytes": peak,
         "resume_rate": resumed / max(tokens, 1),
         "capture_rate": resumed / overlap if overlap else 1.0,
         "recomputed_tokens": (overlap - resumed) / len(counted),
@@ -196,7 +197,7 @@ def _frontier(inquiry: Inquiry, known: dict[str, SimulationResult], steps: Steps
     """Each policy under less memory than was used, under the budget, and under more where the budget was short."""
     used = min(inquiry.budget, max(result.peak_bytes for result in known.values()))
     sizes = inquiry.sizes
-    one = sizes.state_bytes + sizes.grid * sizes.kv_bytes_per_token  # with less, nothing could be kept
+    one = sizes.taken(1, sizes.grid)  # with less, nothing could be kept
     budgets = {used // share for share in BELOW if used // share >= one}
     if any(result.evictions for result in known.values()):
         budgets.add(ABOVE * inquiry.budget)

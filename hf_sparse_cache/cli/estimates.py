@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..planning.planner import plan_checkpoints
 from ..planning.views import Floats
 from ..simulator import simulate
 from ..stats import counted, format_bytes
+from ..store.slabs import taken
 from ..tools.traces import Trace
 from .screen import Screen
 
@@ -34,6 +36,7 @@ class Sizes:
         cut_tokens, pieces: of the model, see `simulate`.
         storage: how states are kept.
         share: bytes of a checkpoint and of a token's keys and values, relative to how they are.
+        page_bytes: of what both take multiples in memory, see `simulate`.
     """
 
     state_bytes: int
@@ -47,6 +50,7 @@ class Sizes:
     grid_assumed: bool = False
     storage: str = "exact"
     share: tuple[float, float] = (1.0, 1.0)
+    page_bytes: int = 1
 
     @classmethod
     def of(cls, model: Any, grid: int | None, exactness: str = "bitwise", storage: str = "exact") -> "Sizes":
@@ -60,7 +64,7 @@ class Sizes:
             found["state_bytes"] / max(size.state_bytes, 1),
             found["kv_bytes_per_token"] / max(size.kv_bytes_per_token, 1),
         )
-        names = ("state_bytes", "kv_bytes_per_token", "grid", "prefill_cost", "cut_tokens", "pieces")
+        names = ("state_bytes", "kv_bytes_per_token", "grid", "prefill_cost", "cut_tokens", "pieces", "page_bytes")
         return cls(**{name: found[name] for name in names}, exactness=exactness, storage=storage, share=share)
 
     def kept(self, storage: str) -> "Sizes":
@@ -77,12 +81,18 @@ class Sizes:
         states, kv = (round(size / share) if share else 0 for size, share in sizes)
         return replace(self, state_bytes=states, kv_bytes_per_token=kv, storage="exact", share=(1.0, 1.0))
 
+    def taken(self, states: int, *spans: int) -> int:
+        """Bytes of memory that so many states take, and the keys and values of spans of these lengths."""
+        each = (taken(span * self.kv_bytes_per_token, self.page_bytes) for span in spans)
+        return states * taken(self.state_bytes, self.page_bytes) + sum(each)
+
     @property
     def measured(self) -> dict[str, Any]:
         """The numbers, and the mode that they are for."""
         return {
             "state_bytes": self.state_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "page_bytes": self.page_bytes,
             "grid": self.grid,
             "exactness": self.exactness,
             "storage": self.storage,
@@ -342,9 +352,11 @@ def _resumed(depths: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray
 
 
 def _bytes(sizes: Sizes, positions: Iterable[int]) -> int:
-    """States at all positions, and one chain of KV up to the deepest."""
+    """States at all positions, and one chain of KV up to the deepest, in the spans that its mode makes of it."""
     positions = list(positions)
-    return len(positions) * sizes.state_bytes + max(positions, default=0) * sizes.kv_bytes_per_token
+    cuts = range(sizes.grid, max(positions, default=0), sizes.grid) if sizes.exactness == "bitwise" else ()
+    ends = sorted({*positions, *cuts})
+    return sizes.taken(len(positions), *map(sub, ends, [0, *ends]))
 
 
 def _short(positions: list[int]) -> str:

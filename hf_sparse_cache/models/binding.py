@@ -111,7 +111,8 @@ class Binding:
     def facts(self) -> ModelFacts:
         """What advice needs to know of the model."""
         decode = None if self.tokenizer is None else self.tokenizer.decode
-        return ModelFacts(self.size.state_bytes, self.size.kv_bytes_per_token, self.smaller_grid, decode)
+        size = self.size
+        return ModelFacts(size.state_bytes, size.kv_bytes_per_token, self.smaller_grid, decode, size.page_bytes)
 
     def live_cache(self) -> LiveCache:
         """A fresh live cache for one request, or for one row of it."""

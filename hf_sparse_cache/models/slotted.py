@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..store.slabs import Bytes, memory
+from ..store.slabs import Bytes, memory, taken
 
 
 Tensors = dict[str, Any]
@@ -73,7 +73,7 @@ class Slotted(Sequence[Tensors]):
     """Layers, made anew whenever they are read: a layer's tensors are views of the same memory each time.
 
     Attributes:
-        nbytes: of all tensors.
+        nbytes: what the memory takes, which is of whole pages, and what all tensors of layers that lie elsewhere do.
     """
 
     __slots__ = ("_before", "_held", "_layout", "_plain", "nbytes")
@@ -88,8 +88,8 @@ class Slotted(Sequence[Tensors]):
             before: layers that lie elsewhere, the first ones.
         """
         self._held, self._plain, self._before = held, plain, before
-        self._layout, own = _known(layout)
-        self.nbytes: int = own + tensor_bytes(before)
+        self._layout = _known(layout)
+        self.nbytes: int = taken(len(held)) + taken_by(before)
 
     def __len__(self) -> int:
         return len(self._before) + len(self._layout)
@@ -137,8 +137,8 @@ def slotted(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Slotte
     return Slotted(held, layout, plain, before)
 
 
-def tensor_bytes(layers: Sequence[Tensors]) -> int:
-    """Bytes of all their tensors."""
+def taken_by(layers: Sequence[Tensors]) -> int:
+    """Bytes that all their tensors take where they lie."""
     if isinstance(layers, Slotted):
         return layers.nbytes
     return sum(value.nbytes for value in tensors_of(layers))
@@ -167,6 +167,6 @@ def _laid_out(wanted: tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...
 
 
 @lru_cache(maxsize=64)
-def _known(layout: Places) -> tuple[Places, int]:
-    """A layout, the same object for all that are alike and were used lately; and the bytes of its tensors."""
-    return layout, sum(place.nbytes for layer in layout for _, place in layer)
+def _known(layout: Places) -> Places:
+    """A layout, the same object for all that are alike and were used lately."""
+    return layout

@@ -17,9 +17,11 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedModelError
+from ..store.slabs import PAGE_BYTES
 from .inputs import input_device
 from .lazy_kv import Waiting, waiting
 from .rounding import EXACT, Rounding, chained, plain_name
+from .slotted import Slotted
 from .tensors import LayerTensors as LayerTensors  # what is captured, under the name it is known by
 from .tensors import Tensors, own
 
@@ -392,11 +394,13 @@ class StateSize:
         state_bytes: the fixed-size state of one checkpoint.
         kv_bytes_per_token: keys and values of the full-attention layers.
         logits_bytes: what the checkpoint at the end of a prompt holds besides.
+        page_bytes: of what each of the three is a multiple where it is stored, if it is large; see `slabs.taken`.
     """
 
     state_bytes: int
     kv_bytes_per_token: int
     logits_bytes: int = 0
+    page_bytes: int = 1
 
 
 @torch.no_grad()
@@ -412,12 +416,14 @@ def measure(cache: Cache, output: Any, rounding: Rounding = EXACT) -> StateSize:
     Sliding windows are counted as full, since they are once a prompt is long enough.
     """
     state = 0
-    for layer, held in zip(cache.layers, capture_state(cache, rounding).layers, strict=True):
+    fixed, grown = capture_state(cache, rounding), capture_kv(cache, 0, PROBE_TOKENS, rounding)
+    for layer, held in zip(cache.layers, fixed.layers, strict=True):
         for name, value in held.items():
             if torch.is_tensor(value):
                 windows = (
                     (getattr(layer, "sliding_window", 1) - 1) / PROBE_TOKENS if plain_name(name) in TOKEN_DIMS else 1
                 )
                 state += int(value.nbytes * windows)
-    kv = capture_kv(cache, 0, PROBE_TOKENS, rounding).nbytes // PROBE_TOKENS
-    return StateSize(state, kv, output.logits[:, -1:].nbytes)
+    kv = sum(value.nbytes for value in grown.tensors()) // PROBE_TOKENS
+    paged = any(isinstance(captured.layers, Slotted) for captured in (fixed, grown))
+    return StateSize(state, kv, output.logits[:, -1:].nbytes, PAGE_BYTES if paged else 1)

@@ -21,7 +21,7 @@ from ..store.headers import Header, Plain, is_count, parse_json
 from ..store.slabs import Bytes
 from ..store.tree import Payload
 from . import streams
-from .slotted import Place, Slotted, TensorViews, slotted, tensor_bytes, tensors_of
+from .slotted import Place, Slotted, TensorViews, slotted, taken_by, tensors_of
 from .slotted import Tensors as Tensors  # by which it is known above
 from .streams import Behind
 
@@ -80,8 +80,8 @@ class LayerTensors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, or of the memory that is pinned for them, which is more."""
-        return self.pinned_bytes or tensor_bytes(self.layers)
+        """Bytes that it takes where it lies: whole pages of host memory, or blocks of what is pinned, or tensors."""
+        return self.pinned_bytes or taken_by(self.layers)
 
     def reached(self) -> LayerTensors:
         """Itself, for whoever reads it on another stream than the one that made it, which waits without the host.

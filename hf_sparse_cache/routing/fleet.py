@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from ..store.eviction import LRU
 from ..store.ledger import Ledger
 from ..store.store import CheckpointStore
 from ..store.tier import Tier
+from ..store.tree import Payload
 from ..store.unit import Unit, unit_of
 from .digest import Publisher
 from .names import ANCHOR_TOKENS, PaperKeys
@@ -134,6 +135,24 @@ class FleetTimes:
     digest_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A payload that holds nothing and only has a size.
+
+    Attributes:
+        nbytes: that it takes where it lies.
+        apart: what it takes in a file, while it lies in memory, and in memory, while in a file; None where that is the
+            same.
+    """
+
+    nbytes: int
+    apart: int | None = None
+
+    def moved(self) -> Sized:
+        """The same on the other side."""
+        return self if self.apart is None else Sized(self.apart, self.nbytes)
+
+
 class SharedSizes(Tier):
     """A shared tier of payloads that only have a size.
 
@@ -156,10 +175,11 @@ class SharedSizes(Tier):
     def fetch(self, unit: Unit, spans: list[Span]) -> Unit:
         """The unit, of which the state and some of the keys and values are read."""
         self.fetched_bytes += self._packed(unit.state.nbytes + sum(unit.kv[span].nbytes for span in spans))
-        return unit
+        return _moved(unit)
 
     def accept(self, unit: Unit, demote: object = None) -> bool:
         """Takes a unit in, of which what is not there yet is written."""
+        unit = _moved(unit)
         with self.ledger.footing(unit.tokens, unit.space) as footing:
             before = self.used_bytes, self.evictions
             missing = sum(unit.kv[span].nbytes for span in self.ledger.missing_spans(footing, unit.spans))
@@ -191,6 +211,15 @@ class SharedSizes(Tier):
         units = [unit_of(item) for item in store.match(ids).checkpoints(len(ids)) if item.position in wanted]
         for unit in units:
             self.accept(unit)
+
+
+def _moved(unit: Unit) -> Unit:
+    """A unit between memory and files."""
+    return replace(unit, state=_aside(unit.state), kv={span: _aside(payload) for span, payload in unit.kv.items()})
+
+
+def _aside(payload: Payload) -> Payload:
+    return payload.moved() if isinstance(payload, Sized) else payload
 
 
 class Clocks:

@@ -25,7 +25,8 @@ LEAST_BYTES = 32 << 10  # of what has a slot, which takes up to a page more: lit
 _SLAB_BYTES = 64 << 20  # which a slab grows to, by doubling: only pages that were written to take memory
 _WARM_SLOTS = 4  # that keep their pages, so that who gets them next need not wait for others: of about one checkpoint
 _PAGE = mmap.PAGESIZE
-_HERE = sys.platform == "linux"  # elsewhere pages are given back in other ways, and heaps have other gaps
+# Elsewhere pages are given back in other ways, and heaps have other gaps: what is stored takes what it holds.
+PAGE_BYTES = _PAGE if sys.platform == "linux" else 1
 Bytes = NDArray[np.uint8]
 
 
@@ -84,20 +85,30 @@ _slabs: dict[int, list[weakref.ref[_Slab]]] = {}
 _warm: deque[weakref.ref[_Slab]] = deque()  # the slab of each slot that was given up, in that order
 
 
+def taken(nbytes: int, page_bytes: int = PAGE_BYTES) -> int:
+    """What a payload takes of memory that `memory` gives, and of a budget: of the larger ones, whole pages.
+
+    Args:
+        nbytes: of all that it holds.
+        page_bytes: where it lies; 1 where `memory` does not make its place.
+    """
+    return nbytes if nbytes < LEAST_BYTES else -(-nbytes // page_bytes) * page_bytes
+
+
 def memory(nbytes: int) -> Bytes:
     """Memory for one payload, of any content: `(nbytes,)`, given back when it and all views of it are gone.
 
     Raises:
         MemoryError: there is none.
     """
-    if _HERE and nbytes >= LEAST_BYTES:
+    if PAGE_BYTES > 1 and nbytes >= LEAST_BYTES:
         with suppress(OSError):  # no mapping is left, or no memory, which numpy will say
             return _slot(nbytes)
     return np.empty(nbytes, np.uint8)
 
 
 def _slot(nbytes: int) -> Bytes:
-    size = -(-nbytes // _PAGE) * _PAGE
+    size = taken(nbytes)
     slots = 1
     alive = []
     for known in _slabs.get(size, ()):

@@ -12,6 +12,7 @@ from commands import Run
 from hf_sparse_cache import simulate
 from hf_sparse_cache.cli import advising, estimates
 from hf_sparse_cache.planning.policies import POLICIES, Policy
+from hf_sparse_cache.store.slabs import PAGE_BYTES, taken
 from hf_sparse_cache.tools.traces import load_trace
 
 
@@ -152,7 +153,8 @@ def test_sizes_come_from_the_model_and_the_request_count_from_the_caller(run: Ru
     assert code == 0 and found["kv_bytes_per_token"] > 0 and found["trace"]["requests"] == 8
     (one,) = found["plans"][:1]
     assert one["positions"] == [700] and one["recomputed_tokens"] == pytest.approx(0)
-    assert one["bytes_per_prompt"] == found["state_bytes"] + 700 * found["kv_bytes_per_token"]
+    spans = 7 * taken(100 * found["kv_bytes_per_token"])  # a checkpoint's keys and values have a slot for each segment
+    assert found["page_bytes"] == PAGE_BYTES and one["bytes_per_prompt"] == taken(found["state_bytes"]) + spans
 
 
 def test_storage_is_planned_for_and_its_worth_is_said(run: Run, trace: Path) -> None:

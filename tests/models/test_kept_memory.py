@@ -3,15 +3,19 @@
 import gc
 import json
 import sys
+from collections import Counter, deque
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from hf_sparse_cache import CheckpointStore, SparsePrefixCache, simulate
 from hf_sparse_cache.errors import DamagedFileError
+from hf_sparse_cache.models import slotted
 from hf_sparse_cache.models.tensors import LayerTensors
 from hf_sparse_cache.store import slabs
+from hf_sparse_cache.tools.builtin import build_model
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory comes from numpy")
@@ -23,6 +27,23 @@ def layers(value=1, scale=1):
     found = [{f"{i}": torch.full((3, 7001 * scale + i), value, dtype=dtype)} for i, dtype in enumerate(DTYPES)]
     wide = torch.arange(40_000, dtype=torch.float32).reshape(200, 200)
     found[1] |= {"turned": wide.T[:, ::2], "keys": wide[None, None, 5:9], "seen": 7, "none": torch.empty(0)}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(monkeypatch):
+    """Slabs of this test alone: what other tests have stored may go whenever it is collected."""
+    gc.collect()
+    monkeypatch.setattr(slabs, "_slabs", {})
+    monkeypatch.setattr(slabs, "_warm", deque())
+
+
+def held_slots():
+    """Bytes of all slots that somebody holds, by the size of a slot."""
+    living = [slab for refs in slabs._slabs.values() for ref in refs if (slab := ref()) is not None]
+    found = Counter()
+    for slab in living:
+        found[slab.slot_bytes] += slab.slot_bytes * (slab.slots - len(slab.warm) - len(slab.free))
     return found
 
 
@@ -47,7 +68,8 @@ def test_what_is_captured_is_the_same_lies_together_and_shares_nothing(scale):
         assert torch.equal(kept, expected) and kept.dtype == expected.dtype and kept.is_contiguous()
         assert not kept.numel() or kept.data_ptr() % kept.element_size() == 0
     first, last = slot_of(payload)
-    assert last - first == payload.nbytes  # without gaps: what the budget counts is what the slot holds
+    assert last - first == sum(value.nbytes for _, value in values)  # without gaps
+    assert payload.nbytes == sum(held_slots().values()) == -(-(last - first) // slabs.PAGE_BYTES) * slabs.PAGE_BYTES
 
 
 def test_what_is_small_has_memory_of_its_own():
@@ -60,7 +82,8 @@ def test_later_layers_join_earlier_ones_where_they_lie():
     state = LayerTensors.captured(layers())
     both = LayerTensors.captured([{"logits": torch.ones(1, 1, 50_000)}], state.layers)
     assert both.layers[0]["0"].data_ptr() == state.layers[0]["0"].data_ptr()
-    assert len(both.layers) == len(state.layers) + 1 and both.nbytes == state.nbytes + 200_000
+    assert len(both.layers) == len(state.layers) + 1 and both.nbytes == state.nbytes + slabs.taken(200_000)
+    assert both.nbytes == sum(held_slots().values())
     assert bool(both.layers[-1]["logits"].eq(1).all()) and both.layers[1:2][0]["seen"] == 7
 
 
@@ -95,7 +118,7 @@ def test_a_file_that_was_not_packed_is_read_into_a_slot():
     data = payload.to_bytes("{}", np.arange(4, dtype=np.int32))
     read = LayerTensors.from_bytes(data)
     first, last = slot_of(read)
-    assert last - first == read.nbytes == payload.nbytes
+    assert last - first == sum(value.nbytes for value in payload.tensors()) and read.nbytes == payload.nbytes
     for one, other in zip(payload.layers, read.layers, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one if name != "seen")
 
@@ -140,3 +163,67 @@ def test_a_shape_that_is_not_the_size_of_its_place_is_refused(shape):
     assert LayerTensors.from_bytes(unpacked()[1]).layers[3]["3"].shape == (3, 7004)
     with pytest.raises(DamagedFileError):
         LayerTensors.from_bytes(unpacked(other_shape)[1])
+
+
+def memory_of(store):
+    """Bytes of the slots that are held, and of keys and values of a few tokens, which have none."""
+    segments = {segment for _, _, checkpoint in store.checkpoints() for segment in checkpoint.chain()}
+    small = [segment.nbytes for segment in segments if segment.nbytes < slabs.LEAST_BYTES]
+    return sum(held_slots().values()) + sum(small)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Of whose logits, keys and values few make whole pages."""
+    return build_model("jamba-30m", vocab_size=8201)
+
+
+def prompts():
+    """Some behind each other, some alike, with 70 new tokens or more."""
+    draw = np.random.RandomState(5)
+    first, second, third = (draw.randint(3, 8201, length) for length in (215, 70, 203))
+    return [first, np.concatenate([first[:141], second]), third, first, np.concatenate([third, second])]
+
+
+def served(model, **options):
+    """A store that has served the prompts, and what `simulate` has to know."""
+    store = CheckpointStore(options.pop("max_memory", None))
+    with SparsePrefixCache(model, grid=64, store=store, prove=False, **options) as cache:
+        for ids in prompts():
+            cache.prefill(torch.from_numpy(ids))
+        known = cache.simulation()
+    gc.collect()
+    return store, known
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"exactness": "bitwise"}, {"storage": "int8"}, {"max_memory": "1MiB"}], ids=str
+)
+def test_the_budget_counts_the_slots_and_so_does_simulate(model, options):
+    store, known = served(model, **options)
+    assert store.used_bytes == memory_of(store) > 2**19 and len(+held_slots()) >= 3
+    told = simulate(prompts(), **known)
+    assert told.peak_bytes == store.peak_bytes and told.evictions == store.evictions
+    assert bool(store.evictions) == ("max_memory" in options)
+    blind = simulate(prompts(), **{**known, "page_bytes": 1})  # the twin: of tensors' bytes, as on other systems
+    assert blind.peak_bytes < told.peak_bytes
+
+
+def test_a_budget_that_counts_tensors_is_noticed(model, monkeypatch):
+    """The twin: a ledger that knows nothing of pages says less than the slots that are held."""
+    monkeypatch.setattr(slotted, "taken", lambda nbytes: nbytes)
+    store, _ = served(model)
+    assert store.used_bytes < memory_of(store)
+
+
+def test_what_is_read_from_files_counts_its_slots(model, tmp_path):
+    store, _ = served(model)
+    with SparsePrefixCache(model, grid=64, store=store, prove=False) as cache:
+        cache.save_pretrained(tmp_path)
+    store.clear()
+    del store, cache
+    gc.collect()
+    assert not +held_slots()
+    with SparsePrefixCache.from_pretrained(tmp_path, model) as cache:
+        gc.collect()
+        assert cache.store.used_bytes == memory_of(cache.store) > 2**19

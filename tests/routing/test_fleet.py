@@ -115,6 +115,20 @@ def test_bytes_and_seconds_of_a_shared_tier_by_hand() -> None:
     assert result.served.seconds == pytest.approx(sum(wanted) + 3 * 2.0)
 
 
+def test_files_take_what_is_held_and_memory_whole_pages() -> None:
+    ids = np.arange(1000, dtype=np.int32)
+    options = {**OPTIONS, "policy": "last", "grid": 100, "state_bytes": 40_000, "kv_bytes_per_token": 500}
+    fleet = Fleet(shared=True)
+    paged, plain = (
+        simulate([ids, ids], router="round_robin", replicas=2, fleet=fleet, page_bytes=page, **options)
+        for page in (4096, 1)
+    )
+    assert paged.served is not None and paged.served == plain.served
+    assert paged.served.written_bytes == paged.served.fetched_bytes == 40_000 + 900 * 500
+    assert plain.peak_bytes == 2 * (40_000 + 900 * 500)
+    assert paged.peak_bytes == 2 * (10 + 9 * 13) * 4096  # in both replicas, one of which has read it
+
+
 def test_files_of_the_shared_tier_take_what_they_are_packed_to() -> None:
     ids = np.arange(1000, dtype=np.int32)
     fleet = Fleet(shared=True, network_bytes_per_second=1000.0)

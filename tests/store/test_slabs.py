@@ -56,6 +56,16 @@ def test_memory_is_as_large_as_asked_for_and_can_be_written(size):
 
 
 @linux
+def test_what_is_taken_is_what_a_slot_has():
+    for size in (*SIZES, slabs.LEAST_BYTES, 8 * slabs.PAGE_BYTES + 1):
+        found = slabs.memory(size)
+        assert [slab.slot_bytes for slab in living()] == [slabs.taken(size)]
+        del found
+    assert slabs.taken(slabs.LEAST_BYTES - 1) == slabs.LEAST_BYTES - 1  # lies in the heap
+    assert slabs.taken(SIZE, 1) == SIZE < slabs.taken(SIZE)  # as on systems without slabs
+
+
+@linux
 def test_a_slot_is_handed_out_again_once_nobody_holds_it():
     held = [filled(SIZE, 1) for _ in range(8)]  # the first slabs have one slot, and go with it
     places = list(map(address, held))
