@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.models.tensors import LayerTensors
+from hf_sparse_cache.store.slabs import PAGE_BYTES, taken
 
 
 GRID = 32
@@ -55,16 +56,26 @@ def cold_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 def small_store(model: PreTrainedModel, folder: Path, **options: Any) -> CheckpointStore:
     """A store with room for about one checkpoint of the document, and a disk tier."""
     with handle(model) as cache:
-        one = cache.size.state_bytes + 128 * cache.size.kv_bytes_per_token
+        # What was read from a file has the rest of the file beside it.
+        one = taken(cache.size.state_bytes + PAGE_BYTES) + 128 * cache.size.kv_bytes_per_token
     return CheckpointStore(one, "lru", disk_memory="1GiB", disk_dir=folder, **options)
 
 
 def all_tensors(cache: SparsePrefixCache) -> list[torch.Tensor]:
+    return [value for payload in all_payloads(cache) for value in payload.tensors()]
+
+
+def counts_what_it_holds(cache: SparsePrefixCache) -> bool:
+    """Whether all tensors are counted, and beside those of each payload the rest of its page, or of its file."""
+    held = sum(tensor.nbytes for tensor in all_tensors(cache))
+    return held <= cache.store.used_bytes <= held + len(all_payloads(cache)) * 2 * PAGE_BYTES
+
+
+def all_payloads(cache: SparsePrefixCache) -> list[LayerTensors]:
     found: dict[int, LayerTensors] = {}
     for _, _, checkpoint in cache.store.checkpoints():
         found[id(checkpoint.state)] = checkpoint.state
         segment = checkpoint.kv
         while segment is not None:
             found[id(segment.payload)], segment = segment.payload, segment.parent
-    layers = [layer for payload in found.values() for layer in payload.layers]
-    return [value for layer in layers for value in layer.values() if torch.is_tensor(value)]
+    return list(found.values())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_sparse_cache import SparsePrefixCache, check_exactness, mamba1
 from hf_sparse_cache.models.inputs import Prompts
 from hf_sparse_cache.models.states import LayerTensors, capture_state
+from hf_sparse_cache.store.slabs import taken
 from hf_sparse_cache.store.tree import Checkpoint, KVSegment
 
 
@@ -177,7 +178,7 @@ def test_bytes_are_those_of_the_tensors(jamba: PreTrainedModel) -> None:
 
         def storage(payload: LayerTensors) -> int:
             held = (value.untyped_storage() for value in payload.tensors())  # which all of a payload share
-            return sum({place.data_ptr(): place.nbytes() for place in held}.values())
+            return sum({place.data_ptr(): taken(place.nbytes()) for place in held}.values())
 
         stats = cache.stats()
         assert stats.checkpoint_bytes == sum(storage(checkpoint.state) for checkpoint in checkpoints) > 0

@@ -26,6 +26,7 @@ from ..models.sitting import Served as ServedRow
 from ..planning.cuts import MIN_SUFFIX_TOKENS
 from ..planning.lineage import Lineage
 from ..planning.policies import Policy, Prompt
+from ..store.slabs import taken
 from ..store.store import CheckpointStore
 from ..store.tree import Checkpoint
 from .clock import Timed, timed
@@ -184,7 +185,7 @@ class Cached(Contender):
             payloads: list[Any] = [checkpoint.state, *_spans(checkpoint)]
             for payload in payloads:
                 layers += payload.layers
-        return _storage_bytes(layers)
+        return _storage_bytes(layers, self.handle.size.page_bytes)
 
     def peak_bytes(self) -> int:
         return self.handle.store.peak_bytes
@@ -325,14 +326,18 @@ def _timed_eviction(store: CheckpointStore) -> Callable[[], float]:
     return lambda: spent[0]
 
 
-def _storage_bytes(holders: list[dict[str, Any]]) -> int:
-    """Bytes behind all tensors in these dicts, lists inside included; storages that are shared count once."""
+def _storage_bytes(holders: list[dict[str, Any]], page_bytes: int = 1) -> int:
+    """Bytes behind all tensors in these dicts, lists inside included; storages that are shared count once.
+
+    Args:
+        page_bytes: of which large storages take multiples.
+    """
     found: dict[int, int] = {}
     values = [value for holder in holders for value in holder.values()]
     while values:
         value = values.pop()
         if torch.is_tensor(value):
-            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            found[value.untyped_storage().data_ptr()] = taken(value.untyped_storage().nbytes(), page_bytes)
         elif isinstance(value, (list, tuple)):
             values.extend(value)
         elif isinstance(value, dict):

@@ -19,10 +19,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .slotted import Laid, Lying, Place, Slotted, TensorViews
 from .tensors import Tensors, own
 
 
@@ -76,11 +77,15 @@ class Rounding:
         """The tensors of one layer from what `kept` gave; not to be changed."""
         return layer
 
-    def restored(self, layer: Tensors) -> Tensors:
+    def unread(self, layers: Sequence[Tensors]) -> Sequence[Tensors | Lying]:
+        """The layers from what `kept` gave of each, for `restored` and `packed`, which read what is wanted of them."""
+        return tuple(layers)
+
+    def restored(self, layer: Any) -> Tensors:
         """The tensors of one layer from what `kept` gave, to be changed at will."""
         return {name: own(value) if torch.is_tensor(value) else value for name, value in self.read(layer).items()}
 
-    def packed(self, layer: Tensors) -> dict[str, Any]:
+    def packed(self, layer: Any) -> dict[str, Any]:
         """As `read`, with each rounded tensor as it is kept, for `chained`."""
         return self.read(layer)
 
@@ -163,7 +168,10 @@ class Rounded(Rounding):
             name: value.read() if isinstance(value, Packed) else value for name, value in self.packed(layer).items()
         }
 
-    def restored(self, layer: Tensors) -> Tensors:
+    def unread(self, layers: Sequence[Tensors]) -> Sequence[Tensors | Lying]:
+        return layers.lying() if isinstance(layers, Slotted) else tuple(layers)
+
+    def restored(self, layer: Any) -> Tensors:
         found = self.packed(layer)
         for name, value in found.items():
             if isinstance(value, Packed):
@@ -172,7 +180,9 @@ class Rounded(Rounding):
                 found[name] = own(value)
         return found
 
-    def packed(self, layer: Tensors) -> dict[str, Any]:
+    def packed(self, layer: Any) -> dict[str, Any]:
+        if type(layer) is Lying:
+            return _lying(layer)
         found: dict[str, Any] = {}
         for key, value in layer.items():
             name, dtype, scales = _told(key)
@@ -215,7 +225,7 @@ class Packed:
     def read(self) -> torch.Tensor:
         """The tensor, dense."""
         if (codec := self.codec()) is not None:
-            target = torch.empty_like(self.numbers, dtype=self.dtype)
+            target = torch.empty(self.shape, dtype=self.dtype)
             if self.put(codec, target.data_ptr(), 1, 0):
                 return target
         return _decoded(self.numbers, self.codes, self.dtype)
@@ -261,6 +271,100 @@ class Packed:
         return None
 
 
+class _Pair(NamedTuple):
+    """Where a rounded tensor lies.
+
+    Attributes:
+        first, second: bytes before its numbers and its codes.
+        group: numbers that share a scale; 0 where scales do not divide them.
+    """
+
+    numbers: Place
+    codes: Place
+    dtype: torch.dtype
+    shape: torch.Size
+    first: int
+    second: int
+    length: int
+    group: int
+    wide: bool
+    half: bool
+
+    @classmethod
+    def of(cls, numbers: Place, codes: Place, dtype: torch.dtype) -> _Pair:
+        """The two places of a tensor of a type."""
+        count, scales = math.prod(numbers.shape), math.prod(codes.shape)
+        group = count // scales if scales and codes.dtype is torch.uint8 and not count % scales else 0
+        first, second = (place.start * place.dtype.itemsize for place in (numbers, codes))
+        wide, half = numbers.dtype is torch.int16, dtype is torch.bfloat16
+        return cls(numbers, codes, dtype, torch.Size(numbers.shape), first, second, count, group, wide, half)
+
+
+class _Unread(Packed):
+    """A rounded tensor in a piece of memory, read without a view of it: a state has some hundred of these."""
+
+    __slots__ = ("_pair", "_reader")
+
+    def __init__(self, pair: _Pair, reader: TensorViews) -> None:
+        self._pair, self._reader, self.dtype = pair, reader, pair.dtype
+
+    @property
+    def numbers(self) -> torch.Tensor:  # type: ignore[override]
+        return self._reader.tensor(self._pair.numbers)
+
+    @property
+    def codes(self) -> torch.Tensor:  # type: ignore[override]
+        return self._reader.tensor(self._pair.codes)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._pair.shape
+
+    @property
+    def device(self) -> torch.device:
+        return _HOST
+
+    def codec(self) -> Codec | None:
+        return _codec(self._pair.numbers.dtype, self.dtype)
+
+    def put(self, codec: Codec, address: int, outer: int, step: int) -> bool:
+        _, _, _, _, first, second, count, group, wide, half = self._pair
+        inner = count // outer
+        if not group or inner * outer != count or inner % group:
+            return False
+        begin = self._reader.address
+        codec.decode((begin + first, begin + second, address), (outer, inner, step, group), wide, half)
+        return True
+
+
+def _lying(layer: Lying) -> dict[str, Any]:
+    """As `Rounded.packed` gives it."""
+    reader, layout, number, plain = layer
+    if layout.pairs is None:
+        layout.pairs = _pairs(layout)
+    found = {
+        name: _Unread(place, reader) if type(place) is _Pair else reader.tensor(place)
+        for name, place in layout.pairs[number]
+    }
+    return found | plain if plain else found
+
+
+def _pairs(layout: Laid) -> tuple[tuple[tuple[str, Place | _Pair], ...], ...]:
+    """Of each layer, the tensors by name, and where what is kept of each lies."""
+    found = []
+    for layer in layout.places:
+        told = [(*_told(key), key, place) for key, place in layer]
+        lie = dict(layer)
+        found.append(
+            tuple(
+                (name, place if dtype is None else _Pair.of(place, lie[scales], dtype))
+                for name, dtype, scales, key, place in told
+                if dtype is not None or key != scales
+            )
+        )
+    return tuple(found)
+
+
 def chained(parts: Sequence[torch.Tensor | Packed], dim: int) -> torch.Tensor:
     """Tensors as one, behind each other in a dimension; what is packed goes straight to its place."""
     if not any(isinstance(part, Packed) for part in parts):
@@ -287,6 +391,7 @@ def chained(parts: Sequence[torch.Tensor | Packed], dim: int) -> torch.Tensor:
     return target
 
 
+_HOST = torch.device("cpu")
 _WIDTHS = {torch.int8: _EIGHT, torch.int16: _SIXTEEN}
 
 

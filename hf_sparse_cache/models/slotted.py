@@ -49,10 +49,14 @@ class Place(NamedTuple):
 
 
 class TensorViews(dict[torch.dtype, torch.Tensor]):
-    """Reads tensors in a piece of memory: views, which hold it for as long as they or views of them live."""
+    """Reads tensors in a piece of memory: views, which hold it for as long as they or views of them live.
 
-    def __init__(self, held: Bytes) -> None:
-        self._held = held
+    Attributes:
+        address: where the memory begins, for whoever reads it without a tensor while this one lives.
+    """
+
+    def __init__(self, held: Bytes, address: int = 0) -> None:
+        self._held, self.address = held, address
 
     def __missing__(self, dtype: torch.dtype) -> torch.Tensor:
         """All of the memory that makes whole numbers of one type."""
@@ -69,6 +73,35 @@ class TensorViews(dict[torch.dtype, torch.Tensor]):
 Places = tuple[tuple[tuple[str, Place], ...], ...]  # of each layer, the names of its tensors and where they lie
 
 
+class Laid:
+    """What lies in a piece of memory, one object for many pieces.
+
+    Attributes:
+        places: of all tensors.
+        pairs: what `rounding` has found in them; None before it has looked.
+    """
+
+    __slots__ = ("pairs", "places")
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.pairs: Any = None
+
+
+class Lying(NamedTuple):
+    """A layer of which no tensor has been made.
+
+    Attributes:
+        number: of the layer in the layout.
+        plain: what is no tensor.
+    """
+
+    reader: TensorViews
+    layout: Laid
+    number: int
+    plain: Tensors
+
+
 class Slotted(Sequence[Tensors]):
     """Layers, made anew whenever they are read: a layer's tensors are views of the same memory each time.
 
@@ -76,7 +109,7 @@ class Slotted(Sequence[Tensors]):
         nbytes: what the memory takes, which is of whole pages, and what all tensors of layers that lie elsewhere do.
     """
 
-    __slots__ = ("_before", "_held", "_layout", "_plain", "nbytes")
+    __slots__ = ("_address", "_before", "_held", "_layout", "_plain", "nbytes")
 
     def __init__(self, held: Bytes, layout: Places, plain: dict[int, Tensors], before: Sequence[Tensors] = ()) -> None:
         """Takes the memory as it is.
@@ -88,16 +121,16 @@ class Slotted(Sequence[Tensors]):
             before: layers that lie elsewhere, the first ones.
         """
         self._held, self._plain, self._before = held, plain, before
-        self._layout = _known(layout)
+        self._layout, self._address = _known(layout), held.ctypes.data
         self.nbytes: int = taken(len(held)) + taken_by(before)
 
     def __len__(self) -> int:
-        return len(self._before) + len(self._layout)
+        return len(self._before) + len(self._layout.places)
 
     def __iter__(self) -> Iterator[Tensors]:
         yield from self._before
         reader = TensorViews(self._held)
-        yield from (self._layer(index, reader) for index in range(len(self._layout)))
+        yield from (self._layer(index, reader) for index in range(len(self._layout.places)))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -105,8 +138,14 @@ class Slotted(Sequence[Tensors]):
         index = range(len(self))[index] - len(self._before)
         return self._before[index] if index < 0 else self._layer(index, TensorViews(self._held))
 
+    def lying(self) -> tuple[Lying | Tensors, ...]:
+        """The layers, those that lie in memory of this kind without tensors."""
+        before = self._before.lying() if isinstance(self._before, Slotted) else self._before
+        reader, layout, plain = TensorViews(self._held, self._address), self._layout, self._plain
+        return (*before, *(Lying(reader, layout, index, plain.get(index, {})) for index in range(len(layout.places))))
+
     def _layer(self, index: int, reader: TensorViews) -> Tensors:
-        found = {name: reader.tensor(place) for name, place in self._layout[index]}
+        found = {name: reader.tensor(place) for name, place in self._layout.places[index]}
         return found | self._plain[index] if index in self._plain else found
 
 
@@ -167,6 +206,6 @@ def _laid_out(wanted: tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...
 
 
 @lru_cache(maxsize=64)
-def _known(layout: Places) -> Places:
-    """A layout, the same object for all that are alike and were used lately."""
-    return layout
+def _known(places: Places) -> Laid:
+    """The layout of these places, the same object for all that are alike and were used lately."""
+    return Laid(places)

@@ -354,7 +354,7 @@ def restore(cache: Cache, state: LayerTensors, spans: Sequence[LayerTensors], ro
     for payload in (state, *spans):
         if not any(payload is span for span in later):
             payload.reached()
-    held, *kv = (tuple(payload.layers) for payload in (state, *spans))
+    held, *kv = (rounding.unread(payload.layers) for payload in (state, *spans))
     for index, layer in enumerate(cache.layers):
         fixed, grown = rounding.restored(held[index]), [rounding.packed(span[index]) for span in kv]
         for part in _parts(layer):

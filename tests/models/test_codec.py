@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_sparse_cache._codec import Codec
-from hf_sparse_cache.models import rounding
+from hf_sparse_cache.models import rounding, slotted
 from hf_sparse_cache.models.rounding import Packed, chained, rounding_of
+from hf_sparse_cache.models.tensors import LayerTensors
 
 
 SHAPES = [(1, 2, 3, 16), (1, 4, 5, 32), (1, 5, 64), (1, 3, 7, 37), (1, 16, 3), (1, 40), (1, 2, 6, 48), (2, 3, 32)]
@@ -116,6 +117,56 @@ def test_spans_are_joined_as_they_would_be_read(
     assert not torch.equal(chained([*packed[::-1], new], -2), torch.cat([*read, new], dim=-2))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_in_a_slot_is_read_as_its_tensors_would_be(
+    dtype: torch.dtype, storage: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a view of it: state, keys and values, what is no float, and what is no tensor."""
+    kept = rounding_of(storage)
+    given: list[dict[str, Any]] = [
+        {"conv.0": torch.randn(1, 33, 3), "recurrent.0": torch.randn(1, 4, 37), "seen": 7},
+        {"keys": torch.randn(1, 3, 5, 32).to(dtype), "conv.0": torch.arange(9)[None]},
+        {},
+    ]
+    layers = [kept.kept(layer) for layer in given]
+    logits = {"logits": torch.randn(1, 1, 11_000)}
+    payload = LayerTensors.captured([logits], LayerTensors.captured(layers).layers)
+    unread = kept.unread(payload.layers)
+    wanted = [kept.restored(layer) for layer in layers]
+    packed = kept.packed(unread[1])["keys"]
+    assert len(unread) == 4 and torch.equal(kept.packed(unread[3])["logits"], logits["logits"])
+    del payload
+    if not compiled:
+        by_torch(monkeypatch)
+    for one, other in zip(wanted, map(kept.restored, unread[:3]), strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            same = value == other[name] if name == "seen" else torch.equal(value, other[name])
+            assert same and (name == "seen" or value.dtype is other[name].dtype), name
+    del unread
+    LayerTensors.captured([kept.kept({"keys": torch.zeros(1, 3, 50, 32).to(dtype)}), *layers])  # nobody's memory
+    new = torch.randn(1, 3, 2, 32).to(dtype)
+    assert torch.equal(chained([packed, new, packed], -2), torch.cat([wanted[1]["keys"], new, wanted[1]["keys"]], -2))
+    if isinstance(packed, Packed):
+        assert torch.equal(packed.read(), wanted[1]["keys"]) and packed.shape == (1, 3, 5, 32)
+        assert packed.device.type == "cpu" and packed.dtype is dtype
+
+
+def test_another_place_of_scales_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: whoever reads scales one byte off reads other values."""
+    kept = rounding_of("int8")
+    values = {"conv.0": torch.randn(1, 64, 16), "recurrent.0": torch.randn(1, 64, 16)}
+    layer = kept.kept(values)
+    own = rounding._Pair.of
+    monkeypatch.setattr(rounding._Pair, "of", lambda *where: (pair := own(*where))._replace(second=pair.second - 1))
+    slotted._known.cache_clear()  # which know by now where the scales are
+    wrong = kept.restored(kept.unread(LayerTensors.captured([layer]).layers)[0])
+    slotted._known.cache_clear()
+    assert not any(torch.equal(wrong[name], value) for name, value in kept.restored(layer).items())
+
+
 class Watched:
     """A codec, and what it was asked for."""
 
@@ -141,6 +192,10 @@ def test_the_codec_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.write_back(layer, {"keys": value})
         chained([kept.packed(layer)["keys"]] * 2, -2)
         assert asked == ["encode"] + 4 * ["decode"]
+        (lying,) = kept.unread(LayerTensors.captured([layer]).layers)
+        kept.restored(lying)
+        chained([kept.packed(lying)["keys"]] * 2, -2)
+        assert asked == ["encode"] + 7 * ["decode"]
         asked.clear()
 
 

@@ -23,7 +23,7 @@ def growth(before=""):
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", before + SERVE, *asked]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
-    found = json.loads(done.stdout.splitlines()[-1])
+    (found,) = json.loads(done.stdout.splitlines()[-1])
     taken, stored = (found[name][-1] - found[name][WARM_UP] for name in ("resident", "stored"))
     assert stored > 80 * 2**20
     return taken / stored

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from persisting import all_tensors, cold_logits, handle, logits, question, small_store
+from persisting import cold_logits, counts_what_it_holds, handle, logits, question, small_store
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, fingerprint, states
@@ -50,7 +50,7 @@ def test_eight_threads_and_constant_eviction(family: str, tmp_path: Path, stores
         for tier in stores[0].tiers:
             assert tier.used_bytes <= (tier.max_memory or 0) and tier.reserved_bytes == 0
             assert not any(checkpoint.pins for _, _, checkpoint in tier.checkpoints())
-        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == stores[0].used_bytes
+        assert counts_what_it_holds(cache)
 
 
 def run_threads(threads: list[threading.Thread]) -> None:
@@ -76,7 +76,7 @@ def test_two_threads_store_a_new_document_once(jamba: PreTrainedModel) -> None:
         assert sorted(info.computed_tokens for info in found) == [0, length]  # one of them waited for the other
         stats = cache.stats()
         assert stats.kv_bytes == length * cache.size.kv_bytes_per_token
-        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == cache.store.used_bytes
+        assert counts_what_it_holds(cache)
 
 
 def in_child(cache: SparsePrefixCache, sender: Any) -> None:

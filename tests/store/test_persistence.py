@@ -15,7 +15,7 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from persisting import GRID, all_tensors, cold_logits, handle, logits, question, small_store
+from persisting import GRID, all_tensors, cold_logits, counts_what_it_holds, handle, logits, question, small_store
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache, fingerprint, states
@@ -27,13 +27,13 @@ def test_a_reloaded_cache_continues_bit_for_bit(family: str, tmp_path: Path) -> 
     with handle(model) as cache:
         logits(model, question(2), cache)
         assert cache.save_pretrained(tmp_path / "a") == cache.stats().checkpoints > 0
-        assert sum(tensor.nbytes for tensor in all_tensors(cache)) == cache.store.used_bytes
+        assert counts_what_it_holds(cache)
         bytes_before = cache.store.used_bytes
     del model, cache
     gc.collect()
     model = tiny_models.build(family)  # the same weights in new tensors: another process, as far as we can tell
     with SparsePrefixCache.from_pretrained(tmp_path / "a", model, policy="balanced") as cache:
-        assert cache.grid == GRID and cache.store.used_bytes == bytes_before
+        assert cache.grid == GRID and cache.store.used_bytes >= bytes_before and counts_what_it_holds(cache)
         assert torch.equal(logits(model, question(3), cache), cold)
         assert cache.last_request.resumed_tokens == 96
     with SparsePrefixCache.from_pretrained(tmp_path / "a", model, policy="none") as twin:  # the check can fail
@@ -54,7 +54,7 @@ def test_a_disk_tier_is_found_again(family: str, tmp_path: Path, stores: list[Ch
                 assert torch.equal(logits(model, question(seed), cache), expected)
                 assert cache.last_request.resumed_tokens == (96 if life or seed > 2 else 0)
             assert stores[-1].evictions == 0 and (life or stores[-1].demotions > 0)
-            assert sum(tensor.nbytes for tensor in all_tensors(cache)) == stores[-1].used_bytes
+            assert counts_what_it_holds(cache)
         stores[-1].close()
 
 
