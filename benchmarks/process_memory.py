@@ -3,10 +3,10 @@
 python -m benchmarks.process_memory zamba2-30m                            every checkpoint of 8 prompts is kept
 python -m benchmarks.process_memory zamba2-30m --max-memory 96MiB --prompts 24      most of them are evicted again
 
-A process serves the prompts in the same segments twice: first it stores nothing, so that the heap grows to what
-prefills need, and then every checkpoint. What it holds is looked at behind each prompt. Another process stores nothing
-the second time either: what it grows by nevertheless is not what is stored. (One process cannot be taken off another:
-two that do the very same end up some 10 MiB apart.)
+A process serves the first prompts for some rounds in which it stores nothing, so that the heap grows to what prefills
+need, which takes so long, and then all of them, and stores every checkpoint. What it holds is looked at behind each
+prompt. Another process stores nothing in the last round either: what it grows by nevertheless is not what is stored.
+(One process cannot be taken off another: two that do the very same end up some 10 MiB apart.)
 """
 
 import argparse
@@ -25,6 +25,7 @@ from hf_sparse_cache.tools.builtin import build_model
 
 
 VOCABULARY = 8192
+WARM_UP, FIRST = ("none",) * 8, 6  # rounds, and prompts in each
 RESULTS = pathlib.Path(__file__).parent / "results" / "process_memory.json"
 
 
@@ -45,24 +46,33 @@ def measured(model, tokens, prompts, max_memory=None, storage="exact"):
         max_memory: the budget; None for no limit.
 
     Returns:
-        `stored` bytes at the end; the `ratio` to them of what the process has grown by since it served the same
-        prompts uncached; `growth`, what it grew by in the second half over what was stored in it, None where as much
-        was evicted; and `drift`, the bytes that the other process grew by.
+        `stored` bytes at the end; the `ratio` to them of what the process has grown by since it served prompts
+        uncached; `growth`, what it grew by in the second half over what was stored in it, None where as much
+        was evicted; and `drift`, the bytes that the other process grew by in its last round.
     """
     command = [sys.executable, "-m", "benchmarks.process_memory", model, "--tokens", str(tokens)]
     command += ["--prompts", str(prompts), "--storage", storage]
     if max_memory is not None:
         command += ["--max-memory", str(max_memory)]
     runs = []
-    for second in ("all", "none"):
-        done = subprocess.run([*command, "--one", "none", second], check=True, capture_output=True, text=True)
-        before, found = json.loads(done.stdout.splitlines()[-1])
+    for last in ("all", "none"):
+        done = subprocess.run([*command, "--one", *WARM_UP, last], check=True, capture_output=True, text=True)
+        *_, before, found = json.loads(done.stdout.splitlines()[-1])
         runs.append(([held - before["resident"][-1] for held in found["resident"]], found["stored"]))
     (taken, stored), (drift, _) = runs
     half = (len(stored) - 1) // 2
     grew = stored[-1] - stored[half]
     growth = (taken[-1] - taken[half]) / grew if grew > stored[-1] // 10 else None
     return {"stored": stored[-1], "ratio": taken[-1] / stored[-1], "growth": growth, "drift": drift[-1]}
+
+
+class Switched(EveryCut):
+    """Every cut, while it is on; nothing is stored otherwise."""
+
+    on = False
+
+    def place(self, prompt):
+        return super().place(prompt) if self.on else []
 
 
 def resident_bytes():
@@ -72,21 +82,20 @@ def resident_bytes():
 
 
 def one(arguments):
-    """Serves the prompts once for each of some policies, and prints what the process holds behind each prompt."""
-    model = build_model(arguments.model, vocab_size=VOCABULARY)
+    """Serves the prompts in one or more rounds, and prints what the process holds behind each prompt."""
+    model, policy = build_model(arguments.model, vocab_size=VOCABULARY), Switched()
+    options = {"max_memory": arguments.max_memory, "storage": arguments.storage}
+    contender = Cached(model, None, "memory", policy, grid=128, exactness="bitwise", **options)
     rounds = []
-    for kept in arguments.one:
-        policy = EveryCut() if kept == "all" else "none"
-        options = {"max_memory": arguments.max_memory, "storage": arguments.storage}
-        contender = Cached(model, None, "memory", policy, grid=128, exactness="bitwise", **options)
+    for left, kept in zip(reversed(range(len(arguments.one))), arguments.one, strict=True):
+        policy.on = kept == "all"
         draw = np.random.RandomState(0)
         found = {"resident": [], "stored": []}
-        for _ in range(arguments.prompts):
+        for _ in range(min(arguments.prompts, FIRST) if left else arguments.prompts):
             length = draw.randint(arguments.tokens // 2, arguments.tokens + 1)
             contender.serve(WorkloadRequest("", draw.randint(3, VOCABULARY, length).astype(np.int32)), 1, False)
             found["resident"].append(resident_bytes())
             found["stored"].append(contender.handle.store.used_bytes)
-        contender.close()
         rounds.append(found)
     print(json.dumps(rounds))
 
@@ -99,7 +108,7 @@ def main():
     parser.add_argument("--max-memory", help="the budget; by default there is none")
     parser.add_argument("--storage", default="exact")
     parser.add_argument("--write", metavar="LABEL", help=f"keep the figures under this label in {RESULTS.name}")
-    parser.add_argument("--one", choices=("all", "none"), nargs="+", help="one process: which checkpoints are kept")
+    parser.add_argument("--one", choices=("all", "none"), nargs="+", help="one process: what each round keeps")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     if arguments.one:
