@@ -3,10 +3,10 @@
 python -m benchmarks.process_memory zamba2-30m                            every checkpoint of 8 prompts is kept
 python -m benchmarks.process_memory zamba2-30m --max-memory 96MiB --prompts 24      most of them are evicted again
 
-A process serves the first prompts for some rounds in which it stores nothing, so that the heap grows to what prefills
-need, which takes so long, and then all of them, and stores every checkpoint. What it holds is looked at behind each
-prompt. Another process stores nothing in the last round either: what it grows by nevertheless is not what is stored.
-(One process cannot be taken off another: two that do the very same end up some 10 MiB apart.)
+A process serves the prompts in rounds: first it stores nothing, so that the heap grows to what prefills of just these
+lengths need, which takes some 50 prompts, and in the last round every checkpoint. What it holds is looked at behind
+each prompt. Another process stores nothing in the last round either: what it grows by nevertheless is not what is
+stored. (One process cannot be taken off another: two that do the very same end up some 10 MiB apart.)
 """
 
 import argparse
@@ -25,7 +25,7 @@ from hf_sparse_cache.tools.builtin import build_model
 
 
 VOCABULARY = 8192
-WARM_UP, FIRST = ("none",) * 8, 6  # rounds, and prompts in each
+WARM_UP = 48  # prompts, in whole rounds
 RESULTS = pathlib.Path(__file__).parent / "results" / "process_memory.json"
 
 
@@ -46,8 +46,8 @@ def measured(model, tokens, prompts, max_memory=None, storage="exact"):
         max_memory: the budget; None for no limit.
 
     Returns:
-        `stored` bytes at the end; the `ratio` to them of what the process has grown by since it served prompts
-        uncached; `growth`, what it grew by in the second half over what was stored in it, None where as much
+        `stored` bytes at the end; the `ratio` to them of what the process has grown by since it served the same
+        prompts uncached; `growth`, what it grew by in the second half over what was stored in it, None where as much
         was evicted; and `drift`, the bytes that the other process grew by in its last round.
     """
     command = [sys.executable, "-m", "benchmarks.process_memory", model, "--tokens", str(tokens)]
@@ -55,8 +55,9 @@ def measured(model, tokens, prompts, max_memory=None, storage="exact"):
     if max_memory is not None:
         command += ["--max-memory", str(max_memory)]
     runs = []
+    rounds = ["none"] * -(-WARM_UP // prompts)
     for last in ("all", "none"):
-        done = subprocess.run([*command, "--one", *WARM_UP, last], check=True, capture_output=True, text=True)
+        done = subprocess.run([*command, "--one", *rounds, last], check=True, capture_output=True, text=True)
         *_, before, found = json.loads(done.stdout.splitlines()[-1])
         runs.append(([held - before["resident"][-1] for held in found["resident"]], found["stored"]))
     (taken, stored), (drift, _) = runs
@@ -87,11 +88,11 @@ def one(arguments):
     options = {"max_memory": arguments.max_memory, "storage": arguments.storage}
     contender = Cached(model, None, "memory", policy, grid=128, exactness="bitwise", **options)
     rounds = []
-    for left, kept in zip(reversed(range(len(arguments.one))), arguments.one, strict=True):
+    for kept in arguments.one:
         policy.on = kept == "all"
         draw = np.random.RandomState(0)
         found = {"resident": [], "stored": []}
-        for _ in range(min(arguments.prompts, FIRST) if left else arguments.prompts):
+        for _ in range(arguments.prompts):
             length = draw.randint(arguments.tokens // 2, arguments.tokens + 1)
             contender.serve(WorkloadRequest("", draw.randint(3, VOCABULARY, length).astype(np.int32)), 1, False)
             found["resident"].append(resident_bytes())

@@ -22,6 +22,7 @@ from ..store.slabs import Bytes, memory, taken
 
 
 Tensors = dict[str, Any]
+BLOCK_BYTES = 256  # of which each tensor in an allocation of a device takes a multiple, for copies of wide numbers
 
 
 class Place(NamedTuple):
@@ -159,9 +160,7 @@ def slotted(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Slotte
     values = [value for layer in layers for value in layer.values() if torch.is_tensor(value)]
     if not values or not all(type(value) is torch.Tensor and value.device.type == "cpu" for value in values):
         return None
-    layout, nbytes = _laid_out(
-        tuple(tuple((name, v.dtype, v.shape) for name, v in layer.items() if torch.is_tensor(v)) for layer in layers)
-    )
+    layout, nbytes = _laid_out(_wanted(layers))
     held = memory(nbytes)
     reader = TensorViews(held)
     for layer, places in zip(layers, layout, strict=True):
@@ -176,9 +175,48 @@ def slotted(layers: Sequence[Tensors], before: Sequence[Tensors] = ()) -> Slotte
     return Slotted(held, layout, plain, before)
 
 
+class Blocked(tuple[Tensors, ...]):
+    """Layers whose tensors are views of one allocation of a device, or of few.
+
+    Attributes:
+        nbytes: of all their places.
+    """
+
+    nbytes: int
+
+    @classmethod
+    def of(cls, layers: Iterable[Tensors]) -> Blocked:
+        """Layers that lie so."""
+        found = cls(layers)
+        found.nbytes = sum(-(-value.nbytes // BLOCK_BYTES) * BLOCK_BYTES for value in tensors_of(found))
+        return found
+
+
+def blocked(layers: Sequence[Tensors], before: Sequence[Tensors], device: torch.device) -> Blocked:
+    """Dense copies of the tensors of layers in one allocation, made by the current stream of the device.
+
+    Torch's allocator there gives equal blocks to equal payloads, and takes a block back when the last view of it is
+    gone. One for each tensor would be rounded up, and cut from the gaps between others.
+
+    Args:
+        layers: with at least one tensor, all of them on the device.
+        before: layers to be put before them, as they are.
+    """
+    layout, nbytes = _laid_out(_wanted(layers), BLOCK_BYTES)
+    block = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    typed = {dtype: block.view(dtype) for dtype in {place.dtype for layer in layout for _, place in layer}}
+    made = []
+    for layer, places in zip(layers, layout, strict=True):
+        copies = dict(layer)
+        for name, (dtype, shape, strides, start) in places:
+            copies[name] = typed[dtype].as_strided(shape, strides, start).copy_(layer[name].detach())
+        made.append(copies)
+    return Blocked.of((*before, *made))
+
+
 def taken_by(layers: Sequence[Tensors]) -> int:
     """Bytes that all their tensors take where they lie."""
-    if isinstance(layers, Slotted):
+    if isinstance(layers, (Slotted, Blocked)):
         return layers.nbytes
     return sum(value.nbytes for value in tensors_of(layers))
 
@@ -188,19 +226,29 @@ def tensors_of(layers: Iterable[Tensors]) -> Iterable[torch.Tensor]:
     return (value for layer in layers for value in layer.values() if torch.is_tensor(value))
 
 
+_Wanted = tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...]
+
+
+def _wanted(layers: Sequence[Tensors]) -> _Wanted:
+    """Of each layer, the tensors by name, with type and shape."""
+    return tuple(
+        tuple((name, v.dtype, v.shape) for name, v in layer.items() if torch.is_tensor(v)) for layer in layers
+    )
+
+
 @lru_cache(maxsize=64)
-def _laid_out(wanted: tuple[tuple[tuple[str, torch.dtype, torch.Size], ...], ...]) -> tuple[Places, int]:
+def _laid_out(wanted: _Wanted, step: int = 1) -> tuple[Places, int]:
     """Where tensors lie one behind the other, those of the widest numbers first, so that each is aligned; their bytes.
 
     Args:
-        wanted: of each layer, the tensors by name, with type and shape.
+        step: bytes of which each takes a multiple.
     """
     places: dict[tuple[int, str], Place] = {}
     start = 0
     all_ = ((index, *tensor) for index, layer in enumerate(wanted) for tensor in layer)
     for index, name, dtype, shape in sorted(all_, key=lambda tensor: -tensor[2].itemsize):
         place = places[index, name] = Place.at(start, dtype, shape)
-        start += place.nbytes
+        start += -(-place.nbytes // step) * step
     layout = tuple(tuple((name, places[index, name]) for name, _, _ in layer) for index, layer in enumerate(wanted))
     return layout, start
 

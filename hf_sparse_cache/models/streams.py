@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -69,6 +70,12 @@ def queued(tensors: Iterable[torch.Tensor]) -> tuple[Behind, ...]:
     return tuple(found)
 
 
+def shared(tensors: Iterable[torch.Tensor]) -> torch.device | None:
+    """The device with streams that all tensors lie on; None where there is none, or no tensor."""
+    devices = {tensor.device for tensor in tensors}
+    return devices.pop() if len(devices) == 1 and _streaming(next(iter(devices))) is not None else None
+
+
 def move(
     tensors: Sequence[torch.Tensor], target: torch.device, behind: Sequence[Behind], pinned_bytes: int = 0
 ) -> Moved:
@@ -117,20 +124,8 @@ def _to_host(tensors: Sequence[torch.Tensor], source: torch.device, behind: Sequ
 def _to_device(tensors: Sequence[torch.Tensor], target: torch.device, behind: Sequence[Behind], packed: bool) -> Moved:
     module, stream = _streaming(target), _side_stream(target)
     current = module.current_stream(target)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        groups[tensor.untyped_storage().data_ptr() if packed else index].append(index)
-    copies: dict[int, torch.Tensor] = {}
-    sources = []
-    for group in groups.values():  # allocated where they will be used, and freed, so that no other stream gets them
-        first = tensors[group[0]]
-        memory = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage()) if packed else first
-        place = torch.empty_like(memory, device=target)
-        sources.append((place, memory))
-        for index in group:
-            tensor = tensors[index]
-            start = int(tensor.storage_offset()) * tensor.element_size()
-            copies[index] = _cut(place, start, tensor) if packed else place
+    # Allocated where they will be used, and freed, so that no other stream gets them.
+    copies, sources = (_as_blocks if packed else _as_one)(tensors, target)
     stream.wait_stream(current)  # their memory may still be read by what was freed before
     for work in behind:
         stream.wait_event(work.event)
@@ -141,6 +136,34 @@ def _to_device(tensors: Sequence[torch.Tensor], target: torch.device, behind: Se
     event = stream.record_event()
     current.wait_event(event)
     return Moved([copies[index] for index in range(len(tensors))], (Behind(target, current, event),))
+
+
+_Places = tuple[dict[int, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def _as_blocks(tensors: Sequence[torch.Tensor], target: torch.device) -> _Places:
+    """Places for copies of tensors in blocks, by number; and what is to be copied where: whole blocks."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.untyped_storage().data_ptr()].append(index)
+    copies: dict[int, torch.Tensor] = {}
+    sources = []
+    for group in groups.values():
+        memory = torch.empty(0, dtype=torch.uint8).set_(tensors[group[0]].untyped_storage())
+        place = torch.empty_like(memory, device=target)
+        sources.append((place, memory))
+        for index in group:
+            tensor = tensors[index]
+            copies[index] = _cut(place, int(tensor.storage_offset()) * tensor.element_size(), tensor)
+    return copies, sources
+
+
+def _as_one(tensors: Sequence[torch.Tensor], target: torch.device) -> _Places:
+    """As `_as_blocks`, of tensors that lie apart: their places are in one allocation."""
+    starts = [0, *accumulate(_aligned(tensor.nbytes) for tensor in tensors)]
+    block = torch.empty(starts[-1], dtype=torch.uint8, device=target)
+    copies = {index: _cut(block, starts[index], tensor) for index, tensor in enumerate(tensors)}
+    return copies, [(copies[index], tensor) for index, tensor in enumerate(tensors)]
 
 
 def _cut(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:

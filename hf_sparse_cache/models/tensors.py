@@ -21,7 +21,7 @@ from ..store.headers import Header, Plain, is_count, parse_json
 from ..store.slabs import Bytes
 from ..store.tree import Payload
 from . import streams
-from .slotted import Place, Slotted, TensorViews, slotted, taken_by, tensors_of
+from .slotted import Blocked, Place, Slotted, TensorViews, blocked, slotted, taken_by, tensors_of
 from .slotted import Tensors as Tensors  # by which it is known above
 from .streams import Behind
 
@@ -70,7 +70,8 @@ class LayerTensors:
         given = tuple(layers)
         made: Sequence[Tensors] | None = slotted(given, before)
         if made is None:
-            made = (*before, *map(_copied, given))
+            device = streams.shared(tensors_of(given))
+            made = (*before, *map(_copied, given)) if device is None else blocked(given, before, device)
         queued = () if isinstance(before, Slotted) else before  # in host memory nobody waits
         return cls(made, behind=streams.queued(tensors_of((*queued, *given))))
 
@@ -135,7 +136,8 @@ class LayerTensors:
             pinned += moved.pinned_bytes
             for (index, name), value in zip(names, moved.tensors, strict=True):
                 layers[index][name] = value
-        return LayerTensors(layers, homes, tuple(behind), pinned)
+        lie = Blocked.of(layers) if not pinned and streams.shared(tensors_of(layers)) is not None else layers
+        return LayerTensors(lie, homes, tuple(behind), pinned)
 
     def to_bytes(self, record: str, tokens: Tokens) -> bytes:
         """One safetensors file: the tensors, the prompt's `tokens`, and `record` as its metadata."""

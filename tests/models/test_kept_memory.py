@@ -1,6 +1,8 @@
 """Where captured tensors lie: one slot for all of them, which lives as long as any tensor or view that reads it."""
 
+import copy
 import gc
+import itertools
 import json
 import sys
 from collections import Counter, deque
@@ -85,6 +87,38 @@ def test_later_layers_join_earlier_ones_where_they_lie():
     assert len(both.layers) == len(state.layers) + 1 and both.nbytes == state.nbytes + slabs.taken(200_000)
     assert both.nbytes == sum(held_slots().values())
     assert bool(both.layers[-1]["logits"].eq(1).all()) and both.layers[1:2][0]["seen"] == 7
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_device_has_one_allocation_for_all_of_them(device):
+    """As on accelerators, which are not at hand: see `test_standin` for whole requests."""
+    given = [{name: moved(value, device) for name, value in one.items()} for one in layers()]
+    found = slotted.blocked(given, (), torch.device(device))
+    expected = copy.deepcopy(given)
+    for value in itertools.chain(*map(tensors_in, given)):
+        value.zero_()  # nothing is shared with it
+    storages = {value.untyped_storage()._cdata: value for layer in found for value in tensors_in(layer)}
+    assert len(storages) == 1
+    offsets = []
+    for one, other in zip(expected, found, strict=True):
+        assert list(one) == list(other) and one.get("seen") == other.get("seen")
+        for before, kept in zip(tensors_in(one), tensors_in(other), strict=True):
+            assert (kept.shape, kept.dtype, kept.device) == (before.shape, before.dtype, before.device)
+            assert kept.is_contiguous() and kept.storage_offset() * kept.element_size() % slotted.BLOCK_BYTES == 0
+            assert device == "meta" or torch.equal(kept, before)
+            offsets += [kept.storage_offset() * kept.element_size()] if kept.numel() else []
+    assert len(set(offsets)) == len(offsets) == 9
+    assert found.nbytes == next(iter(storages.values())).untyped_storage().nbytes()
+    both = slotted.blocked([{"logits": torch.ones(1, 1, 500, device=device)}], found, torch.device(device))
+    assert both[:-1] == found and both.nbytes == found.nbytes + 2048
+
+
+def moved(value, device):
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def tensors_in(layer):
+    return [value for value in layer.values() if torch.is_tensor(value)]
 
 
 HOLDERS = {

@@ -15,7 +15,7 @@ from matrix import BITWISE, REPLAYABLE, Bench, left_padded, supported_families
 from tiny_models import build, random_ids
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
-from hf_sparse_cache.models import prefill, rounding, states, watch
+from hf_sparse_cache.models import prefill, rounding, states, streams, watch
 from hf_sparse_cache.models.inputs import Prompts
 from hf_sparse_cache.models.mamba1 import needs_hook
 
@@ -134,6 +134,43 @@ def test_segments_wait_for_nothing_and_a_tensor_is_restored_by_one_launch(label:
     standin.in_a_process_of_its_own(costs, label)
 
 
+# -- one allocation a payload -----------------------------------------------------------------------------------------
+
+
+def allocations(payload: Any) -> dict[int, int]:
+    """Where the memory behind a payload's tensors begins, and its bytes."""
+    values = [value for layer in payload.layers for value in layer.values() if torch.is_tensor(value)]
+    storages = [getattr(value, "inner", value).untyped_storage() for value in values]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def what_is_stored_lies_together(storage: str) -> None:
+    bench = bench_on("Jamba", BITWISE)
+    with bench.handle(store=CheckpointStore("64MiB", host_memory="64MiB"), storage=storage, prove=False) as handle:
+        run(bench, handle, asked(bench, 0), 1)
+        store = handle.store
+        for tier in ("device", "host", "device"):
+            if tier == "host":
+                store.give_back()
+                assert store.used_bytes == 0 < store.below.used_bytes
+                continue
+            run(bench, handle, asked(bench, 3), 1)
+            payloads = {}
+            for _, _, checkpoint in store.checkpoints():
+                payloads[id(checkpoint.state)] = checkpoint.state, 1 + checkpoint.final  # logits have one of their own
+                payloads |= {id(segment.payload): (segment.payload, 1) for segment in checkpoint.chain()}
+            memory = [(allocations(item), most, len([*item.tensors()])) for item, most in payloads.values()]
+            if not store.below.used_bytes:  # what comes back from host memory lies as it did there, in some blocks
+                assert all(len(found) <= most for found, most, _ in memory), "a tensor has memory of its own"
+            assert sum(len(found) for found, _, _ in memory) < 0.5 * sum(count for _, _, count in memory)
+            assert store.used_bytes == sum(sum(found.values()) for found, _, _ in memory) > 0
+
+
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+def test_a_payload_has_one_allocation_which_the_budget_counts(storage: str) -> None:
+    standin.in_a_process_of_its_own(what_is_stored_lies_together, storage)
+
+
 # -- a device that is full --------------------------------------------------------------------------------------------
 
 
@@ -212,11 +249,17 @@ def asking_twice() -> None:
     in_bitwise_mode("Jamba")
 
 
+def apart() -> None:
+    streams.shared = lambda tensors: None
+    what_is_stored_lies_together("exact")
+
+
 FAULTS: dict[Callable[[], None], str] = {
     waiting_in_every_segment: "found.6..waited == found.2..waited",
     restored_elsewhere: "on the same device",
     copies_that_nobody_waits_for: "same.warm, cold",
     asking_twice: "OF_A_PROMPT",
+    apart: "a tensor has memory of its own",
 }
 
 
