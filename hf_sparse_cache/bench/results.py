@@ -75,7 +75,7 @@ class RunFolder:
     """The results of one run.
 
     Args:
-        path: made if it does not exist.
+        path: made when the first trial is saved, so that a run that cannot begin leaves nothing.
         settings: of the run; those of a run that is already there must be the same.
         command: that made it.
 
@@ -105,10 +105,6 @@ class RunFolder:
             content = {**content, **before}
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"--out {path} holds files of something else; give another folder, or an empty one.")
-        path.mkdir(parents=True, exist_ok=True)
-        if not known.is_file():  # first, so that a run that is killed here is known by it
-            _write(known, content)
-        (path / "units").mkdir(exist_ok=True)
         self.config: dict[str, Any] = content
 
     def holds(self, model: str, dataset: str, repeat: int) -> bool:
@@ -119,6 +115,10 @@ class RunFolder:
         """Keeps a finished trial: its requests first, so that its summary says that all is there."""
         import pandas
 
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.json").is_file():  # first, so that a run that is killed here is known by it
+            self.write("config.json", self.config)
+        (self.path / "units").mkdir(exist_ok=True)
         name = self._file(trial.summary["model"], trial.summary["dataset"], trial.summary["repeat"])
         rows = pandas.DataFrame(trial.rows)
         rows.insert(0, "model", trial.summary["model"])

@@ -173,7 +173,10 @@ def _measure(settings: Any, screen: Screen, out: Path | None, report: Path | Non
     from ..bench import metrics
     from ..bench.results import RunFolder
     from ..bench.run import run_all
+    from ..tools import builtin
 
+    for name in settings.models:  # the last one's name as well, before the first one is measured
+        builtin.check(name, settings.dtype, settings.device)
     parse_bytes(settings.max_memory)
     folder = out or Path("bench-runs") / _digest(asdict(settings))
     check_folder(folder, "--out")

@@ -22,6 +22,7 @@ from .families import CACHE_NAMES
 from .handle import Handle, refuse_class
 from .inputs import Prompts, why_uncached
 from .live import LiveCache
+from .sitting import with_room
 from .watch import ChangedPrefillError
 
 
@@ -200,10 +201,15 @@ def _prefill(
         return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
     call, live.call = live.call, None
     server = _handle_of(call).server
-    asked = Prompts.of(input_ids, model_kwargs)
-    why_not = why_uncached(model, asked, generation_config, model_kwargs)
-    if not why_not:
-        why_not, live.found = server.look(input_ids.shape[1])
+
+    def looked(_: bool) -> tuple[Prompts, str]:
+        asked = Prompts.of(input_ids, model_kwargs)
+        why_not = why_uncached(model, asked, generation_config, model_kwargs)
+        if not why_not:
+            why_not, live.found = server.look(input_ids.shape[1])
+        return asked, why_not
+
+    asked, why_not = with_room(server.means, live, looked)
     if not why_not:
         try:
             with mamba1.held(model):

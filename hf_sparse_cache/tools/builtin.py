@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..checks import shown
 from . import recall
 from .builtin_sizes import SIZES as SIZES
 from .random_weights import cast_weights, draw_weights
@@ -75,24 +76,15 @@ def load(
         ValueError: when `name` can be none of the three, or there is no such dtype or device.
         OSError: when it cannot be read, from the folder or from the Hub.
     """
-    try:
-        torch.zeros(1, device=device).cpu()  # "meta" makes tensors, and holds none
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).partition("\n")[0]
-        raise ValueError(f"device={device!r} cannot be used: {said}; choose another, such as cpu") from error
+    check(name, dtype, device)
     model: Any
     if name in SIZES:
-        named = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if named not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r} is no dtype that models run in; use auto, float32 or bfloat16")
-        model = build_model(name, named, seed)
+        model = build_model(name, _named(dtype), seed)
         return model.to(device), build_tokenizer(texts)
     source: str | Path = name
     if name in recall.MANUALS:  # kept in bfloat16, which is slower than float32 where there is no accelerator
         source, dtype = recall.folder(name), torch.float32 if dtype == "auto" else dtype
     there = os.path.exists(source)
-    if not name or ("/" not in name and not there):
-        raise ValueError(f"name={name!r} is no folder, Hub id or built-in model; built in are {', '.join(names())}")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -110,6 +102,29 @@ def load(
             "save_pretrained, and a dtype of torch"
         ) from error
     return model.to(device).eval(), tokenizer
+
+
+def check(name: str, dtype: torch.dtype | str = "auto", device: str = "cpu") -> None:
+    """Whether `load` may find such a model, before anything else is done.
+
+    Raises:
+        ValueError: when `name` can be none of the three, or there is no such dtype or device.
+    """
+    try:
+        torch.zeros(1, device=device).cpu()  # "meta" makes tensors, and holds none
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"device={shown(device)} cannot be used: {said}; choose another, such as cpu") from error
+    if name in SIZES:
+        if _named(dtype) not in _DTYPES:
+            raise ValueError(f"dtype={shown(dtype)} is no dtype that models run in; use auto, float32 or bfloat16")
+    elif name not in recall.MANUALS and (not name or ("/" not in name and not os.path.exists(name))):
+        known = ", ".join(names())
+        raise ValueError(f"name={shown(name)} is no folder, Hub id or built-in model; built in are {known}")
+
+
+def _named(dtype: torch.dtype | str) -> Any:
+    return torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 
 def names() -> list[str]:

@@ -16,7 +16,7 @@ pandas = pytest.importorskip("pandas")
 
 from hf_sparse_cache import __version__, cli  # noqa: E402
 from hf_sparse_cache.bench import metrics, page, workloads  # noqa: E402
-from hf_sparse_cache.bench.results import RunFolder, RunSettings  # noqa: E402
+from hf_sparse_cache.bench.results import RunFolder, RunSettings, Trial  # noqa: E402
 from hf_sparse_cache.tools.builtin import build_tokenizer  # noqa: E402
 
 
@@ -229,6 +229,7 @@ def test_a_failed_check_shows_in_the_verdict() -> None:
 
 
 def test_settings_that_differ_are_named(tmp_path: Path) -> None:
-    RunFolder(tmp_path, RunSettings(("m",), ("d",)), "bench")
+    trial = Trial([{"a": 1}], {"model": "m", "dataset": "d", "repeat": 0})
+    RunFolder(tmp_path, RunSettings(("m",), ("d",)), "bench").save(trial)
     with pytest.raises(ValueError, match="max_memory, repeats"):
         RunFolder(tmp_path, RunSettings(("m",), ("d",), max_memory="1GiB", repeats=2), "bench")

@@ -32,9 +32,10 @@ def test_results_do_not_go_into_the_folder_of_another_program(tmp_path: Path, se
 @pytest.mark.parametrize("name", ["units", "plots", "metrics.json", "requests.parquet"])
 def test_results_do_not_go_where_a_link_leads(tmp_path: Path, name: str) -> None:
     out = tmp_path / "run"
-    RunFolder(out, RunSettings(("m",), ("d",)), "")
+    trial = Trial([{"a": 1}], {"model": "m", "dataset": "d", "repeat": 0})
+    RunFolder(out, RunSettings(("m",), ("d",)), "").save(trial)
     RunFolder(out, RunSettings(("m",), ("d",)), "")  # the same run goes on there
-    (out / "units").rmdir()
+    (out / "units").rename(tmp_path / "units")
     (tmp_path / "mine").mkdir()
     (out / name).symlink_to(tmp_path / "mine")
     with pytest.raises(ValueError, match=f"--out .*: {name} in it is a link; remove it"):
@@ -65,6 +66,7 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_card_a_picture_or_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path / "run", RunSettings(("m",), ("d",)), "")
+    folder.save(Trial([{"a": 1}], {"model": "m", "dataset": "d", "repeat": 1}))
     config = SparseCacheConfig()
     config.save_pretrained(tmp_path / "settings")
     folder.write("metrics.json", {"first": 1})

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.errors import out_of_memory
-from hf_sparse_cache.models import states, tensors
+from hf_sparse_cache.models import inputs, server, states, tensors
 
 
 def cpu_allocator() -> None:
@@ -253,6 +253,35 @@ def test_a_restore_that_never_has_memory(
         assert settled(store)
         assert torch.equal(logits(jamba, question(2), cache), cold) and cache.last_request.resumed_tokens
         store.close()
+
+
+@pytest.mark.parametrize("how", FAILURES)
+@pytest.mark.parametrize("place", ["positions", "model"])
+def test_to_look_at_a_call_and_at_the_model_takes_memory_as_well(
+    jamba: PreTrainedModel, how: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with handle(jamba) as cache:
+        cold = logits(jamba, question(2), cache)
+        where, name = (inputs, "_positions_are_plain") if place == "positions" else (server, "identity")
+        own, left = getattr(where, name), [1]
+
+        def once(*args: Any) -> Any:
+            left[0] -= 1
+            if left[0] >= 0:
+                FAILURES[how]()
+            return own(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, once)
+            assert torch.equal(logits(jamba, question(2), cache), cold)
+            assert left[0] < 0 and cache.last_request.resumed_tokens == 0 and settled(cache.store)
+            left[0] = 2
+            with pytest.raises((MemoryError, RuntimeError)):
+                logits(jamba, question(2), cache)
+        assert settled(cache.store)
+        for _ in range(2):
+            assert torch.equal(logits(jamba, question(2), cache), cold)
+        assert cache.last_request.resumed_tokens
 
 
 @pytest.mark.parametrize("family", ["Mamba", "Zamba"])
