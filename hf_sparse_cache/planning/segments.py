@@ -247,7 +247,8 @@ class Replayable(Segmenting):
         strings = () if self.rule.cut_after is None else self.rule.cut_after.positions(ids).tolist()
         regular = cut_positions(ids, self.step, self.rule.cut_ids, MIN_SUFFIX_TOKENS)
         if not len(marked) and not len(strings) and self.step >= MIN_SUFFIX_TOKENS:
-            return np.append(regular, len(ids))  # these are apart as they are
+            apart: Positions = segment_ends(regular, 0, len(ids))  # as they are
+            return apart
         return _spaced(((len(ids),), marked, strings, regular.tolist()), len(ids))
 
     def joined(self, cuts: Positions, overlap: int, length: int) -> Positions:
