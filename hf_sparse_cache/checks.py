@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import os
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -106,6 +108,19 @@ def text(name: str, value: Any, hint: str) -> str:
             f"{hint}"
         ) from None
     return value
+
+
+def path_of(name: str, value: Any) -> Path:
+    """A path that the caller names.
+
+    Raises:
+        ValueError: no file or folder can be called so; an empty name would be the folder that the process runs in.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(path := os.fspath(value), str):
+        raise ValueError(f"{name} must be a path, got {shown(value)}; give a string or a pathlib.Path")
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{name} is {shown(path)}, which nothing can be called; give the path of a folder")
+    return Path(path)
 
 
 def shown(value: Any) -> str:

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from . import jsontext
+from .checks import path_of
 
 
 CARD_NAME = "README.md"
@@ -54,7 +55,7 @@ class Shareable(ABC):
         """
         from . import __version__
 
-        folder = Path(save_directory)
+        folder = path_of("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self.to_dict(), VERSION_KEY: __version__}, indent=2, sort_keys=True) + "\n"
         check_own(folder / self.file_name)
@@ -112,7 +113,7 @@ class Shareable(ABC):
             FileNotFoundError: the folder does not hold the file.
             ValueError: the file does not hold such an object.
         """
-        path = Path(name_or_path) / cls.file_name
+        path = path_of("name_or_path", name_or_path) / cls.file_name
         if Path(name_or_path).is_dir() and not path.is_file():
             raise FileNotFoundError(
                 f"name_or_path={str(name_or_path)!r} holds no {cls.file_name}; give a folder that a {cls.__name__} "

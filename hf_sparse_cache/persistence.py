@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .checks import printable
+from .checks import path_of, printable
 from .errors import DamagedFileError
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 
 def save(server: Server, save_directory: str | Path, seal: Seal) -> int:
     """Writes what a handle may read to a folder; see `SparsePrefixCache.save_pretrained`."""
-    folder = Path(save_directory)
+    folder = path_of("save_directory", save_directory)
     manifest = Manifest.of(server.binding, server.store.max_memory)
     before = Manifest.read(folder, None) if files.kind_of(folder / MANIFEST) is not None else None
     if before is not None:
@@ -159,7 +159,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 def settings(save_directory: str | Path, options: dict[str, Any], seal: Seal) -> dict[str, Any]:
     """Keywords for a handle on a saved cache: the saved ones where `options` gives no others."""
-    manifest = Manifest.read(Path(save_directory), seal)
+    manifest = Manifest.read(path_of("save_directory", save_directory), seal)
     saved = {**manifest.settings, "namespace": manifest.namespace}
     if options.get("store") is not None:
         saved.pop("max_memory", None)
@@ -172,7 +172,7 @@ def load_saved(server: Server, save_directory: str | Path, seal: Seal, mark: Cal
     Args:
         mark: announces a prefix to the handle.
     """
-    folder = Path(save_directory)
+    folder = path_of("save_directory", save_directory)
     manifest = Manifest.read(folder, seal)
     manifest.refuse_other(Manifest.of(server.binding, None), folder, loading=True)
     source = _Source(folder, manifest, seal)

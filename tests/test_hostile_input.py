@@ -377,6 +377,29 @@ def test_arguments_of_a_store(options: dict[str, Any], name: str) -> None:
         CheckpointStore(**options)
 
 
+@pytest.mark.parametrize("path", ["", " ", "nul\0x", 5, None, b"x", ["x"]])
+def test_paths_that_nothing_can_be_called(
+    jamba: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any
+) -> None:
+    """An empty one would be the folder that the process runs in, with all that lies there."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("save_directory", lambda: SparseCacheConfig().save_pretrained(path)),
+        ("name_or_path", lambda: SparseCacheConfig.from_pretrained(path)),
+        ("save_directory", lambda: SparsePrefixCache.from_pretrained(path, jamba)),
+    ]
+    if path is not None:  # which asks for the default, or for none
+        calls += [
+            ("disk_dir", lambda: CheckpointStore(disk_memory="1GiB", disk_dir=path)),
+            ("shared", lambda: CheckpointStore(shared=path)),
+        ]
+    with SparsePrefixCache(jamba) as cache:
+        for name, call in [*calls, ("save_directory", lambda: cache.save_pretrained(path))]:
+            with pytest.raises(ValueError, match=rf"{name} (is|must be) .*; give|{name} is .*: give"):
+                call()
+    assert not any(tmp_path.iterdir())
+
+
 def test_arguments_of_a_handle_and_of_the_checker(jamba: Any) -> None:
     for options in ({"store": 5}, {"tokenizer": 5}, {"namespace": "\ud800"}, {"grid": 2.5}, {"max_checkpoints": "x"}):
         with pytest.raises(ValueError, match=next(iter(options))):

@@ -317,7 +317,7 @@ def open_storage(where: str | Path) -> Storage:
         ValueError: it is neither.
         ImportError: the package that serves such a URL is not installed.
     """
-    if not isinstance(where, str | Path) or not str(where).strip():
+    if not isinstance(where, str | Path) or not str(where).strip() or "\0" in str(where):
         raise ValueError(f"shared is {shown(where)}: give a folder, or a URL such as 's3://bucket/prefix'")
     if "://" not in str(where):
         return Folder(Path(where).expanduser().absolute())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import forks
-from ..checks import shown, text
+from ..checks import path_of, shown, text
 from ..errors import out_of_memory
 from ..planning.batch import Member
 from ..planning.cuts import MIN_SUFFIX_TOKENS, Tokens
@@ -560,7 +560,7 @@ def _lower_tiers(
     if disk_memory is not None:
         from .disk import DiskTier  # which a store in memory never needs
 
-        folder = default_folder() if disk_dir is None else Path(disk_dir).expanduser()
+        folder = default_folder() if disk_dir is None else path_of("disk_dir", disk_dir).expanduser()
         disk = DiskTier.open(folder, parse_bytes(disk_memory, "disk_memory"), seal)
         tiers += [disk] if disk is not None else []
     return tiers
