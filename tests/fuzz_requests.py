@@ -31,7 +31,7 @@ from hf_sparse_cache import CheckpointStore, SparsePrefixCache
 from hf_sparse_cache.config import EXACTNESS, STORAGES
 from hf_sparse_cache.errors import UnsupportedModelError
 from hf_sparse_cache.exactness import Replay
-from hf_sparse_cache.models import rounding, states
+from hf_sparse_cache.models import prefill, rounding, states
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.stats import RequestInfo
 
@@ -358,25 +358,26 @@ class World:
                 raise torch.OutOfMemoryError(PLANTED)
             torch.empty(1 << 55)
 
-        calls, at, own = itertools.count(1), self.draw.randint(1, 3), type(self.model).forward
+        calls, at, own = itertools.count(1), self.draw.randint(1, 3), prefill._uncompiled
 
-        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            output = own(model, *args, **kwargs)
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            if ids is not None and ids.shape[1] == 1:
-                return output  # a step of decoding is upstream's own, and nobody repeats it
-            number = next(calls)  # of this call, whatever other threads call meanwhile
-            if number == at or (kind == "forward twice" and number > at):
-                if kind == "interrupted":
-                    raise Planted
-                allocate()
-            return output
+        def uncompiled(model: Any) -> Callable[..., Any]:
+            """Where prefills get at the model's forward: what is put on its class would be another model."""
 
-        forward.__signature__ = _signature(own)  # type: ignore[attr-defined]
+            def forward(**inputs: Any) -> Any:
+                output = own(model)(**inputs)
+                number = next(calls)  # of this call, whatever other threads call meanwhile
+                if number == at or (kind == "forward twice" and number > at):
+                    if kind == "interrupted":
+                        raise Planted
+                    allocate()
+                return output
+
+            return forward
+
         target: Any = {"capture": (rounding, "own"), "restore": (states, "restore")}.get(
-            kind, (type(self.model), "forward")
+            kind, (prefill, "_uncompiled")
         )
-        with mock.patch.object(*target, forward if target[1] == "forward" else allocate):
+        with mock.patch.object(*target, uncompiled if target[0] is prefill else allocate):
             yield
 
     def weights(self) -> None:
@@ -455,12 +456,6 @@ class World:
         self.tally[f"step: {happens.__name__}"] += 1
         happens()
         self.books()
-
-
-def _signature(function: Any) -> Any:
-    import inspect
-
-    return inspect.signature(function)
 
 
 def same_payloads(one: Any, two: Any) -> bool:

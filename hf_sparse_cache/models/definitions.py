@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .telling import Teller, is_named
+from .telling import Teller, is_named, name_of
 
 
 # What every model has, of which `generate()` and loading use far more than a forward does.
@@ -38,7 +38,8 @@ class Definitions:
     """What defines a model, as it is when this is made.
 
     Attributes:
-        told: what others put there, as text; nothing where nobody did.
+        told: what no library brought, as text; nothing where there is none.
+        put: by place, the names of functions that others put there and no package brought.
         opaque: whether some of it means nothing in another process.
     """
 
@@ -53,22 +54,21 @@ class Definitions:
         self._files = [vars(file) for file in (*files, torch.nn.functional) if file is not None]
         self._configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
         self._look()
-        (self._put, put_opaque), (self._told_others, others_opaque) = self._tell_put(), self._tell_others()
-        self.told, self.opaque = [*self._put, *self._told_others], put_opaque or others_opaque
+        own = [
+            (place, function) for place, function in self._found if not _is_known(function) and not _by_name(function)
+        ]
+        self.put = {place: name_of(function) for place, function in own}
+        self.told, self.opaque = self._tell()
 
     def unchanged(self) -> bool:
-        """Whether all of it is what it was."""
-        return self._libraries_unchanged() and self._tell_others()[0] == self._told_others
-
-    def _libraries_unchanged(self) -> bool:
-        """By address, as long as none has changed."""
+        """Whether all of it is what it was: what libraries brought by address, and the rest by what it says."""
         try:
-            if all(map(_alike, self._places(), self._values)):
-                return True
+            alike = all(map(_alike, self._places(), self._values))
         except RuntimeError:  # another thread changes one of them: it holds a scan, say
-            pass
-        self._look()
-        return self._tell_put()[0] == self._put
+            alike = False
+        if not alike:
+            self._look()
+        return self._tell()[0] == self.told
 
     def _places(self) -> Iterator[Any]:
         """Dictionaries as they are, or lists."""
@@ -79,6 +79,7 @@ class Definitions:
     def _look(self) -> None:
         held = map(_held, self._places())
         self._values = [list(place.values()) if isinstance(place, Mapping) else place for place in held]
+        self._found = [*self._on_classes(), *self._in_files()]
 
     def _looked_up(self) -> list[Any]:
         """The functions that the configurations choose by name."""
@@ -89,27 +90,26 @@ class Definitions:
             found += [known.get(name) for name in names if isinstance(name, str)]
         return found
 
-    def _tell_others(self) -> tuple[list[str], bool]:
-        """Classes that no library defines, with all that their methods read."""
-        teller = Teller(self._own)
-        return [teller.tell(kind) for kind in self._others], teller.opaque
-
-    def _tell_put(self) -> tuple[list[str], bool]:
-        """What others put on the classes of libraries, and in the files that define these."""
-        teller, told = Teller(self._own), []
+    def _on_classes(self) -> Iterator[tuple[str, FunctionType]]:
         for kind in self._classes:
             for name, held in _held(vars(kind)).items():
-                told += [
-                    f"{kind.__qualname__}.{name}={_by_name(function) or teller.tell(function)}"
-                    for function in _functions(held)
-                    if not _is_known(function) or _is_of_another(function, kind)
-                ]
-        functions = [(name, held) for file in self._files for name, held in sorted(_held(file).items())]
-        functions += [("chosen by name", held) for held in self._looked_up()]
-        for name, held in functions:
+                for function in _functions(held):
+                    if not _is_known(function) or _is_of_another(function, kind):
+                        yield f"{kind.__qualname__}.{name}", function
+
+    def _in_files(self) -> Iterator[tuple[str, FunctionType]]:
+        for file in self._files:
+            for name, held in sorted(_held(file).items()):
+                if isinstance(held, FunctionType) and not _is_known(held):
+                    yield f"{file.get('__name__')}.{name}", held
+        for held in self._looked_up():
             if isinstance(held, FunctionType) and not _is_known(held):
-                told.append(f"{name}={_by_name(held) or teller.tell(held)}")
-        return told, teller.opaque
+                yield "what a configuration names", held
+
+    def _tell(self) -> tuple[list[str], bool]:
+        teller = Teller(self._own)
+        told = [f"{place}={_by_name(function) or teller.tell(function)}" for place, function in self._found]
+        return [*told, *(teller.tell(kind) for kind in self._others)], teller.opaque
 
 
 def _held(place: Any) -> Any:

@@ -104,6 +104,8 @@ def survey(model: torch.nn.Module) -> Survey:
     for path, tensor in sorted(found.adapters.items()):
         found.adapted.append(f"{path}{'away' if tensor.is_meta else checksum(tensor)}")
     found.code += found.definitions.told
+    found.attached += [f"{place} {name}" for place, name in found.definitions.put.items()]
+    found.foreign += [f"the code put in the place of {place}" for place in found.definitions.put]
     found.opaque = teller.opaque or found.definitions.opaque
     return found
 

@@ -146,3 +146,35 @@ def test_a_file_that_changes_while_it_is_looked_at(monkeypatch: pytest.MonkeyPat
     assert found.unchanged()
     monkeypatch.setattr(torch.nn.functional, "silu", stronger(torch.nn.functional.silu))
     assert not found.unchanged()
+
+
+def test_code_that_is_another_after_every_forward(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever counts on a class: nothing fits twice, which is said; the twin keeps its count where nobody reads it."""
+    seen: list[int] = []
+    own = MLP.forward
+
+    def counting(self: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return own(self, x)
+
+    for forward, said in ((counting, "JambaMLP.forward is another after every forward"), (stronger(own), "resumed")):
+        monkeypatch.setattr(MLP, "forward", forward)
+        with bench.handle() as cache:
+            bench.warm(cache)
+            assert bench.generate(bench.prompt(1), cache).distance(bench.generate(bench.prompt(1), None)) <= 1e-4
+            assert said in cache.last_request.reason
+
+
+def test_what_a_patch_reads_is_looked_at_each_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    strength, own = [1.0], MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: own(self, x) * strength[0])
+    with bench.handle() as cache:
+        bench.warm(cache)
+        bench.generate(bench.prompt(1), cache)
+        assert cache.last_request.reason == "resumed"
+        strength[0] = 1.3
+        expected = bench.generate(bench.prompt(2), None)
+        assert bench.generate(bench.prompt(2), cache).distance(expected) <= 1e-4
+        assert cache.last_request.resumed_tokens == 0
+        strength[0] = 1.0
+        assert bench.generate(bench.prompt(3), cache) and cache.last_request.reason == "resumed"

@@ -10,7 +10,7 @@ from hf_sparse_cache.planning.lineage import Lineage
 
 def test_a_slice_of_conversations() -> None:
     tally = run(0, worlds=10, steps=30)
-    assert tally["conversations"] >= 70 and tally["replayed after a resume"] >= 10
+    assert tally["conversations"] >= 70 and tally["replayed after a resume"] >= 8
     assert sum(tally[family] > 0 for family in FAMILIES) >= 4 and tally["bitwise"] and tally["replayable"]
 
 
