@@ -54,6 +54,38 @@ def test_files_are_private(opened: Any) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a folder cannot be opened")
+def test_a_file_and_its_folder_are_on_disk_before_it_counts(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In that order; a name that is lost with the power is no file."""
+    flushed: list[str] = []
+    own = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        own(descriptor)
+
+    store = opened()
+    serve(store, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        serve(store, 2)  # which sends the first one to disk
+    assert len(files_of(store, "state")) == 1
+    assert flushed[-2:] == ["file", "folder"] and flushed.count("folder") >= flushed.count("file") // 2 > 0
+
+
+def test_a_child_has_memory_of_its_own_and_no_disk(opened: Any) -> None:
+    """What `os.fork` leaves in a child, looked at here: the folder stays the parent's."""
+    store = opened()
+    serve(store, 1), serve(store, 2)
+    tiers = store.tiers
+    store.after_fork()
+    try:
+        assert [tier.durable for tier in store.tiers] == [False] and not store.stored()
+        assert serve(store, 1) == 0 and serve(store, 1) == 4
+    finally:
+        store.tiers = tiers
+
+
 def test_the_disk_budget_holds_by_the_byte(opened: Any) -> None:
     store = opened()
     serve(store, 0)

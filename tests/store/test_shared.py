@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import sharing
 from cutting import every
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_store import Blob
@@ -45,6 +47,24 @@ def test_what_one_stored_another_resumes(joined: Joined, where: Any, options: di
     assert serve(second, prompt(1, 3000, 1500, 7)) == 1024
     assert serve(joined(where, **options), prompt(1, 400, 250)) == 128
     assert second.shared is not None and second.shared.counts["resumed from"] == 2
+
+
+class NeedsFolders(LocalFileSystem):
+    """A storage, such as one over SFTP, in which a folder is made before a file is put there."""
+
+    protocol = "folders"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(str(path).removeprefix("folders://")))
+
+
+def test_folders_are_made_where_a_storage_needs_them(joined: Joined, tmp_path: Path) -> None:
+    fsspec.register_implementation("folders", NeedsFolders, clobber=True)
+    where = f"folders://{tmp_path / 'there'}"
+    first = joined(where)
+    assert serve(first, prompt(1, 1000), (512,)) == 0 and written(first)["written"] == 1
+    assert serve(joined(where), prompt(1, 1000)) == 512
 
 
 def test_what_comes_from_a_shared_store_lies_in_memory_also_beside_a_disk(joined: Joined, tmp_path: Path) -> None:
