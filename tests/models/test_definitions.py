@@ -178,3 +178,16 @@ def test_what_a_patch_reads_is_looked_at_each_time(bench: Bench, monkeypatch: py
         assert cache.last_request.resumed_tokens == 0
         strength[0] = 1.0
         assert bench.generate(bench.prompt(3), cache) and cache.last_request.reason == "resumed"
+
+
+def test_code_on_a_class_that_takes_no_segments_is_not_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with hooks: calls run uncached and say why for as long as it is there, and not when it is gone."""
+    own = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: own(self, x) * (1 + x.shape[1] / 50))
+    with bench.handle() as cache:
+        expected = bench.generate(bench.prompt(1), None)
+        assert bench.generate(bench.prompt(1), cache).equals(expected)
+        assert "call not supported" in cache.last_request.reason and not cache.store.stored()
+        monkeypatch.undo()
+        bench.warm(cache)
+        assert bench.generate(bench.prompt(2), cache) and cache.last_request.reason == "resumed"

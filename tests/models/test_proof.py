@@ -49,6 +49,12 @@ def test_the_sample_has_ordinary_tokens_whatever_the_configuration_names() -> No
 # -- ten ways and more to break upstream ------------------------------------------------------------------------------
 
 
+def upstreams(function: Any, own: Any) -> Any:
+    """As if a version of transformers had it; what others put in its place is code that is attached."""
+    function.__module__ = own.__module__
+    return function
+
+
 def method_gone(patch: Patch) -> None:
     patch.delattr(GenerationMixin, "_prefill")
 
@@ -99,7 +105,7 @@ def recurrent_state_ignored(patch: Patch) -> None:
     def scan(*args: Any, **kwargs: Any) -> Any:
         return own(*args, **{**kwargs, "initial_states": None})
 
-    patch.setattr(modeling_mamba2, "mamba2_chunk_scan", scan)
+    patch.setattr(modeling_mamba2, "mamba2_chunk_scan", upstreams(scan, own))
 
 
 def conv_state_not_continued(patch: Patch) -> None:
@@ -153,7 +159,7 @@ def default_changed(patch: Patch) -> None:
             setattr(output, name, cache)
         return output
 
-    patch.setattr(modeling_mamba2.Mamba2Model, "forward", forward)
+    patch.setattr(modeling_mamba2.Mamba2Model, "forward", upstreams(forward, own))
 
 
 def last_layer_forgets(patch: Patch) -> None:
@@ -166,7 +172,7 @@ def last_layer_forgets(patch: Patch) -> None:
             kwargs = {**kwargs, **caches, "attention_mask": None}
         return own(self, hidden_states, *args, **kwargs)
 
-    patch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    patch.setattr(modeling_llama.LlamaAttention, "forward", upstreams(forward, own))
 
 
 class Forgetting:
@@ -250,7 +256,7 @@ def forwards(monkeypatch: Patch) -> list[int]:
         return own(self, input_ids, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-    monkeypatch.setattr(JambaForCausalLM, "forward", forward)
+    monkeypatch.setattr(JambaForCausalLM, "forward", upstreams(forward, own))
     return seen
 
 
