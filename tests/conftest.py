@@ -17,6 +17,9 @@ torch.set_num_threads(1)
 # change is judged by what it does; `make fuzz` draws new ones, and what it finds becomes an example of its own.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("drawn", deadline=None, print_blob=True)
+# `make mutants` asks whether a test fails, not with which smallest example.
+PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("planted", deadline=None, derandomize=True, phases=PHASES)
 hypothesis.settings.load_profile("same")
 
 # Their fixtures are for several files.
