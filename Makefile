@@ -51,7 +51,7 @@ fuzz: .venv/dev  ## Properties on newly drawn examples, then random requests and
 interleavings: .venv/dev  ## Ten thousand random interleavings of threads that wait for each other's prompts: minutes
 	HF_SPARSE_CACHE_TEST_INTERLEAVINGS=10000 $(BIN)/python -m pytest tests/store/test_promises.py -k interleavings
 
-mutants: .venv/mutants  ## Faults planted in the core, and whether the tests notice: hours; MUTANTS_ARGS="--count 40 --room store"
+mutants: .venv/mutants  ## Faults planted in the core, and whether the tests notice: minutes to hours; MUTANTS_ARGS="--count 40 --room store"
 	nice -n 19 $(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 lint: .venv/dev  ## ruff, mypy, the direction of imports, and cython-lint

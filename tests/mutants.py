@@ -99,7 +99,7 @@ class Coverage:
 
     def trial(self, fault: Fault, most_seconds: float) -> Trial:
         """The tests that run the statement with the fault, the quick ones first; where it runs at import, all of them
-        that run anything of the module. They hang when they take five times as long as they did."""
+        that run anything of the module. They hang when they take thrice as long as they did."""
         by_line = self._data.contexts_by_lineno(str(fault.module))
         contexts = {context for line in fault.lines for context in by_line.get(line, ())}
         if contexts == {""}:
@@ -110,7 +110,7 @@ class Coverage:
             if chosen and most_seconds < 0:
                 break
             chosen.append(test)
-        return Trial(fault, chosen, 30 + 5 * sum(self.seconds[test] for test in chosen))
+        return Trial(fault, chosen, 10 + 3 * sum(self.seconds[test] for test in chosen))
 
     def quickest(self, count: int) -> list[str]:
         """Some tests of the room."""

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -154,7 +155,9 @@ def _swaps(
     """The functions that a fault is in, with their code when it is planted; None where it lies outside functions."""
     file = str(fault.module.absolute())
     pairs: Codes = []
-    right, wrong = (compile(text, file, "exec", dont_inherit=True) for text in (fault.right, fault.wrong))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a number compared by `is`
+        right, wrong = (compile(text, file, "exec", dont_inherit=True) for text in (fault.right, fault.wrong))
     if not _pair(right, wrong, pairs):
         return None
     found = [(function, new) for old, new in pairs for function in living.get(_key(old), ())]

@@ -9,7 +9,7 @@ from prompting import Blob
 
 from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.foresight import Foreseen, Foresight, common, turns
-from hf_sparse_cache.planning.policies import NoCheckpoints
+from hf_sparse_cache.planning.policies import NoCheckpoints, Prompt
 from hf_sparse_cache.planning.segments import Bitwise, Replayable, Segmenting
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.store.holding import Holding
@@ -83,3 +83,19 @@ def test_logits_of_a_shared_prefix_serve_every_text(texts: list[tuple[int, ...]]
         needed = [firsts[item.index] for item in (turn, *sharing)]
         assert turn.first == min(needed)
     assert [turn.first for turn in turns(arrays, firsts, share=False)] == [firsts[turn.index] for turn in found]
+
+
+def test_a_text_makes_up_for_one_that_did_not_pass() -> None:
+    """Where later texts leave the path is noted at every text on the way that is computed before them."""
+    texts = [(0,) * 8 + (1,) * 4, (0,) * 8 + (2,) * 4, (0,) * 8 + (3,) * 4, (0,) * 4 + (3,) * 4]
+    found = turns([np.asarray(text, dtype=np.int32) for text in texts], [9, 9, 9, 6])
+    assert [turn.keep for turn in found] == [{8: 2, 4: 3}, {8: 2, 4: 3}, {8: 2, 4: 3}, {4: 3}]
+
+
+def test_a_checkpoint_is_needed_at_the_nearest_cut_alone() -> None:
+    foresight = Foresight(NoCheckpoints(), {7: 3, 9: 5, 2: 4}, 0)
+    ids = np.zeros(12, dtype=np.int32)
+    nowhere = np.zeros(0, dtype=np.int64)
+    prompt = Prompt(ids, np.asarray([3, 6, 8, 11]), 0, 0, nowhere, nowhere)
+    assert foresight.place(prompt) == [6, 8]
+    assert foresight.needed == {6: 3, 8: 5}

@@ -55,3 +55,26 @@ def test_it_reads_as_people_write_it() -> None:
 def test_what_is_no_lineage_is_refused(content: object) -> None:
     with pytest.raises(ValueError, match="lineage"):
         Lineage.from_json(content)
+
+
+def test_a_rounding_is_told_by_the_end_alone() -> None:
+    lineage = Lineage().then([10, 20, 30])
+    rounded = lineage.rounded()
+    assert rounded.ends_rounded and not lineage.ends_rounded and rounded.unrounded == lineage
+    later = rounded.then([40])
+    assert not later.ends_rounded and later.unrounded == later
+    again = later.rounded()
+    assert again.ends_rounded and again.rounded() is again and again.unrounded == later
+    for one in (lineage, rounded, later, again):
+        read = Lineage.from_json(json.loads(json.dumps(one.to_json())))
+        assert read == one and read.ends_rounded == one.ends_rounded
+
+
+def test_nothing_is_rounded_twice() -> None:
+    with pytest.raises(ValueError, match="does not continue a lineage at position 20"):
+        Lineage.from_json([20, [20, 20], [20, 20]])
+
+
+def test_what_was_read_is_nobodys_to_change() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        Lineage.from_json([20, 30])._ends[0] = 10

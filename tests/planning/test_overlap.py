@@ -95,3 +95,17 @@ def test_shares_are_of_those_that_enter_the_edge() -> None:
     assert forecast.shares([128, 256], [0, 0], [1.0, 0.0])[0] == pytest.approx([0.8, 0.2])
     assert forecast.shares([128, 256], [0, 0], [0.5, 0.0])[0] == pytest.approx([0.9, 0.2])
     assert forecast.shares([128, 256], [0, 0], [0.5, 0.0])[1] == pytest.approx([0.1, 0.0])
+
+
+def test_every_observation_counts_whatever_its_kind() -> None:
+    model = OverlapModel()
+    cuts = np.arange(64, 1000, 64)
+    assert model.observations == 0
+    for count in range(1, 4):
+        model.learn(500, cuts, shape(1000))
+        assert model.observations == count
+
+
+def test_nothing_passes_beyond_the_last_cut() -> None:
+    found = Forecast(np.asarray([10, 20]), np.asarray([0.25, 0.5])).passing(np.asarray([5, 15, 20, 21]))
+    assert found.tolist() == [0.75, 0.5, 0.5, 0.0]

@@ -10,7 +10,7 @@ from cutting import every
 
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.planning.cuts import CutRule, cut_positions
-from hf_sparse_cache.planning.policies import POLICIES, Last, Learned, Policy, Prompt, make_policy
+from hf_sparse_cache.planning.policies import POLICIES, Block, Last, Learned, Policy, Prompt, make_policy
 from hf_sparse_cache.planning.policy import limited
 from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
@@ -180,3 +180,29 @@ def test_dyadic_places_eight_unless_told_otherwise() -> None:
     ids = tokens(2**14)
     assert planned(make_policy("dyadic"), ids) == [2**14 - 2 ** (14 - i) for i in range(1, 9)]
     assert planned(make_policy("dyadic"), ids, 2) == [2**13, 2**13 + 2**12]
+
+
+def untold(length: int, limit: int | None, resumed: int = 0) -> Prompt:
+    """A prompt of which nothing is known, with a cut at every token."""
+    nowhere = np.zeros(0, dtype=np.int64)
+    return Prompt(tokens(length), np.arange(1, length + 1), 0, resumed, nowhere, nowhere, limit)
+
+
+@pytest.mark.parametrize(
+    ("limit", "resumed", "expected"),
+    [(None, 0, [16, 32, 48, 64, 80, 96]), (3, 0, [32, 64, 96]), (3, 48, [64, 80, 96]), (1, 0, [64]), (0, 0, [])],
+)
+def test_blocks_grow_until_the_limit_suffices(limit: int | None, resumed: int, expected: list[int]) -> None:
+    found = Block(16).place(untold(100, limit, resumed))
+    assert [position for position in found if position > resumed] == expected
+
+
+def test_with_room_left_the_end_is_kept_for_the_same_prompt_again() -> None:
+    for limit in (None, 5):
+        prompt = untold(300, limit)
+        prompt.cuts = np.asarray([100, 200])
+        assert Learned().place(prompt)[-1] == 300
+
+
+def test_without_a_forecast_nothing_becomes_superfluous() -> None:
+    assert untold(100, None, resumed=50).refund(80) == 0.0

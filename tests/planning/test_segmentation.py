@@ -118,3 +118,11 @@ def test_a_character_of_several_tokens_ends_with_its_last() -> None:
 def test_where_the_last_message_begins(ids: list[int], start: int) -> None:
     assert message_start(np.asarray(ids, dtype=np.int32), (8, 9)) == start
     assert message_start(np.asarray(ids, dtype=np.int32), ()) == 0
+
+
+def test_text_ends_tell_whether_any_was_found() -> None:
+    ends = TextEnds(["b?\n"], spell)
+    assert not ends.found
+    assert ends.positions(np.asarray([0, 0, 1], dtype=np.int32)).tolist() == [] and not ends.found
+    assert ends.positions(np.asarray([0, 1, 4, 0], dtype=np.int32)).tolist() == [3] and ends.found
+    assert ends.positions(np.asarray([0, 0, 1], dtype=np.int32)).tolist() == [] and ends.found  # once is enough

@@ -351,3 +351,17 @@ def test_a_search_hashes_no_token_twice(reached: tuple[int, ...]) -> None:
             text.folder(at + step)
             at += step if position in reached else 0
     assert 0 < seal.tokens <= 100_000
+
+
+# -- threads that read ------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_waited_for_until_its_time_and_not_longer() -> None:
+    hands, done = Hands(1, "test"), threading.Event()
+    late = hands.begin(lambda: done.wait(60))
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        hands.wait(late, began + 0.1)
+    assert 0.1 <= time.monotonic() - began < 0.9
+    done.set()
+    assert hands.wait(late, time.monotonic() + 60)  # the twin: in time

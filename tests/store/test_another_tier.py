@@ -34,6 +34,8 @@ def test_a_tier_of_any_name_takes_what_leaves_memory_and_gives_it_back() -> None
     with begin(store, list(range(12))) as request:
         assert request.resumed_tokens == 4 and request.checkpoint is not None
         assert (request.checkpoint.state.label, request.checkpoint.state.on_host) == (0, False)
+    below = store.below.ledger
+    assert (below.demotions, below.evictions) == (1, 0)  # it has moved, and nothing is lost
     store.verify()
 
 

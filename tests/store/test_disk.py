@@ -30,6 +30,19 @@ def test_what_leaves_memory_is_found_on_disk_and_after_a_restart(opened: Any) ->
     assert [serve(store, first) for first in range(5)] == [4] * 5
 
 
+def test_what_is_dropped_leaves_memory_and_stays_on_disk(opened: Any) -> None:
+    store = opened(max_memory=4 * UNIT)
+    for first in range(2):
+        serve(store, first)
+    store.flush()
+    store.drop("another space")
+    assert (len(store), len(disk_of(store))) == (2, 2)
+    store.drop("")
+    assert (len(store), len(disk_of(store))) == (0, 2)
+    assert [serve(store, first) for first in range(2)] == [4] * 2
+    store.verify()
+
+
 def test_what_is_in_memory_is_not_fetched(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(max_memory=4 * UNIT)
     for first in range(2):

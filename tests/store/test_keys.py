@@ -19,7 +19,7 @@ from reference_store import Blob
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, DamagedFileError, SparsePrefixCache
-from hf_sparse_cache.store.seal import VARIABLE, Seal
+from hf_sparse_cache.store.seal import VARIABLE, Seal, _derived
 
 
 KEY, OTHER = "correct horse battery staple", b"another key of sufficient length"
@@ -263,3 +263,12 @@ def test_threads_matter_where_more_than_rounding_is_promised(jamba: PreTrainedMo
                 SparsePrefixCache.from_pretrained(folder, jamba)
         finally:
             torch.set_num_threads(threads)
+
+
+def test_what_follows_from_a_key_stays_as_it_was() -> None:
+    """Else nothing that an earlier version has signed, named or encrypted could be read."""
+    found = [_derived(KEY.encode(), use).hex() for use in (b"sign", b"name")]
+    assert found == [
+        "308adcd102f259080ec853b1d5d6e080516dc937f5ebe93421640f36ffdbe72e",
+        "b7f870fa2f40990b7dd2c35501c304f0305597a620e6f99f63db6bd11fc6e697",
+    ]

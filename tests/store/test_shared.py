@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import numpy as np
@@ -779,7 +780,11 @@ def test_a_forked_child_reads_and_writes_with_threads_of_its_own(joined: Joined)
 def test_closing_writes_what_waits_and_then_nothing(joined: Joined) -> None:
     store = joined()
     serve(store, prompt(1, 1300), (1024,))
-    store.close()
+    shared = store.shared
+    assert shared is not None
+    with mock.patch.object(shared, "close", side_effect=shared.close) as closed:
+        store.close()
+    assert closed.called and store.shared is None
     assert serve(joined(), prompt(1, 1300)) == 1024
     assert serve(store, prompt(2, 1300), (512,)) == 0
     store.flush()

@@ -54,6 +54,16 @@ def test_remembered_tokens_are_bounded_and_checkpoints_survive() -> None:
     assert run(store, [0, *range(1000, 1019)], []).resumed_tokens == 6
 
 
+def test_a_leaf_that_has_grown_since_keeps_no_other_from_being_forgotten() -> None:
+    store = CheckpointStore(None, "lru", max_remembered=6_000)
+    run(store, list(range(10)), [])
+    for length in (20, 30, 40):  # the first leaf of the queue has children when its turn comes
+        run(store, list(range(length)), [])
+    for start in range(1000, 9000, 200):
+        run(store, list(range(start, start + 100)), [])
+        assert store.tree_bytes <= 6_000
+
+
 def test_reasons() -> None:
     store = CheckpointStore(10, "lru")
     first = list(range(20))
