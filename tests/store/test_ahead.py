@@ -365,3 +365,16 @@ def test_a_job_is_waited_for_until_its_time_and_not_longer() -> None:
     assert 0.1 <= time.monotonic() - began < 0.9
     done.set()
     assert hands.wait(late, time.monotonic() + 60)  # the twin: in time
+
+
+def test_there_are_no_more_threads_than_jobs_at_once_or_than_allowed() -> None:
+    hands, done = Hands(2, "counted"), threading.Event()
+
+    def threads() -> int:
+        return sum(thread.name == "counted" for thread in threading.enumerate())
+
+    assert hands.begin(lambda: 1).result(60) == 1 and threads() == 1
+    jobs = [hands.begin(lambda: done.wait(60)) for _ in range(5)]
+    assert threads() == 2
+    done.set()
+    assert all(job.result(60) for job in jobs) and threads() == 2

@@ -18,6 +18,7 @@ from persisting import cold_logits, handle, logits, question, small_store
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, DamagedFileError, SparsePrefixCache
+from hf_sparse_cache.store.headers import _spans
 
 
 Change = Callable[[Unit], Any]
@@ -442,3 +443,33 @@ def test_what_differs_is_told_by_value_and_type(copied: Any, name: str, value: A
     with pytest.raises(ValueError, match=said) as told:
         SparsePrefixCache.from_pretrained(folder, model)
     assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        [[1, 4, "a"]],  # not from the beginning
+        [[0, 4, "a"], [5, 6, "b"]],
+        [[0, 4, "a"], [3, 6, "b"]],
+        [[0, "a"]],
+        [[0, 0, "a"]],
+        [[0, 4, 4, "a"]],  # a rounding at its very end is in none of them
+        [[0, 4, 4, 4, 6, "a"]],
+        [[0, 4, 3, "a"]],
+        [[0, True, "a"]],
+        [[False, 4, "a"]],
+        [[0, 4, 7]],
+        [[0, 4.0, "a"]],
+        [[0, 2**31, "a"]],
+        ["0, 4, a"],
+    ],
+)
+def test_keys_and_values_with_gaps_are_refused(kv: list[Any]) -> None:
+    with pytest.raises(DamagedFileError, match="its keys and values are not gapless at"):
+        _spans(kv)
+
+
+def test_keys_and_values_without_gaps_are_read() -> None:
+    """The twin."""
+    spans, names = _spans([[0, 4, "a"], [4, -6, 6, 8, "b"]])
+    assert ([(span.start, span.end) for span in spans], names) == ([(0, 4), (4, 8)], ["a", "b"])
