@@ -611,6 +611,22 @@ def test_too_many_that_wait_are_left_out_and_counted(joined: Joined) -> None:
     release.set()
 
 
+def test_a_flush_that_does_not_get_on_ends_and_says_so(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hf_sparse_cache.store.behind._STALLED_SECONDS", 0.3)
+    rule, release = hanging("put")
+    store = joined(rule=rule)
+    serve(store, prompt(1, 300), (256,))
+    store.flush()
+    assert "took not all that was to be written" in caplog.text
+    release.set()
+    written(store)
+    caplog.clear()
+    store.flush()  # the twin
+    assert "took not all" not in caplog.text
+
+
 def test_what_waits_keeps_no_state_alive(joined: Joined) -> None:
     rule, release = hanging("put", "size")
     writing = threading.Event()
