@@ -18,7 +18,7 @@ from reference_store import Blob
 from hf_sparse_cache.planning.policies import NoCheckpoints
 from hf_sparse_cache.planning.segments import Segmenting
 from hf_sparse_cache.request import Request, open_request
-from hf_sparse_cache.store import files, shared
+from hf_sparse_cache.store import behind, files, shared
 from hf_sparse_cache.store.storage import Folder, ListedFile, open_storage
 from hf_sparse_cache.store.store import CheckpointStore
 
@@ -98,6 +98,7 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     """Makes stores that share one place, as so many processes would; a busy machine is no storage that fails."""
     monkeypatch.setattr(shared, "LOOK_SECONDS", 60.0)
     monkeypatch.setattr(shared, "READ_SECONDS", 60.0)
+    monkeypatch.setattr(behind, "_STALLED_SECONDS", 300.0)  # the machine may be held for a minute
     made: list[CheckpointStore] = []
 
     def make(
