@@ -91,14 +91,15 @@ class Keeper:
         self._room: int | None = None  # bytes that may be written until the next look
         self.deleted = 0
 
-    def uses(self, state: str, now: float) -> None:
-        """A unit was resumed from."""
+    def uses(self, state: str, now: float) -> bool:
+        """A unit was resumed from; returns whether it is the first since others were told (see `beat`)."""
         with self._lock:
             _, count = self._used.pop(state, (0.0, 0))
             self._used[state] = now, count + 1
-            self._changed = True
+            first, self._changed = not self._changed, True
             while len(self._used) > _MOST_USED:
                 self._used.popitem(last=False)
+            return first
 
     def admits(self, nbytes: int, now: float) -> bool:
         """Whether so much may be written; makes room where that is due."""

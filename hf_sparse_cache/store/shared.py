@@ -284,7 +284,9 @@ class SharedTier:
             return self._of_no_use(found, ahead, error)
         self.trust.kept()
         self.count("resumed from")
-        self.keeper.uses(found.filed.state, time.monotonic())
+        now = time.monotonic()
+        if self.keeper.uses(found.filed.state, now):
+            self.chores(partial(self.keeper.beat, now))  # a process that only reads has no writer at work yet
         kept()
         return ""
 

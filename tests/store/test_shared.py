@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import time
@@ -813,3 +814,33 @@ def test_bad_places_are_named(bad: Any) -> None:
         CheckpointStore(shared=bad)
     with pytest.raises(ValueError, match="shared_memory"):
         CheckpointStore(shared="/tmp/x", shared_memory="much")
+
+
+def test_an_idle_writer_says_what_its_process_uses(joined: Joined, tmp_path: Path) -> None:
+    serve(store := joined(), prompt(1, 1300), (1024,))
+    written(store)
+    reader = joined()
+    assert serve(reader, prompt(1, 1300)) == 1024 and reader.shared is not None
+
+    def told() -> bool:
+        leases = [json.loads(path.read_bytes()) for path in (tmp_path / "shared" / "leases").iterdir()]
+        return any("state-" in name for lease in leases for name in lease.get("used", {}))
+
+    until = time.monotonic() + 60
+    while not told() and time.monotonic() < until:
+        drained(reader)
+        time.sleep(0.05)
+    assert told()
+
+
+def test_a_storage_that_answers_again_is_trusted_as_before(joined: Joined) -> None:
+    serve(store := joined(), prompt(1, 1300), (1024,))
+    written(store)
+    reader = joined()
+    assert reader.shared is not None
+    trust = reader.shared.tier.trust
+    trust.broken("once")
+    trust._until = 0.0  # its pause is over
+    assert trust.reason and serve(reader, prompt(1, 1300)) == 1024
+    drained(reader)
+    assert trust.holds and not trust.reason
