@@ -187,14 +187,17 @@ def test_what_was_seen_is_not_surveyed_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_looking_costs_a_millisecond_for_a_thousand_tensors() -> None:
+    """Where torch itself takes 0.4 ms to name them: how fast the machine is today cancels out."""
     model = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(500)])
     name = identity(model)
-    fastest = float("inf")
+    looking = naming = float("inf")
     for _ in range(300):  # the machine may be busy: the fastest is the cost, in time of this thread alone
         started = time.thread_time()
         assert identity(model) == name
-        fastest = min(fastest, time.thread_time() - started)
-    assert fastest <= 2e-3, f"{1e3 * fastest:.2f} ms"  # 0.6 ms on an idle core; twice the promise for a busy one
+        looked = time.thread_time()
+        assert len(list(model.parameters())) == 1000
+        looking, naming = min(looking, looked - started), min(naming, time.thread_time() - looked)
+    assert looking <= 4 * naming, f"{looking / naming:.2f} times"  # 1.5 to 2.2 on a quiet core and on a busy one
 
 
 @pytest.mark.parametrize("question", [1, 2])
