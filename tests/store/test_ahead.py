@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -359,12 +360,15 @@ def test_a_search_hashes_no_token_twice(reached: tuple[int, ...]) -> None:
 def test_a_job_is_waited_for_until_its_time_and_not_longer() -> None:
     hands, done = Hands(1, "test"), threading.Event()
     late = hands.begin(lambda: done.wait(60))
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        hands.wait(late, began + 0.1)
-    assert 0.1 <= time.monotonic() - began < 0.9
-    done.set()
-    assert hands.wait(late, time.monotonic() + 60)  # the twin: in time
+    with mock.patch.object(late, "result", side_effect=late.result) as waited:
+        with pytest.raises(TimeoutError):
+            hands.wait(late, time.monotonic() + 0.1)
+        with pytest.raises(TimeoutError):
+            hands.wait(late, time.monotonic() - 5)
+        done.set()
+        assert hands.wait(late, time.monotonic() + 1000)  # the twin: in time
+    short, none, long = (call.args[0] for call in waited.call_args_list)
+    assert 0 <= short <= 0.1 and none == 0 and 500 < long <= 1000
 
 
 def test_there_are_no_more_threads_than_jobs_at_once_or_than_allowed() -> None:
