@@ -394,6 +394,27 @@ def test_the_room_of_a_tenant_is_what_its_own_marks_leave() -> None:
     assert store.bound(new, 12, "x\x1fcarl") == Bound("max_memory", 1000, 12 * 6, 12 * 6)
 
 
+def test_the_room_for_a_checkpoint_is_what_the_one_resumed_from_leaves() -> None:
+    """Those above may go; the keys and values below are its own as well."""
+    store = CheckpointStore(1000, "lru")
+    run(store, list(range(12)), [4, 10], kv=1)
+    text = np.arange(20, dtype=np.int32)
+    at = {item.position: int(item.state.nbytes) for item in store.stored()}
+    used = sum(at.values()) + 10
+    assert store.bound(text, 18) == Bound("max_memory", 1000, used, at[10])
+    assert store.bound(text, 10) == Bound("max_memory", 1000, used, at[4])
+    assert store.bound(text[:6], 6) == Bound("max_memory", 1000, used, at[4])
+    assert store.bound(text[1:], 18) == Bound("max_memory", 1000, used, 0)
+
+
+def test_a_node_that_is_forgotten_keeps_no_token() -> None:
+    store = CheckpointStore(1000, "lru")
+    run(store, list(range(12)), [4, 10], kv=1)
+    nodes = list(store.forest.nodes(""))
+    store.clear()
+    assert nodes and all(len(node.tokens) == 0 and node.parent is None for node in nodes)
+
+
 def branches(kind: str, count: int) -> list[np.ndarray]:
     draw = np.random.default_rng(0)
     stem = draw.integers(0, 1000, 512)

@@ -610,6 +610,9 @@ def test_too_many_that_wait_are_left_out_and_counted(joined: Joined) -> None:
         serve(store, prompt(first, 300), (256,))
     assert store.shared is not None and store.shared.counts["not written: too many wait"] >= 10
     release.set()
+    drained(store)
+    assert 0 < store.shared.counts["written"] < 80
+    assert written(store)["written"] == 80  # what was left out is written when it is asked for
 
 
 def test_a_flush_that_does_not_get_on_ends_and_says_so(
