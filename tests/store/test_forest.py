@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from growing import grown, hung, ids_of
 from reference_store import Blob, common
 
 from hf_sparse_cache.planning.lineage import Lineage, Span
@@ -23,26 +24,6 @@ from hf_sparse_cache.store.tree import (
     Node,
     nearest,
 )
-from hf_sparse_cache.store.unit import holder
-
-
-def ids_of(*tokens: int) -> np.ndarray:
-    return np.asarray(tokens, dtype=np.int32)
-
-
-def grown(forest: Forest, tokens: tuple[int, ...], now: int = 0, space: str = "") -> list[Node]:
-    """The path of a prompt that came now."""
-    path = forest.insert(ids_of(*tokens), space, now)
-    for node in path:
-        node.last_used = now
-    return path
-
-
-def hung(path: list[Node], position: int, lineage: Lineage | None = None) -> Checkpoint:
-    """A checkpoint on a path, in its order."""
-    made = Checkpoint(lineage or Lineage([position]), Blob(10), holder(path, position), Account(), 0)
-    made.node.checkpoints = sorted([*made.node.checkpoints, made], key=lambda item: item.position)
-    return made
 
 
 def checked(forest: Forest) -> None:
@@ -290,6 +271,14 @@ def test_each_half_of_a_split_edge_has_what_ends_in_it(depth: int) -> None:
     checked(forest)
 
 
+def test_what_happened_at_the_first_token_stays_with_it() -> None:
+    forest = Forest()
+    (node,) = grown(forest, tuple(range(12)), 1)
+    node.lost = node.refused = 1
+    (upper,) = grown(forest, (0, 1), 2)
+    assert (upper.lost, upper.refused, node.lost, node.refused) == (1, 1, 0, 0)
+
+
 def test_a_node_that_goes_is_nobodys_latest() -> None:
     """Not of the one above, nor of those that a split put in between."""
     forest = Forest()
@@ -327,6 +316,15 @@ def test_a_trail_goes_with_its_tree() -> None:
     assert [node.end for node in trail.grown(10)] == [3, 5, 12]
     forest.clear()
     assert trail.known() == ([], 0) and [node.end for node in trail.grown(11)] == [12]
+
+
+def test_a_trail_leaves_a_cleared_tree_of_which_all_is_in_use() -> None:
+    forest = Forest()
+    hung(grown(forest, tuple(range(12)), 1), 12)
+    trail = Trail(forest, ids_of(*range(12)), "")
+    assert trail.known()[1] == 12
+    forest.clear()
+    assert trail.known() == ([], 0)
 
 
 def test_tokens_are_found_whatever_array_they_come_in() -> None:
