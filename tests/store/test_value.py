@@ -100,7 +100,8 @@ def test_the_tables_say_what_is_stored(make: type[Scored], kv: int) -> None:
     generator, eviction = np.random.default_rng(kv), make()
     store = CheckpointStore(None, eviction)
     for number in range(90):
-        ids = [int(generator.integers(3)), *range(int(generator.integers(6, 30))), number % 7, *range(8)]
+        stem = range(int(generator.choice([8, 14, 20])))  # few ways down: a look at those below is bounded
+        ids = [int(generator.integers(12)), *stem, 50 + number % 2, *range(8)]
         with begin(store, ids) as request:
             for cut in np.unique(generator.integers(1, len(ids) // 2, 3)).tolist():
                 if 2 * cut > request.resumed_tokens:
