@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from persisting import GRID, question
@@ -10,6 +11,7 @@ from tiny_models import random_ids
 from transformers import PreTrainedModel
 
 from hf_sparse_cache import CheckpointStore, SparsePrefixCache
+from hf_sparse_cache.store.marks import Marks
 
 
 @pytest.fixture
@@ -77,3 +79,39 @@ def test_nothing_refers_to_what_was_marked_and_cleared(
         # The announcement is gone too: the same prompt is kept for nobody.
         serve(jamba, a, question(2))
         assert not store.marks.kept and not any(item.pins for item in store.stored())
+
+
+def prefix(*tokens: int) -> np.ndarray:
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def test_announced_prefixes_are_found_by_whoever_begins_with_them() -> None:
+    marks = Marks()
+    announced = {"a": [prefix(1, 2, 3), prefix(1, 2), prefix(0, 2), prefix(1, 2, 4, 5)], "b": [prefix(1)]}
+    for space, all_of_it in announced.items():
+        for each in all_of_it * 2:  # once more changes nothing
+            marks.add(each, space)
+    assert marks.tokens == 3 + 2 + 2 + 4 + 1
+    for ids, lengths in (((1, 2, 3, 4), [2, 3]), ((1, 2), [2]), ((0, 2, 3), [2]), ((1,), []), ((1, 2, 4, 5), [2, 4])):
+        assert marks.lengths(prefix(*ids), "a") == lengths
+    assert marks.lengths(prefix(1, 2), "b") == [1] and marks.lengths(prefix(1, 2), "c") == []
+    assert marks.knows(prefix(1, 2), "a") and not marks.knows(prefix(1, 3), "a")
+    assert not marks.knows(prefix(1, 2), "b") and not marks.knows(prefix(1), "a") and not marks.knows(prefix(1), "c")
+    told = [each.tolist() for each in marks.prefixes("a")]
+    assert told == [[0, 2], [1, 2], [1, 2, 3], [1, 2, 4, 5]] and marks.prefixes("c") == []
+    assert all(each.dtype == np.int32 for each in marks.prefixes("a"))
+
+
+def test_what_is_kept_is_released_with_its_space() -> None:
+    marks = Marks()
+    first, second, third = object(), object(), object()
+    marks.kept = [("a", first), ("b", second), ("a", third)]  # type: ignore[list-item]
+    for space in ("a", "b"):
+        marks.add(prefix(1, 2), space), marks.add(prefix(1, 3), space)
+    assert marks.forget("c") == [] and marks.tokens == 8
+    assert marks.forget("a") == [first, third] and marks.kept == [("b", second)]
+    assert marks.tokens == 4 and marks.prefixes("a") == [] and len(marks.prefixes("b")) == 2
+    marks.add(prefix(9), "a")
+    assert marks.forget() == [second] and marks.kept == [] and marks.tokens == 0 and marks.prefixes("a") == []
+    marks.add(prefix(1, 2), "b")
+    assert marks.tokens == 2

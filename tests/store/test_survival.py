@@ -5,12 +5,23 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sparse_cache.simulator import simulate
 from hf_sparse_cache.store.store import CheckpointStore
-from hf_sparse_cache.store.survival import AGE_EDGES, LEVEL_EDGES, PASS_EDGES, PERIOD, WINDOW, SurvivalTables, cell_of
+from hf_sparse_cache.store.survival import (
+    AGE_EDGES,
+    HALF_LIVES,
+    LEAST_SHARE,
+    LEVEL_EDGES,
+    PASS_EDGES,
+    PERIOD,
+    WINDOW,
+    SurvivalTables,
+    cell_of,
+)
 from hf_sparse_cache.store.value import LeastValue
 
 
@@ -152,3 +163,117 @@ def test_only_a_fork_supersedes_and_a_pass_takes_it_back() -> None:
     assert serve(0) == [1]  # passed again, it is the newest
     assert serve(2) == [0, 1]
     assert serve(3) == [0, 1]  # four paths are no fork
+
+
+# -- the plain way ----------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """What the tables make of what was seen, one number after the other."""
+
+    ROWS = 2 * len(LEVEL_EDGES)
+    AGES = AGE_EDGES.tolist()
+    WIDTHS = (*np.diff(AGE_EDGES).tolist(), AGE_EDGES[-1])
+
+    def __init__(self, half_lives: tuple[float, ...], strength: float) -> None:
+        self.half_lives, self.strength = half_lives, strength
+        shape = (len(half_lives), len(PASS_EDGES), self.ROWS, len(self.AGES))
+        self.events, self.waited = np.zeros(shape), np.zeros(shape)
+        self.shares = [1.0 / len(half_lives)] * len(half_lives)
+        self.solve()
+
+    def solve(self) -> None:
+        self.hazards = np.stack([self.learned(*both) for both in zip(self.events, self.waited, strict=True)])
+
+    def learned(self, events: np.ndarray, waited: np.ndarray) -> np.ndarray:
+        lean, found = self.strength, np.zeros(events.shape)
+        before = 0.5 / (np.asarray(self.AGES) + 5.0)
+        for passes, (seen, spent) in enumerate(zip(events, waited, strict=True)):
+            before = (seen.sum() + lean) / (sum(float(row @ before) for row in spent) + lean) * before
+            counted = zip(seen.T, spent.T, before, strict=True)
+            before = np.asarray([(s.sum() + lean) / (w.sum() + lean / one) for s, w, one in counted])
+            for row in range(self.ROWS):
+                own = (seen[row].sum() + lean) / (float(spent[row] @ before) + lean)
+                hazard = (seen[row] + 2 * lean) / (spent[row] + 2 * lean / (before * own))
+                found[passes, row] = np.minimum(np.maximum(hazard, 1e-7), 1.0)
+        return found
+
+    def update(self, events: np.ndarray, waited: np.ndarray, ticks: int) -> None:
+        """Of shape (ages, cells), as the tables have them."""
+        new, spent = (each.T.reshape(self.events.shape[1:]) for each in (events, waited))
+        said = [float((np.log(hazard) * new).sum() - (hazard * spent).sum()) for hazard in self.hazards]
+        often = [share * np.exp(one - max(said)) for share, one in zip(self.shares, said, strict=True)]
+        self.shares = [(1.0 - LEAST_SHARE) * one / sum(often) + LEAST_SHARE / len(often) for one in often]
+        for speed, half_life in enumerate(self.half_lives):
+            keep = 0.5 ** (ticks / half_life)
+            self.events[speed] = (self.events[speed] + new) * keep
+            self.waited[speed] = (self.waited[speed] + spent) * keep
+        self.solve()
+
+    def index(self, cell: int, age: int) -> float:
+        """Best rate of hits over any time that ends with a bin of ages, from the bin of an age on."""
+        first = max(bin for bin, edge in enumerate(self.AGES) if edge <= min(age, WINDOW))
+        mixed = sum(share * hazard for share, hazard in zip(self.shares, self.hazards, strict=True))
+        hazard = mixed.reshape(-1, len(self.AGES))[cell]
+        best, spent, through = 0.0, 0.0, 1.0
+        for bin in range(first, len(self.AGES)):
+            missed = np.exp(-hazard[bin] * self.WIDTHS[bin])
+            spent += through * (1.0 - missed) / hazard[bin]
+            through *= missed
+            best = max(best, (1.0 - through) / spent)
+        return best
+
+
+@pytest.mark.parametrize(("half_lives", "strength"), [(HALF_LIVES, 1.5), ((20.0, 90.0, 700.0), 0.7)])
+def test_the_tables_are_what_one_number_after_the_other_says(half_lives: tuple[float, ...], strength: float) -> None:
+    generator = np.random.default_rng(8)
+    tables, plain = SurvivalTables(half_lives, strength), Plain(half_lives, strength)
+    events, waited = tables._new_events, tables._new_exposure
+    ages = [0, 1, 3, 4, 5, 100, 16383, 16384, 99_999]
+    updated, updates = 0, []
+    for now in range(500):
+        if generator.random() < 0.3:
+            events[:] += (generator.random(events.shape) < 0.05) * generator.integers(0, 3, events.shape)
+            waited[:] += 5.0 * (generator.random(events.shape) < 0.2)
+        if now == 100:
+            waited[5:, 40:50], events[0, 60:70] = 1e9, 1e6
+        ticks = now - updated
+        if ticks >= (PERIOD if now > 4 * PERIOD else PERIOD // 8):
+            plain.update(events.copy(), waited.copy(), ticks)
+            updated, updates = now, [*updates, now]
+        tables.advance(now)
+        assert tables.waits.clock == now and (updated != now or not now or not (events.any() or waited.any()))
+        if updated == now:
+            assert tables.shares == pytest.approx(plain.shares)
+        if now in (0, 120, 399):
+            for cell in generator.integers(0, len(tables.index), 20).tolist():
+                told = [tables.rate(cell, age) for age in ages]
+                assert told == pytest.approx([plain.index(cell, age) for age in ages], rel=1e-9)
+    assert updates == [*range(8, 257, 8), 320, 384]
+    assert tables.rate(3) == tables.rate(3, 0)
+    cells = generator.integers(0, len(tables.index), len(ages))
+    expected = [tables.rate(int(cell), age) for cell, age in zip(cells, ages, strict=True)]
+    assert tables.rates(cells, 99_999 - np.asarray(ages), 99_999).tolist() == expected
+
+
+def test_an_edge_that_was_left_for_another_waits_in_the_row_behind() -> None:
+    tables = SurvivalTables()
+    tables.waits.enter(4)
+    tables.advance(3)
+    assert tables.bypass(4, 0) == 5
+    assert tables._waiting[:, 4].sum() == 0 and tables._waiting[:, 5].sum() == 1
+    assert tables.bypass(5, 0) == 5  # is there
+    assert tables._waiting[:, 5].sum() == 1 and tables._waiting.sum() == 1
+
+
+def test_what_waits_is_counted_before_it_is_learned_from() -> None:
+    """Time that nobody has counted yet belongs to the update that it ends with."""
+    tables, twin = SurvivalTables(), SurvivalTables()
+    for each in (tables, twin):
+        each.waits.enter(4)
+        each.advance(PERIOD // 8 - 1)
+    twin.waits.accrue()
+    for each in (tables, twin):
+        each.advance(PERIOD // 8)
+    assert tables.index.tolist() == twin.index.tolist()
+    assert tables._exposure.sum() == pytest.approx(sum(8 * 0.5 ** (8 / half) for half in HALF_LIVES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,16 @@ import pytest
 from cutting import every
 from prompting import GRID, run
 
+from hf_sparse_cache.planning.cuts import CutRule, message_start
 from hf_sparse_cache.planning.policies import NoCheckpoints
 from hf_sparse_cache.planning.policy import Prompt, Terms
+from hf_sparse_cache.planning.segments import Bitwise
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.store.eviction import LRU
 from hf_sparse_cache.store.store import CheckpointStore
 from hf_sparse_cache.store.survival import cell_of
 from hf_sparse_cache.store.value import LeastValue
-from hf_sparse_cache.store.visit import LEAST_NEED, PRICED_SHARE
+from hf_sparse_cache.store.visit import LEAST_NEED, PRICED_SHARE, Before
 
 
 class Watching(LRU):
@@ -139,3 +142,146 @@ def test_a_visit_that_fails_to_begin_holds_nothing(
     assert not any(item.pins for item in store.stored())
     store.clear()
     assert store.used_bytes == 0
+
+
+# -- what it takes and gives back -------------------------------------------------------------------------------------
+
+
+WHOLE = np.asarray([*DOCUMENT, 1, 2], dtype=np.int32)
+
+
+def test_a_visit_pins_what_it_resumes_from_and_keeps_its_chain() -> None:
+    store = CheckpointStore(None, "lru")
+    run(store, [*DOCUMENT, 1, 2], [10, 20], kv=3)
+    low, deep = store.stored()
+    visit = store.open(WHOLE, every(GRID))
+    assert visit.checkpoint is deep and (deep.hits, deep.last_used) == (1, store.clock) and low.hits == 0
+    assert (deep.pins, low.pins) == (1, 0) and visit.chain == deep.chain() == visit.footing.chain
+    assert visit.chain is not visit.footing.chain and [item.holds for item in visit.chain][-1] == 1
+    assert (visit.marked, visit.counted, visit.batched) == (set(), 0, False)
+    assert visit.tree == store.forest.trees[""].serial and visit.match.known
+    store.leave(visit)
+    assert deep.pins == 0 and deep.kv is not None and deep.kv.holds == 0
+    store.leave(visit)  # once more: nothing is left to give back
+    assert deep.pins == 0
+    store.verify()
+    assert store.open(WHOLE, every(GRID), "other").tree == 0
+
+
+def test_what_came_up_after_it_was_announced_is_kept_by_the_next_visit() -> None:
+    store = CheckpointStore(None, "lru")
+    run(store, [*DOCUMENT, 1, 2], [4, 10, 20])
+    store.marks.add(WHOLE[:10], "")
+    visit = store.open(WHOLE, every(GRID))
+    assert visit.marked == {10} and [item.pins for item in store.stored()] == [0, 1, 1]
+    store.leave(visit)
+    assert [item.pins for item in store.stored()] == [0, 1, 0]
+    store.verify()
+
+
+def test_a_prompt_says_where_its_last_message_begins_and_when_it_came() -> None:
+    store = CheckpointStore(None, "lru")
+    store.ledger.seconds = lambda: 17.5
+    ids = np.asarray([9, 1, 2, 3, 9, 4, 5, 6, 7], dtype=np.int32)
+    visit = store.open(ids, Bitwise(CutRule(GRID, (9,))))
+    assert visit.prompt.message_start == message_start(ids, (9,)) > 0 and visit.prompt.seconds == 17.5
+    store.leave(visit)
+
+
+@pytest.mark.parametrize("resumed", [0, 10, 14, 20])
+def test_a_text_is_visited_again_as_its_prompt_was(resumed: int) -> None:
+    """It pins what the prompt resumed from, if that is still there; no age grows."""
+    store = CheckpointStore(None, "lru")
+    run(store, [*DOCUMENT, 1, 2], [10, 20], kv=3)
+    first = store.open(WHOLE, every(GRID))
+    store.leave(first)
+    clock, hits = store.clock, [item.hits for item in store.stored()]
+    store.ledger.seconds = lambda: 21.5
+    prompt = replace(first.prompt, ids=np.asarray([*WHOLE, 5, 6, 7], dtype=np.int32))
+    again = store.reopen(prompt, "", Before(first.tree, len(WHOLE), resumed))
+    assert again is not None and (store.clock, [item.hits for item in store.stored()]) == (clock, hits)
+    below = next((item for item in store.stored() if item.position == resumed), None)
+    assert again.checkpoint is below and again.counted == len(WHOLE) and again.prompt.seconds == 21.5
+    assert [item.pins for item in store.stored()] == [int(item is below) for item in store.stored()]
+    assert again.footing.chain == ([] if below is None else below.chain())
+    assert again.match.known and again.match.overlap == len(WHOLE) and again.expected is None
+    store.leave(again)
+    assert not store.ledger.in_use and not store.ledger.chains.footings
+    store.verify()
+
+
+def test_a_text_whose_prompt_was_cleared_is_not_visited_again() -> None:
+    store = CheckpointStore(None, "lru")
+    run(store, [*DOCUMENT, 1, 2], [10])
+    first = store.open(WHOLE, every(GRID))
+    store.leave(first)
+    before = Before(first.tree, len(WHOLE), 10)
+    assert store.reopen(first.prompt, "other", before) is None
+    store.clear()
+    assert store.reopen(first.prompt, "", before) is None
+    run(store, [*DOCUMENT, 1, 2], [10])  # the same text, in another tree
+    assert store.reopen(first.prompt, "", before) is None
+    assert not store.ledger.chains.footings
+
+
+def test_an_answer_is_priced_as_what_is_still_to_place() -> None:
+    """However few of its prompt's cuts are left."""
+    store = CheckpointStore(75, eviction := Watching())
+    run(store, [*DOCUMENT, 1, 2], [20], kv=3)
+    first = store.open(np.asarray([*DOCUMENT, 5, 6], dtype=np.int32), every(GRID))
+    assert eviction.asked[-1] == (20, LEAST_NEED, 20)
+    store.leave(first)
+    again = store.reopen(first.prompt, "", Before(first.tree, len(WHOLE), 20))
+    wanted = 10 + 3 * 2 + 70 - 75
+    assert again is not None and eviction.asked[-1] == (20, max(wanted, PRICED_SHARE * 75), 0)
+    store.leave(again)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_tokens_that_only_ran_with_others_are_known_as_such(batched: bool) -> None:
+    store = CheckpointStore(None, "lru")
+    run(store, [*DOCUMENT, 1, 2], [10])
+
+    def served(ids: np.ndarray, batched: bool) -> list[bool]:
+        visit = store.open(ids, every(GRID))
+        visit.batched = batched
+        assert visit.settle()
+        store.leave(visit)
+        return [node.batched for node in store.match(ids).path]
+
+    longer = np.asarray([*DOCUMENT, *range(500, 510)], dtype=np.int32)
+    assert served(longer, batched) == [False, batched]  # the first part ran alone before
+    assert served(longer, True) == [False, batched]
+    assert served(longer, False) == [False, False] and served(longer, True) == [False, False]
+
+
+def test_what_was_resumed_from_or_counted_before_did_not_run() -> None:
+    store = CheckpointStore(None, "lru")
+    text = np.arange(30, dtype=np.int32)
+    for length in (10, 20, 30):
+        visit = store.open(text[:length], every(GRID))
+        visit.batched = True
+        visit.settle()
+        store.leave(visit)
+    path = store.match(text).path
+    for node in path:
+        node.batched = True
+    run(store, text.tolist(), [20])
+    for node in path:
+        node.batched = True
+    visit = store.open(text, every(GRID))  # alone, from 20 on
+    assert visit.prompt.resumed == 20 and visit.settle()
+    assert [node.batched for node in path] == [True, True, False]
+    path[2].batched, visit.counted = True, 30
+    assert visit.settle() and path[2].batched
+    store.leave(visit)
+
+
+def test_nothing_is_remembered_of_a_visit_that_was_cleared_or_forked() -> None:
+    store = CheckpointStore(None, "lru")
+    for how in ("cleared", "forked"):
+        visit = store.open(WHOLE, every(GRID))
+        store.clear() if how == "cleared" else store.after_fork()
+        assert not visit.settle() and store.remembered_tokens == 0
+        store.leave(visit)
+        store.verify()
