@@ -229,3 +229,70 @@ def test_where_no_mapping_is_left_memory_comes_from_the_heap(monkeypatch):
     monkeypatch.setattr(slabs, "_mapping", none_left)
     for size in (999_999, (4 << 20) + 1):
         assert len(filled(size, 1)) == size
+
+
+# -- one slab ---------------------------------------------------------------------------------------------------------
+
+
+@linux
+def test_slabs_double_up_to_their_bound():
+    """From one slot on; one of large slots has few of them."""
+    held = [slabs.memory(SIZE) for _ in range(40)]
+    assert sorted(slab.slots for slab in living()) == [1, 2, 4, 8, 16, 32]
+    size = slabs._SLAB_BYTES // 3
+    held += [slabs.memory(size) for _ in range(6)]
+    assert sorted(slab.slots for slab in living() if slab.slot_bytes == slabs.taken(size)) == [1, 2, 2, 2]
+    assert {*slabs._slabs} == {slabs.taken(SIZE), slabs.taken(size)}
+
+
+@linux
+def test_a_slab_gives_its_first_slots_first_and_warm_ones_before():
+    slab = slabs._Slab(slabs._PAGE * 9, 3)
+    first = [slab.give(10) for _ in range(3)]
+    base = address(np.frombuffer(slab.mapping, np.uint8))
+    assert [address(array) - base for array in first] == [0, slab.slot_bytes, 2 * slab.slot_bytes]
+    assert slab.give(10) is None and [len(array) for array in first] == [10] * 3
+    del first[0]
+    assert [*slab.warm] == [0] and not slab.free and len(slabs._warm) == 1
+    again = slab.give(20)
+    assert address(again) == base and not slab.warm and not slabs._warm
+
+
+@linux
+def test_the_oldest_of_the_warm_slots_cools_first():
+    slab = slabs._Slab(slabs._PAGE * 9, WARM + 3)
+    held = [slab.give(slab.slot_bytes) for _ in range(WARM + 3)]
+    pages = np.frombuffer(slab.mapping, np.uint8).reshape(WARM + 3, -1)
+    for array in held:
+        array[:] = 5
+    del array
+    order = [3, 1, 0, 2, 4, 6, 5]
+    for slot in order:
+        held[slot] = None
+    assert [*slab.warm] == order[-WARM:] and [*slab.free] == order[: len(order) - WARM][::-1]
+    assert [bool(pages[slot].any()) for slot in order] == [False] * 3 + [True] * WARM, "pages are given back"
+    slab.cool()
+    assert [*slab.warm] == order[-WARM + 1 :] and slab.free[0] == order[-WARM]
+    for _ in range(WARM + 1):
+        slab.cool()  # with none that is warm, nothing
+    assert not slab.warm and len(slab.free) == WARM + 3
+
+
+@linux
+def test_what_is_taken_is_rounded_up_to_pages_where_it_is_large():
+    page, least = slabs._PAGE, slabs.LEAST_BYTES
+    assert [slabs.taken(nbytes) for nbytes in (0, 1, least - 1)] == [0, 1, least - 1]
+    assert slabs.taken(64 * page) == 64 * page and slabs.taken(64 * page + 1) == 65 * page == slabs.taken(65 * page)
+    assert slabs.taken(least, page) == -(-least // page) * page
+    assert slabs.taken(least + 1, 1000) == -(-(least + 1) // 1000) * 1000 and slabs.taken(least + 5, 1) == least + 5
+
+
+@linux
+def test_small_payloads_and_those_of_other_systems_lie_in_the_heap(monkeypatch):
+    slabs.memory(slabs.LEAST_BYTES - 1)
+    assert not slabs._slabs
+    held = slabs.memory(slabs.LEAST_BYTES)
+    assert len(slabs._slabs) == 1 and len(held) == slabs.LEAST_BYTES
+    monkeypatch.setattr(slabs, "_slabs", {})
+    monkeypatch.setattr(slabs, "PAGE_BYTES", 1)
+    assert len(slabs.memory(SIZE)) == SIZE and not slabs._slabs

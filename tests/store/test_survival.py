@@ -231,7 +231,7 @@ def test_the_tables_are_what_one_number_after_the_other_says(half_lives: tuple[f
     events, waited = tables._new_events, tables._new_exposure
     ages = [0, 1, 3, 4, 5, 100, 16383, 16384, 99_999]
     updated, updates = 0, []
-    for now in range(500):
+    for now in range(400):
         if generator.random() < 0.3:
             events[:] += (generator.random(events.shape) < 0.05) * generator.integers(0, 3, events.shape)
             waited[:] += 5.0 * (generator.random(events.shape) < 0.2)

@@ -399,6 +399,7 @@ def test_the_terms_of_a_path_are_its_rates_and_the_price_of_the_next_byte() -> N
     assert told(0.0, None) == (known, new, 0.0, known)
     assert told(0.0, items[1]) == (known, new, 0.0, known)
     assert told(0.0, items[0]) == (known, new, 0.0, above)  # others leave in between
+    assert told(0.0, None, path[:1]) == (above, cell_of(1, 2) + 1.0, 0.0, above)
     assert told(0.0, None, []) == (0.0, cell_of(1, 1) + 1.0, 0.0, 0.0)
     for need in (1.0, 15.0, 30.0):
         leaving = Leaving(LEAST_STOPPING)
@@ -443,6 +444,8 @@ def test_a_newcomer_has_to_be_worth_nearly_what_would_go(position: int, refund: 
     incoming.refund = refund
     assert (2.0 * position <= NEARLY_TIED * 20.0 * max(0.0, 10 - refund) / 10) == stays
     assert eviction.victim(incoming, 10) is (None if stays else old)
+    if not refund:  # by the byte, however few are short
+        assert eviction.victim(incoming, 1) is (None if stays else old)
     assert eviction.victim(incoming, 11) is None  # as much cannot come free
     assert eviction.victim(None, 11) is old and eviction.victim(None, 0) is None
     old.pins = 1
