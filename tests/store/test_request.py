@@ -191,6 +191,17 @@ def test_what_ran_with_others_says_so_and_keeps_nothing() -> None:
         assert request.reason.cause is Cause.BATCHED
 
 
+def test_it_is_told_where_a_lower_tier_holds_what_was_cut_otherwise() -> None:
+    store = CheckpointStore(30, "lru", host_memory=100)
+    served(store, at(5), 5)
+    served(store, every(4), 8, ids=TEXT[::-1].copy())
+    assert [item.position for item in store.tiers[1].stored()] == [5]
+    with opened(store, every(4)) as request:
+        assert request.reason == "cut otherwise: the checkpoints on the first 5 tokens were made with other settings"
+    with opened(store, at(5)) as request:
+        assert request.resumed_tokens == 5 and request.reason.cause is Cause.RESUMED
+
+
 def test_rounding_is_asked_of_the_segment_that_ends_there() -> None:
     rounding = Replayable(CutRule(64), 2, rounds=True)
     with opened(CheckpointStore(None), rounding, 8, 14) as request:
@@ -319,7 +330,9 @@ def test_a_prompt_that_wants_no_checkpoint_there_stores_none() -> None:
         assert request.captured == [8] and request.planned == []
 
 
-@pytest.mark.parametrize(("length", "stored", "taken"), [(10, 0, True), (9, 0, False), (20, 6, True), (20, 8, False)])
+@pytest.mark.parametrize(
+    ("length", "stored", "taken"), [(10, 0, True), (9, 0, False), (20, 6, True), (20, 8, False), (20, 12, False)]
+)
 def test_it_takes_over_what_leaves_enough_to_compute(length: int, stored: int, taken: bool) -> None:
     _, given = handing(CheckpointStore(None))
     store = CheckpointStore(None)
