@@ -179,7 +179,7 @@ def test_in_all_else_it_is_as_the_handle_has_it(base: Segmenting) -> None:
     assert answered[0].tolist() == other[0].tolist() and answered[1] == other[1]
     assert mode.meeting(9, cuts, 30, cuts, 30) == base.meeting(9, cuts, 30, cuts, 30) > 0
     assert mode.first == 0 and mode.most == 2**31 and Foreseen(base.rule, base).positions == ()
-    few = Foreseen(base.rule, base, first=20, most=3)
+    few = Foreseen(base.rule, base, most=3)
     if base.mode == "bitwise":
         assert few.expected(cuts, 30) == Lineage(few.segments(0, [], cuts, 30))
 
