@@ -209,6 +209,7 @@ def test_what_a_cut_and_a_forward_cost_is_said_by_the_mode() -> None:
         ({"overhead": 5.0}, 21, True, False),
         ({"overhead": 5.0}, 21, False, False),
         ({"overhead": 5.0, "piece": 20}, 20, True, True),
+        ({"overhead": 5.0, "piece": 30}, 20, True, True),
         ({"overhead": 5.0, "piece": 19}, 20, True, False),
         ({"overhead": 1e6}, 1024, True, True),
         ({"overhead": 1e6}, 1025, True, False),
