@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompting import Blob
 
 from hf_sparse_cache.planning.cuts import CutRule
 from hf_sparse_cache.planning.foresight import Foreseen, Foresight, common, turns
-from hf_sparse_cache.planning.policies import NoCheckpoints, Prompt
+from hf_sparse_cache.planning.lineage import Lineage
+from hf_sparse_cache.planning.policies import NoCheckpoints, Policy, Prompt
 from hf_sparse_cache.planning.segments import Bitwise, Replayable, Segmenting
 from hf_sparse_cache.request import open_request
 from hf_sparse_cache.store.holding import Holding
@@ -99,3 +104,124 @@ def test_a_checkpoint_is_needed_at_the_nearest_cut_alone() -> None:
     prompt = Prompt(ids, np.asarray([3, 6, 8, 11]), 0, 0, nowhere, nowhere)
     assert foresight.place(prompt) == [6, 8]
     assert foresight.needed == {6: 3, 8: 5}
+
+
+def drawn_texts(seed: int) -> tuple[list[np.ndarray], list[int]]:
+    draw = random.Random(seed)
+    texts = [np.asarray(draw.choices(range(2), k=draw.randrange(1, 9)), np.int32) for _ in range(draw.randrange(1, 9))]
+    return texts, [draw.randrange(len(text)) for text in texts]
+
+
+def test_texts_come_in_the_order_of_their_tokens() -> None:
+    for seed in range(100):
+        texts, firsts = drawn_texts(seed)
+        for share in (True, False):
+            found = turns(texts, firsts, share)
+            told = [(turn.tokens.tolist(), firsts[turn.index]) for turn in found]
+            assert told == sorted(told) and sorted(turn.index for turn in found) == list(range(len(texts)))
+            assert [turn.place for turn in found] == list(range(len(texts)))
+            assert all(turn.tokens is texts[turn.index] for turn in found) and found[0].shared == 0
+            for before, turn in pairwise(found):
+                assert turn.shared == max(common(other.tokens, turn.tokens) for other in found[: turn.place])
+                assert turn.shared == common(before.tokens, turn.tokens)
+    assert [
+        turn.tokens.tolist() for turn in turns([np.asarray([300], np.int32), np.asarray([5], np.int32)], [0, 0])
+    ] == [
+        [5],
+        [300],
+    ]
+
+
+def test_what_texts_have_in_common_is_counted_token_by_token() -> None:
+    for seed in range(100):
+        one, other = (drawn_texts(seed + 1000 * n)[0][0] for n in range(2))
+        same = 0
+        while same < min(len(one), len(other)) and one[same] == other[same]:
+            same += 1
+        assert common(one, other) == common(other, one) == same
+    nothing = np.zeros(0, np.int32)
+    assert common(nothing, nothing) == common(nothing, np.zeros(3, np.int32)) == 0
+
+
+@pytest.mark.parametrize(
+    "base", [Bitwise(CutRule(4)), Replayable(CutRule(64), 4, price=7.0), Replayable(CutRule(64), 4, 5)]
+)
+def test_few_logits_are_in_memory_together(base: Segmenting) -> None:
+    ids = np.zeros(30, np.int32)
+    for first in range(31):
+        for most in (2, 3, 7, 2**31):
+            mode = Foreseen(base.rule, base, (6, 12), first, most)
+            cuts = mode.cuts(ids)
+            expected, start = [], 8
+            for end in base.segments(8, [12], cuts, 30).tolist():
+                at = max(start, first)
+                while end - at - most >= 2:
+                    at += most
+                    expected.append(at)
+                expected.append(end)
+                start = end
+            assert mode.segments(8, [12], cuts, 30).tolist() == expected
+
+
+@pytest.mark.parametrize("base", [Bitwise(CutRule(4)), Replayable(CutRule(64), 4, price=7.0)])
+def test_in_all_else_it_is_as_the_handle_has_it(base: Segmenting) -> None:
+    ids, mode = np.zeros(30, np.int32), Foreseen(base.rule, base, (6, 12))
+    cuts = base.foreseen(ids, (6, 12), [9])
+    assert mode.cuts(ids, [9]).tolist() == cuts.tolist() == mode.joined(cuts, 11, 30).tolist()
+    assert mode.foreseen(ids, [5], [9]).tolist() == base.foreseen(ids, [5], [9]).tolist()
+    assert (mode.mode, mode.cut_tokens) == (base.mode, base.cut_tokens)
+    assert mode.expected(cuts, 30) == base.expected(cuts, 30) and mode.rounded([4, 8], {4}) == base.rounded(
+        [4, 8], {4}
+    )
+    lineage = Lineage([4, 8, 30])
+    assert mode.kv_ends(lineage, [8]) == base.kv_ends(lineage, [8])
+    answered, other = mode.answered(ids, 8, Lineage([8])), base.answered(ids, 8, Lineage([8]))
+    assert answered[0].tolist() == other[0].tolist() and answered[1] == other[1]
+    assert mode.meeting(9, cuts, 30, cuts, 30) == base.meeting(9, cuts, 30, cuts, 30) > 0
+    assert mode.first == 0 and mode.most == 2**31 and Foreseen(base.rule, base).positions == ()
+    few = Foreseen(base.rule, base, most=3)
+    if base.mode == "bitwise":
+        assert few.expected(cuts, 30) == Lineage(few.segments(0, [], cuts, 30))
+
+
+class Wishing(Policy):
+    """Wishes for places, and notes where a prompt is said to resume."""
+
+    def __init__(self, *wishes: int) -> None:
+        super().__init__()
+        self.wishes, self.resumed, self.seen = wishes, list[int](), list[Prompt]()
+
+    def place(self, prompt: Prompt) -> list[int]:
+        self.resumed.append(prompt.resumed)
+        return [*self.wishes]
+
+    def observe(self, prompt: Prompt) -> None:
+        self.seen.append(prompt)
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted", "placed"),
+    [
+        (None, {2, 6, 12}, [8, 12]),
+        (2, {6, 12}, [8, 12]),
+        (1, {12}, [8, 12]),
+        (0, set(), [8]),
+        (5, {2, 6, 12}, [8, 12]),
+    ],
+)
+def test_the_policy_of_the_handle_says_what_it_would_like_to_stay(
+    limit: int | None, wanted: set[int], placed: list[int]
+) -> None:
+    policy = Wishing(12, 6, 2, 6)
+    foresight = Foresight(policy, {5: 2, 9: 5, 3: 7, 8: 1, 10: 4, 6: 0}, 1, lambda position: position - 3)
+    nowhere = np.zeros(0, dtype=np.int64)
+    prompt = Prompt(np.zeros(12, np.int32), np.asarray([2, 4, 6, 8, 11]), 0, 4, nowhere, nowhere, limit)
+    assert foresight.place(prompt) == placed
+    assert policy.resumed == [1] and (prompt.resumed, prompt.limit) == (4, None)
+    assert foresight.wanted == wanted
+    assert foresight.needed == {4: 2, 8: 5}  # that of the third token is behind where it resumes
+    assert foresight.lock is policy.lock and policy.seen == []
+    foresight.observe(prompt)
+    assert policy.seen == [prompt]
+    plain = Foresight(policy, {}, 0)
+    assert plain.place(prompt) == [12] and policy.resumed == [1, 4] and plain.needed == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -109,3 +111,54 @@ def test_every_observation_counts_whatever_its_kind() -> None:
 def test_nothing_passes_beyond_the_last_cut() -> None:
     found = Forecast(np.asarray([10, 20]), np.asarray([0.25, 0.5])).passing(np.asarray([5, 15, 20, 21]))
     assert found.tolist() == [0.75, 0.5, 0.5, 0.0]
+
+
+def described(overlap: int, ends: tuple[int, ...] = (), before: int | None = None, first: int = 64) -> Shape:
+    known = np.asarray(ends, dtype=np.int64)
+    cuts = np.arange(first, 1200, 64)
+    return shape_of(1200, overlap, known, np.ones_like(known), cuts, None if before is None else shape(before))
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        (lambda: described(63), FRESH),
+        (lambda: described(64), BRANCHES),
+        (lambda: described(64, first=1200), FRESH),  # there is no cut
+        (lambda: described(63, (63,), 79), FRESH),
+        (lambda: described(500, (500,), 516), EXTENDS),
+        (lambda: described(500, (500,), 517), RETURNS),
+        (lambda: described(500, (500, 800)), RETURNS),
+        (lambda: described(500, (499, 800)), BRANCHES),
+        (lambda: described(500, (800,), 700), BRANCHES),
+        (lambda: described(600, (800,), 500), EXTENDS),
+    ],
+)
+def test_a_prompt_meets_the_tree_in_one_of_four_ways(found: Callable[[], Shape], kind: int) -> None:
+    made = found()
+    assert made.kind == kind and made.length == 1200
+
+
+def test_nobody_leaves_an_earlier_prompt_behind_its_end() -> None:
+    longer, upto = OverlapModel(), OverlapModel()
+    cuts = np.arange(64, 1000, 64)
+    longer.learn(900, cuts, shape(700))
+    upto.learn(700, cuts, shape(700))
+    asked = (np.arange(64, 1000, 64), shape(1000))
+    assert longer.forecast(*asked).below.tobytes() == upto.forecast(*asked).below.tobytes()
+    upto.learn(650, cuts, shape(700))
+    assert longer.forecast(*asked).below.tobytes() != upto.forecast(*asked).below.tobytes()
+    assert (longer.observations, upto.observations, OverlapModel().observations) == (1, 2, 0)
+
+
+def test_at_first_all_views_say_the_same_share() -> None:
+    model, cuts, at = OverlapModel(), np.arange(64, 1000, 64), shape(1000, 300, (200,))
+    views = [view().below(cuts.astype(float), at) for view in VIEWS]
+    assert model.forecast(cuts, at).below == pytest.approx(np.mean(views, axis=0))
+    assert model.forecast(cuts, at).cuts is cuts and model.shares.shape == (5, len(VIEWS))
+
+
+def test_a_view_of_ones_own_says_and_learns_by_itself() -> None:
+    assert View().learn(10, shape(100), 1.0, 0.9) is None  # type: ignore[func-returns-value]
+    with pytest.raises(NotImplementedError):
+        View().below(np.asarray([1.0]), shape(100))

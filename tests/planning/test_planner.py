@@ -262,3 +262,65 @@ def test_no_index_leaves_its_array(tmp_path):
             expected = solve(problem, trusted_ratio)[0]
             with mock.patch.object(planner, "Problem", checked.Problem):
                 assert solve(problem, trusted_ratio)[0] == expected
+
+
+def test_a_plan_is_read_back_and_what_is_none_is_refused_by_name():
+    plan = CheckpointPlan((1, 5, 9), 2.5)
+    assert plan.to_dict() == {"positions": [1, 5, 9], "expected_cost": 2.5}
+    assert CheckpointPlan.from_dict({**plan.to_dict(), "more": 1}) == plan
+    assert CheckpointPlan.from_dict({"positions": (), "expected_cost": 0}) == CheckpointPlan((), 0.0)
+    assert type(CheckpointPlan.from_dict({"positions": [np.int64(3)], "expected_cost": 1}).positions[0]) is int
+    for name in ("positions", "expected_cost"):
+        with pytest.raises(ValueError, match=f"{name} is missing: a plan has positions and expected_cost"):
+            CheckpointPlan.from_dict({key: value for key, value in plan.to_dict().items() if key != name})
+    for positions in (7, "12", None, [1, 1], [2, 1], [0, 1], [-1], [1.5], ["1"]):
+        with pytest.raises(ValueError, match="positions is"):
+            CheckpointPlan.from_dict({"positions": positions, "expected_cost": 1.0})
+    for cost in (-1.0, NAN, INF, None, "much", 10**400):
+        with pytest.raises(ValueError, match="expected_cost is"):
+            CheckpointPlan.from_dict({"positions": [1], "expected_cost": cost})
+
+
+def test_a_plan_shows_its_first_positions_and_how_many_more_there_are():
+    rows = CheckpointPlan(tuple(range(2, 66, 2)), 0.5)._repr_html_()
+    assert rows.count("<tr>") == 33 and "more" not in rows and "0.5 for a unit of weight" in rows
+    rows = CheckpointPlan(tuple(range(1000, 34001, 1000)), 0.5)._repr_html_()
+    assert rows.count("<tr>") == 33 and "And 2 more." in rows and "33,000" not in rows
+    cells = CheckpointPlan((4, 1009), 1.0)._repr_html_()
+    assert [cells.index(f">{cell}<") for cell in ("4", "2", "1,009", "1,005")] == sorted(
+        cells.index(f">{cell}<") for cell in ("4", "2", "1,009", "1,005")
+    )
+    assert "none" in CheckpointPlan((), 0.0).card() and "2 positions" in CheckpointPlan((4, 1009), 1.0).card()
+    assert "4, 1,009" in CheckpointPlan((4, 1009), 1.0).card()
+
+
+def test_bad_entries_are_named_by_their_place():
+    ones = [1.0, 1.0, 1.0, 1.0]
+    for said, options in (
+        (r"weights\[2\] is -1.0: weights must be finite and not negative", {"weights": [1, 1, -1, -2]}),
+        (r"weights\[0\] is nan", {"weights": [NAN, -1, 1, 1]}),
+        (r"prefill_cost\[1\] is inf: costs must be finite", {"prefill_cost": [0, INF, 2, 3]}),
+        (r"prefill_cost\[2\] is 1.0: costs must not decrease", {"prefill_cost": [0, 2, 1, 3]}),
+        (r"prefill_cost spans from", {"prefill_cost": [-1e308, 0, 1, 1e308]}),
+        (r"candidates\[1\] is 4.0: positions go from 1 to 3", {"candidates": [1, 4]}),
+        (r"candidates\[0\] is 0.0: positions go from 1 to 3", {"candidates": [0, 1]}),
+        (r"candidates\[1\] is 1.5: positions must be whole", {"candidates": [1, 1.5]}),
+        (r"candidates\[2\] is 1.0: positions must be in ascending order", {"candidates": [2, 3, 1]}),
+        (r"prefill_cost has 3 entries but weights has 4", {"prefill_cost": [0, 1, 2]}),
+        (r"weights is empty", {"weights": []}),
+        (r"max_checkpoints is -1: give a whole number of at least 0", {"max_checkpoints": -1}),
+        (r"must be a vector of numbers, got list", {"weights": [10**400, 1]}),
+    ):
+        with pytest.raises(ValueError, match=said):
+            plan_checkpoints(**{"weights": ones, **options})
+    assert plan_checkpoints(ones, candidates=[1, 3]).positions == (1, 3)
+    assert plan_checkpoints(ones, candidates=[2, 2]).positions == (2,)
+
+
+def test_no_price_is_beyond_what_a_float_holds():
+    weights = np.full(5, 1e-300)
+    assert plan_checkpoints(weights, checkpoint_cost=1e308).positions == ()
+    assert plan_checkpoints(weights, checkpoint_cost=0.0).positions == (1, 2, 3, 4)
+    flat = [0.0, 1.0, 0.0, 0.0]
+    assert plan_checkpoints(flat, checkpoint_cost=1.0).positions == ()  # it saves no more than it costs
+    assert plan_checkpoints(flat, checkpoint_cost=0.999).positions == (1,)
