@@ -172,8 +172,12 @@ def test_a_row_that_is_not_padded_on_the_left_is_named(row: list[int]) -> None:
 
 def test_ids_that_a_model_has_no_embedding_for_are_named() -> None:
     check_ids(torch.tensor([[0, 9]]), 10)
-    with pytest.raises(ValueError, match=r"^prompts contains 10, outside the model's vocabulary 0\.\.9\."):
-        check_ids(torch.tensor([[0, 10]]), 10, "prompts")
+    check_ids(torch.tensor([[3, 4]]), 10)
+    for high in (10, 12):
+        with pytest.raises(ValueError, match=rf"^prompts contains {high}, outside the model's vocabulary 0\.\.9\."):
+            check_ids(torch.tensor([[0, high]]), 10, "prompts")
+    with pytest.raises(ValueError, match="contains -1"):
+        check_ids(torch.tensor([[-1, 3]]), 10)
     with pytest.raises(ValueError, match=r"^input_ids contains -1, outside the model's vocabulary 0\.\.9\."):
         check_ids(torch.tensor([[-1, 10]]), 10)
 
