@@ -1,4 +1,4 @@
-"""Log-probabilities read segment by segment: those of all logits at once, whatever was read before and in which parts."""
+"""Log-probabilities read segment by segment: those of all logits at once, in whatever parts they were read before."""
 
 from __future__ import annotations
 
