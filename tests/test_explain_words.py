@@ -43,8 +43,12 @@ def match(overlap: int, path: Sequence[Any] = (), *, known: bool = True, checkpo
 
 
 def caused(found: Any, usable: int, cuts: Sequence[int], ahead: Sequence[int] = ()) -> Reason:
+    def nearest(nodes: list[Any]) -> list[Any]:
+        assert nodes == found.path[-1:]  # only what lies ahead of the place where it leaves
+        return [SimpleNamespace(position=at) for at in ahead]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explaining, "nearest", lambda nodes: [SimpleNamespace(position=at) for at in ahead])
+        patch.setattr(explaining, "nearest", nearest)
         return cause(found, None, usable, np.asarray(cuts, dtype=np.int64))
 
 
@@ -58,10 +62,12 @@ def test_what_is_resumed_needs_no_other_cause() -> None:
         (Reason(Cause.NOTHING_STORED), match(0, known=False), 8, [4]),
         (Reason(Cause.TOO_SHORT), match(8), 8, []),
         (Reason(Cause.TOO_SHORT), match(8), 7, [8]),
+        (Reason(Cause.DIVERGES, token=5), match(5), 7, [8]),
         (Reason(Cause.DIVERGES, token=7), match(7), 7, [8]),  # it leaves before its end comes
         (Reason(Cause.CUT_OTHERWISE, tokens=8), match(8, [node(lost=4)], checkpoints=[8]), 8, [8]),
         (Reason(Cause.EVICTED), match(8, [node(), node(lost=8, refused=4)], checkpoints=[9]), 8, [8]),
         (Reason(Cause.EVICTED), match(8, [node(lost=1)]), 8, [8]),
+        (Reason(Cause.NOT_PLACED, tokens=8), match(8, [node(lost=-1, refused=-1)]), 8, [8]),
         (Reason(Cause.NO_ROOM, tokens=8), match(8, [node(lost=9, refused=8)]), 8, [8]),
         (Reason(Cause.NO_ROOM, tokens=8), match(8, [node(refused=1)]), 8, [8]),
         (Reason(Cause.NOT_PLACED, tokens=8), match(8, [node(lost=9, refused=9)]), 8, [8]),
@@ -74,7 +80,7 @@ def test_the_cause_is_the_first_that_applies(reason: Reason, found: Any, usable:
 
 
 def test_a_checkpoint_ahead_is_named_by_its_position() -> None:
-    found = match(9, [node(batched=True), node()])
+    found = match(9, [node(batched=True), node(), node()])
     assert caused(found, 8, [8], ahead=[40, 32, 48]) == Reason(Cause.BEFORE_FIRST, tokens=9, position=32)
 
 
@@ -112,6 +118,7 @@ def test_training_is_a_cause_of_its_own() -> None:
 def test_the_most_frequent_cause_is_worded_as_it_came_last() -> None:
     given = [Reason(Cause.DIVERGES, token=1), Reason(Cause.EVICTED), Reason(Cause.DIVERGES, token=2)]
     assert frequent(given) == (given[2], 2) and frequent(given[:2])[1] == 1
+    assert frequent([given[1], given[1], given[0]]) == (given[1], 2)
 
 
 def test_what_a_checkpoint_takes() -> None:
@@ -151,7 +158,8 @@ def test_where_memory_decides_a_gap_says_how_much() -> None:
     )
     assert gap().about_room(Bound("max_memory", need - 1, 0, 0), FACTS).endswith("give at least 180 bytes.")
     assert gap().about_room(Bound("max_memory", need, need, 0), FACTS) == "" == lost.about_room(None, FACTS)
-    assert lost.about_room(Bound("max_memory", 200, 60, 0), FACTS) == ""
+    for used in (60, 5):
+        assert lost.about_room(Bound("max_memory", 200, used, 0), FACTS) == ""
     said = lost.about_room(Bound("max_memory", 200, 61, 0), FACTS)
     assert said.startswith("There was no room for the checkpoint at 8: max_memory of at least 201 bytes holds it")
 
@@ -218,6 +226,9 @@ def test_whether_an_answer_goes_on_with_the_same_text() -> None:
 
     Difference.of(np.arange(40, dtype=np.int32), Departure(20, np.asarray([5] * 3, dtype=np.int32), True), count)
     assert counted == [8, 16, 11, 1, 1]
+    counted.clear()
+    Difference.of(np.arange(40, dtype=np.int32), Departure(3, np.asarray([5] * 3, dtype=np.int32), True), count)
+    assert counted == [3, 11, 6, 1, 1]
 
 
 def test_a_difference_reads_as_a_sentence() -> None:
@@ -243,3 +254,157 @@ def test_an_explanation_reads_as_sentences_and_as_a_table() -> None:
     shown = full._repr_html_()
     assert ">at<" in shown and ">Token 1 is 5, and 6 in what is stored<" in shown and ">There.<" in shown
     assert ">Do.<" in shown
+
+
+# -- one prompt, from what a store says -------------------------------------------------------------------------------
+
+
+class Known:
+    """A store that says what a test wants of a prompt, and is looked at only under its lock where it may change."""
+
+    def __init__(self, found: Any, **others: Any) -> None:
+        self.found, self.held = found, False
+        self.lock = self
+        self.marks = SimpleNamespace(lengths=lambda ids, space: self.marked if self.held else None)
+        self.marked = others.get("marked", [])
+        self.deeper, self.shared = others.get("deeper", (0, 0)), others.get("shared")
+        self.tiers = [
+            SimpleNamespace(departure=lambda *_, one=one: one) for one in others.get("departures", [NOWHERE])
+        ]
+        self.room, self.otherwise = others.get("room"), others.get("otherwise", 0)
+
+    def __enter__(self) -> None:
+        self.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.held = False
+
+    def match(self, ids: Any, space: str) -> Any:
+        assert self.held and space == "space"
+        return self.found
+
+    def reach(self, ids: Any, expected: Any, space: str) -> tuple[int, int]:
+        return self.deeper
+
+    def bound(self, ids: Any, position: int, space: str) -> Any:
+        self.asked = position
+        return self.room
+
+    def cut_otherwise(self, ids: Any, expected: Any, space: str) -> int:
+        return self.otherwise
+
+
+NOWHERE = Departure(0, np.empty(0, dtype=np.int32), False)
+
+
+def overlapping(overlap: int, resumed: int = 0, **others: Any) -> Any:
+    found = match(overlap, **others)
+    found.fitting = lambda length, expected: iter([SimpleNamespace(position=resumed)] if resumed else [])
+    return found
+
+
+def explained(
+    found: Any, cuts: Sequence[int] = (16, 32, 64), length: int = 100, lineage: Any = "lineage", **others: Any
+) -> Explanation:
+    """Of a prompt of tokens 0, 1, 2, ..., with cuts that `joined` leaves as they are."""
+    decode, grids = others.pop("decode", None), others.pop("grids", lambda usable: 0)
+    store, given = Known(found, **others), np.asarray(cuts, dtype=np.int64)
+    segmenting = SimpleNamespace(
+        cuts=lambda ids, marked: given if marked == store.marked else None,
+        expected=lambda cuts, length: lineage,
+        joined=lambda cuts, overlap, length: cuts,
+        rule=SimpleNamespace(special_distance=10**6),
+    )
+    facts = ModelFacts(100, 10, grids, decode)
+    return explaining.explain(store, np.arange(length, dtype=np.int32), segmenting, "space", facts)  # type: ignore[arg-type]
+
+
+def test_what_is_resumed_of_what_is_shared() -> None:
+    one = explained(overlapping(70, 64), lineage=None)
+    assert (one.prompt_tokens, one.overlap_tokens, one.resumed_tokens, one.reason) == (100, 70, 64, "resumed")
+    assert one.remedy == one.context == one.shared == "" and one.difference is None
+    none = explained(overlapping(70))
+    assert (none.overlap_tokens, none.resumed_tokens, none.reason.cause) == (70, 0, Cause.NOT_PLACED)
+    assert none.reason.values == {"tokens": 70}
+    assert explained(overlapping(100)).reason.values == {"tokens": 98}  # a prompt of its own length lacks a segment
+    assert explained(overlapping(0, known=False)).reason == "nothing stored"
+
+
+def test_a_lower_tier_may_reach_deeper_and_know_more() -> None:
+    for deeper, expected in (((64, 80), (64, 80)), ((64, 64), (64, 70)), ((16, 90), (16, 90)), ((0, 90), (0, 70))):
+        found = explained(overlapping(70), deeper=deeper)
+        assert (found.resumed_tokens, found.overlap_tokens) == expected
+        assert (found.reason == "resumed") == (expected[0] > 0)
+    assert explained(overlapping(70, 32), deeper=(32, 90)).overlap_tokens == 70
+    assert explained(overlapping(70), otherwise=16, departures=[NOWHERE, NOWHERE]).reason.cause is Cause.CUT_OTHERWISE
+    assert explained(overlapping(70, 32), otherwise=16, departures=[NOWHERE, NOWHERE]).reason == "resumed"
+
+
+def test_a_shared_store_may_reach_deeper_and_says_what_it_has() -> None:
+    def shared(there: int, resumed: int) -> Any:
+        def reach(ids: Any, expected: Any, space: str, held: int) -> tuple[int, str]:
+            assert held == resumed
+            return there, "told"
+
+        return SimpleNamespace(reach=reach)
+
+    for there, expected in ((80, (80, 80, "resumed")), (64, (64, 70, "resumed"))):
+        found = explained(overlapping(70, 32), shared=shared(there, 32))
+        assert (found.resumed_tokens, found.overlap_tokens, found.reason) == expected and found.shared == "told"
+    found = explained(overlapping(70), shared=shared(0, 0))
+    assert (found.resumed_tokens, found.overlap_tokens, found.shared) == (0, 70, "told")
+    assert found.reason.cause is Cause.NOT_PLACED
+
+
+def test_shared_tokens_behind_the_last_checkpoint_are_counted_to_the_last_cut() -> None:
+    def marks(overlap: int, resumed: int, cuts: Sequence[int]) -> str:
+        return explained(overlapping(overlap, resumed), cuts, lineage=None).remedy
+
+    assert marks(70, 16, (16, 32, 64)).startswith("48 shared tokens lie behind the last checkpoint: cache.mark()")
+    assert marks(64, 16, (16, 32, 64)).startswith("48 shared tokens")
+    assert marks(63, 16, (16, 32, 64)).startswith("16 shared tokens")
+    assert marks(31, 16, (16, 32, 64)) == marks(70, 64, (16, 32, 64)) == marks(70, 64, (80,)) == marks(9, 4, ()) == ""
+    assert marks(16, 4, (16, 80)).startswith("12 shared tokens")
+
+
+def test_what_memory_decides_comes_before_what_the_cause_says() -> None:
+    room = Bound("max_memory", 100, 0, 0)
+    assert explained(overlapping(70, 32), room=room).remedy.startswith("A checkpoint at 64 takes 740 B")
+    assert explained(overlapping(70), room=Bound("max_memory", 10**6, 0, 0)).remedy.startswith("Call cache.mark()")
+    assert explained(overlapping(70), marked=[64]).remedy.startswith("It is marked")
+    assert explained(overlapping(70, 64), room=room, lineage=None).remedy == ""  # nothing is missing
+
+
+def test_many_shared_tokens_behind_a_cut_are_told_with_the_ways_to_save_them() -> None:
+    most = explaining.MESSAGE_TOKENS
+
+    def ways(overlap: int, resumed: int, cuts: Sequence[int], length: int = 1000, lineage: Any = "lineage") -> str:
+        return explained(overlapping(overlap, resumed), cuts, length, lineage).remedy
+
+    behind = ways(64 + most + 1, 64, (64,))
+    assert behind.startswith(f"{most + 1:,} shared tokens lie behind the last cut")
+    assert ways(64 + most, 64, (64,)) == ""
+    assert ways(64 + most + 1, 64, (64,), lineage=None) == ""
+    assert ways(500, 64, (64,), length=500) == ""  # all of it is known: it parts from nothing
+    assert f"{500 - 96} shared tokens lie behind" in ways(500, 64, (64, 96))
+    assert f"{500 - 128} shared tokens lie behind" in ways(500, 128, (64, 96))
+    assert ways(500, 0, (600,)).startswith("500 shared tokens lie before the first cut")
+    assert explained(overlapping(3), (8,), grids=lambda usable: usable + 4).remedy.endswith("grid=7.")
+    assert "namespace" not in explained(overlapping(0, known=False)).remedy
+
+
+def test_the_text_around_the_place_where_a_prompt_leaves() -> None:
+    def context(overlap: int, **others: Any) -> str:
+        return explained(overlapping(overlap, **others), decode=lambda ids: f"{ids[0]}..{ids[-1]}").context
+
+    assert context(50) == "42..57" and context(3) == "0..10" and context(99) == "91..99"
+    assert context(100) == "" == context(0, known=False) and context(0) == "0..7"
+    assert explained(overlapping(50)).context == ""
+
+
+def test_the_deepest_place_where_any_tier_leaves_is_told_unless_more_is_shared() -> None:
+    def leaves(*at: int) -> Any:
+        departures = [Departure(one, np.asarray([9], dtype=np.int32), False) for one in at]
+        return explained(overlapping(50), departures=departures).difference
+
+    assert leaves(50) == Difference(50, 50, 9) and leaves(20, 60, 55) == Difference(60, 60, 9) and leaves(49) is None
