@@ -126,7 +126,7 @@ def test_logits_that_nobody_wants_are_not_read() -> None:
     for end in (2, 3):
         assert reading.wanted(0, end) == 1
         reading.read(0, end, torch.full((1, 1, VOCABULARY), torch.nan))
-        assert reading.last is None
+        assert reading.last is None and reading.wanted(2, 4) == 1
     reading.read(3, 4, logits_of(tokens)[:, 3:])
     assert reading.of(4, 5).total[0] == pytest.approx(plain(tokens, 4, 5)[0], abs=1e-5)
 
