@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.errors import out_of_memory
-from hf_sparse_cache.models import answers, handed, prefill, sitting
+from hf_sparse_cache.models import answers, generation, handed, prefill, sitting
 from hf_sparse_cache.models.inputs import Row
 from hf_sparse_cache.models.rounding import NotRoundableError
+from hf_sparse_cache.models.rows import Filled
 from hf_sparse_cache.models.watch import ChangedPrefillError, ModelChangedError
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.stats import Cause, Reason, RequestInfo
@@ -500,3 +502,210 @@ def test_rows_and_tokens_of_what_a_body_is_given() -> None:
     ids, embedded = torch.zeros(2, 3), torch.zeros(2, 4, 8)
     assert handed._shape((ids,), {"inputs_embeds": embedded}) == (2, 3) == handed._shape((), {"input_ids": ids})
     assert handed._shape((None,), {"inputs_embeds": embedded}) == (2, 4)
+
+
+# -- the whole of one prompt ------------------------------------------------------------------------------------------
+
+
+class Asks:
+    """A request that notes what it is given."""
+
+    def __init__(self, ends: list[int], planned: Any = (), junctions: Any = (), rounds: Any = ()) -> None:
+        self.segments, self.planned, self.junctions = ends, set(planned), set(junctions)
+        self.checkpoint, self.resumed_tokens, self.rounds = None, 0, rounds
+        self.kept: list[Any] = []
+
+    def steps(self) -> list[int]:
+        return self.segments
+
+    def rounds_at(self, end: int) -> bool:
+        return end in self.rounds
+
+    def hand_over(self, end: int, state: Any, kv: Any) -> None:
+        self.kept.append(("handed", end, state))
+
+    def add(self, end: int, state: Any, kv: Any) -> None:
+        self.kept.append(("kept", end, state))
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch, forwards: Forwards) -> None:
+    monkeypatch.setattr(prefill.states, "capture_state", lambda live, rounding: f"state {live.length}")
+    monkeypatch.setattr(prefill.states, "round_off", lambda live, rounding, start, end: f"rounded {end}")
+    monkeypatch.setattr(prefill.states, "with_logits", lambda state, logits: f"{state} and {logits.shape[1]} logits")
+
+
+def served(request: Any, row: Row, live: Any = None) -> tuple[Any, list[int]]:
+    checked: list[int] = []
+    live = live or lived()
+    output, timing = prefill.prefill_row(BINDING, live, row, request, lambda: checked.append(live.length))
+    assert live.length == len(row) and timing.capture_seconds >= 0 and timing.restore_seconds >= 0
+    return output, checked
+
+
+@pytest.mark.usefixtures("captures")
+def test_what_is_planned_is_kept_and_what_others_wait_for_is_handed_over() -> None:
+    row, request = Row(torch.arange(10)), Asks([3, 5, 7, 10], [3, 7, 10], [5, 7], [7])
+    _, checked = served(request, row)
+    assert request.kept == [
+        ("kept", 3, "state 3"),
+        ("handed", 5, "state 5"),
+        ("handed", 7, "rounded 7"),
+        ("kept", 7, "rounded 7"),
+        ("kept", 10, "state 10 and 1 logits"),
+    ]
+    assert checked == [3, 5, 7, 10]
+    request = Asks([3, 10])
+    assert served(request, row)[1] == [10] and request.kept == []
+
+
+@pytest.mark.usefixtures("captures")
+def test_rows_of_logits_are_no_end_that_the_same_prompt_could_find() -> None:
+    request = Asks([4, 10], [4, 10])
+    output, checked = served(request, Row(torch.arange(10), tail=3))
+    assert request.kept == [("kept", 4, "state 4")] and checked == [4, 10] and output.logits.shape[1] == 3
+
+    class Reads:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def wanted(self, start: int, end: int) -> int:
+            return self.count
+
+        def read(self, start: int, end: int, logits: torch.Tensor) -> None:
+            pass
+
+    for count, kept in ((1, ["state 4", "state 10 and 1 logits"]), (2, ["state 4"])):
+        request = Asks([4, 10], [4, 10])
+        served(request, Row(torch.arange(10), reader=Reads(count)))
+        assert [state for _, _, state in request.kept] == kept
+
+
+@pytest.mark.usefixtures("captures")
+@pytest.mark.parametrize("error", [MEMORY, NotRoundableError("infinite"), KeyError("other")])
+def test_a_checkpoint_that_cannot_be_captured_is_left_out(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(live: Any, rounding: Any) -> str:
+        if live.length == 4:
+            raise error
+        return f"state {live.length}"
+
+    monkeypatch.setattr(prefill.states, "capture_state", fails)
+    request, row = Asks([4, 7, 10], [4, 7]), Row(torch.arange(10))
+    if isinstance(error, KeyError):
+        with pytest.raises(KeyError):
+            served(request, row)
+    else:
+        served(request, row)
+        assert request.kept == [("kept", 7, "state 7")]
+
+
+def test_the_very_prompt_takes_its_logits_from_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Reads:
+        def read(self, start: int, end: int, logits: Any) -> None:
+            told.append((start, end, logits))
+
+    monkeypatch.setattr(prefill, "resume_live", lambda binding, live, request: setattr(live, "length", 10) or 1.5)
+    monkeypatch.setattr(prefill, "layer_tensors", lambda payload: payload)
+    monkeypatch.setattr(prefill.states, "logits_of", lambda state: f"logits of {state}")
+    binding: Any = SimpleNamespace(output=lambda logits, live: (logits, live))
+    request: Any = Asks([])
+    request.checkpoint = SimpleNamespace(state="s")
+    checked: list[None] = []
+    for reader, expected in ((None, []), (Reads(), [(9, 10, "logits of s")])):
+        live, row = lived(), Row(torch.arange(10), reader=reader)  # type: ignore[arg-type]
+        output, timing = prefill.prefill_row(binding, live, row, request, lambda: checked.append(None))
+        assert output == ("logits of s", live) and timing == prefill.Timing(0.0, 1.5) and told == expected
+    assert len(checked) == 2
+
+
+# -- what generate() is given -----------------------------------------------------------------------------------------
+
+
+def test_a_handle_is_found_under_any_name_and_no_second_cache_beside_it(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, prove=False) as cache:
+        for name in generation.CACHE_NAMES:
+            assert generation._handle_in({name: cache, "other": 1}) == (name, cache)
+        one, other, *_ = generation.CACHE_NAMES
+        assert generation._handle_in({one: cache, other: cache})[1] is cache
+        assert generation._handle_in({one: None, other: cache}) == (other, cache)
+        assert generation._handle_in({one: "a", other: "b"}) == ("", None) == generation._handle_in({})
+        for given in ({one: "a", other: cache}, {one: cache, other: "a"}):
+            with pytest.raises(ValueError, match=f"^{one} and {other} are two caches"):
+                generation._handle_in(given)
+        with pytest.raises(ValueError, match=f"^{other} is the class"):
+            generation._handle_in({other: SparsePrefixCache})
+    assert generation._refuse_implementation(None) is None  # type: ignore[func-returns-value]
+    with pytest.raises(ValueError, match="^cache_implementation='static' cannot"):
+        generation._refuse_implementation("static")
+
+
+def test_what_stands_in_for_the_live_cache_of_an_earlier_call(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, prove=False) as cache:
+        name = next(one for one in generation.CACHE_NAMES if one != cache.server.binding.cache_name)
+        own = cache.server.binding.cache_name
+
+        def handed_back(model: Any = jamba, **known: Any) -> dict[str, Any]:
+            live = cache.server.live_cache()
+            live.origin = known.pop("origin", weakref.ref(cache))
+            for key, value in known.items():
+                setattr(live, key, value)
+            found = generation._handed_back(model, {"a": 1, name: live})
+            return {key: "live" if value is live else value for key, value in found.items()}
+
+        assert handed_back() == {"a": 1, name: "live"}
+        assert handed_back(length=3) == {"a": 1, name: "live"}
+        assert handed_back(recurrent_only=True) == {"a": 1, name: "live"}
+        assert handed_back(recurrent_only=True, length=3) == {"a": 1, name: cache}
+        assert handed_back(recurrent_only=True, length=3, origin=None) == {"a": 1}
+        assert handed_back(recurrent_only=True, length=3, origin=lambda: None) == {"a": 1}
+        assert handed_back(object(), recurrent_only=True, length=3) == {"a": 1}
+        assert handed_back(text=torch.arange(3)) == {"a": 1, own: "live"}
+        with pytest.raises(ValueError, match=f"^{name} was prefilled by a SparsePrefixCache of another model"):
+            handed_back(object(), text=torch.arange(3))
+        assert generation._handed_back(jamba, {name: "no live cache"}) == {name: "no live cache"}
+
+
+# -- rows put together ------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_ran_together_as_they_were_asked_are_used_as_they_are(
+    jamba: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[Any] = []
+    monkeypatch.setattr(prefill, "join_rows", lambda binding, live, filled, places, width: joined.append(places))
+    with SparsePrefixCache(jamba, prove=False) as cache:
+        server, anew = cache.server, []
+        logits = torch.arange(6.0).reshape(3, 2, 1)
+
+        def put(order: list[int], prompts: list[tuple[int, ...]], length: int = 9) -> Any:
+            live: Any = SimpleNamespace(start_anew=anew.append)
+            filled: Any = [
+                Filled(SimpleNamespace(length=length), SimpleNamespace(logits=logits), each)  # type: ignore[arg-type]
+                for each in prompts
+            ]
+            return server._joined(live, filled, order, 9)
+
+        assert put([0, 1, 2], [(0, 1, 2)]).logits.flatten().tolist() == [1.0, 3.0, 5.0] and len(anew) == 1
+        assert put([2, 0, 1], [(2, 0, 1)]).logits.flatten().tolist() == [1.0, 3.0, 5.0] and joined == []
+        for order, prompts, length in (
+            ([0, 1, 2], [(2, 0, 1)], 9),
+            ([0, 1, 2], [(0, 1, 2)], 8),
+            ([0, 1, 2, 0], [(0, 1, 2)], 9),
+            ([0, 1, 2], [(0,), (1, 2)], 9),
+            ([1, 0, 2], [(2, 0), (1,)], 9),
+        ):
+            put(order, prompts, length)  # type: ignore[arg-type]
+        assert joined == [[1, 2, 0], [0, 1, 2], [0, 1, 2, 0], [0, 1, 2], [2, 1, 0]] and len(anew) == 2
+
+
+def test_prompts_that_ran_uncached_are_counted_and_told(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, prove=False) as cache, cache.record() as requests:
+        cache.server.uncached((4, 6), "so")
+        assert [(info.prompt_tokens, info.computed_tokens, str(info.reason)) for info in requests] == [
+            (4, 4, "call not supported: so"),
+            (6, 6, "call not supported: so"),
+        ]
+        cache.server.uncached((), "so")
+        assert requests[-1].prompt_tokens == 0 and cache.stats().requests == 3 and cache.server.recorder._calls == 2
