@@ -8,7 +8,8 @@ import torch
 from tiny_models import build, random_ids
 from transformers import PreTrainedModel
 
-from hf_sparse_cache import SparsePrefixCache, check_exactness, mamba1
+from hf_sparse_cache import SparsePrefixCache, check_exactness, exactness, mamba1
+from hf_sparse_cache.exactness import ExactnessReport, ExactnessRow
 from hf_sparse_cache.models.inputs import Prompts
 from hf_sparse_cache.models.states import LayerTensors, capture_state
 from hf_sparse_cache.store.slabs import taken
@@ -188,8 +189,6 @@ def test_bytes_are_those_of_the_tensors(jamba: PreTrainedModel) -> None:
 
 def crafted(monkeypatch: pytest.MonkeyPatch, stock: list[int], warm: list[int], logits: list[float]) -> Any:
     """A report on runs that chose these tokens; warm logits are off stock's by `logits`, step by step."""
-    from hf_sparse_cache import exactness
-
     zeros = torch.zeros(len(stock), 5)
     state = (LayerTensors(({"conv.0": torch.zeros(2)},)),)
     off = torch.tensor(logits)[:, None].expand(-1, 5)
@@ -215,3 +214,146 @@ def test_steps_are_compared_up_to_the_first_other_token(monkeypatch: pytest.Monk
     assert report.max_abs_logit_diff == 3.0 and report.tokens_equal
     report = crafted(monkeypatch, [5, 6, 7, 8], [5, 6, 7, 1], [0.0, 0.0, 0.0, 0.125])
     assert report.max_abs_logit_diff == 0.125 and not report.tokens_equal
+
+
+# -- the report, by itself --------------------------------------------------------------------------------------------
+
+
+def row(resumed: int = 5, logits: bool = True, states: bool = True, off: float = 0.0, **others: Any) -> ExactnessRow:
+    return ExactnessRow(1000, resumed, logits, states, off, others.pop("tokens", True), "why", **others)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tolerance", "passed", "title", "verdict"),
+    [
+        ([row()], 0.5, True, "Exact", "exact: 5 tokens resumed, warm equals cold bit for bit; max logit"),
+        ([row(off=0.5), row(resumed=0)], 0.5, True, "Exact", "exact: 5 tokens"),
+        ([row(off=0.6)], 0.5, False, "NOT EXACT", "NOT EXACT: further than 5e-01 from stock; max logit difference to"),
+        ([row(off=9.0)], None, True, "Exact", "exact: 5"),
+        ([row(), row(logits=False)], 0.5, False, "NOT EXACT", "NOT EXACT; max"),
+        ([row(states=False)], None, False, "NOT EXACT", "NOT EXACT; max"),
+        ([row(0, off=9.0)], 0.5, False, "Not proved", "NOT PROVED: nothing was resumed, so nothing was tested; max"),
+        ([], 0.5, False, "Not proved", "NOT PROVED"),
+        (
+            [row(1, False, False, batched=True)],
+            0.5,
+            True,
+            "Exact",
+            "exact: 1 tokens resumed, warm equals cold bit for ",
+        ),
+        ([row(1, False, False, 0.6, batched=True)], 0.5, False, "NOT EXACT", "NOT EXACT: further than 5e-01 from"),
+    ],
+)
+def test_when_a_report_passes_and_what_it_says(
+    rows: list[ExactnessRow], tolerance: float | None, passed: bool, title: str, verdict: str
+) -> None:
+    report = ExactnessReport(tuple(rows), tolerance)
+    assert report.passed is passed
+    assert str(report).split("\n\n")[1].startswith(verdict)
+    assert f"<b>{title}</b>" in report._repr_html_() and "<p>" in report._repr_html_().partition("</table>")[2]
+    assert report.max_abs_logit_diff == max([one.max_abs_logit_diff for one in rows], default=0.0)
+    assert report.resumed_tokens == sum(one.resumed_tokens for one in rows)
+
+
+def test_a_verdict_says_in_what_mode_and_with_what_storage() -> None:
+    assert "cold, run over the same segments bit for bit" in str(ExactnessReport((row(),), 0.5, "replayable"))
+    assert "repeatable (storage='int8'): 5 tokens" in str(ExactnessReport((row(),), 0.5, "bitwise", "int8"))
+    batched = str(ExactnessReport((row(batched=True), row(), row(batched=True)), 0.5))
+    assert "; 2 ran batched, which no run repeats bit for bit: compared within the tolerance; max" in batched
+    assert str(ExactnessReport((row(off=0.25),), 0.5)).endswith("max logit difference to stock 2.5e-01")
+
+
+def test_the_cells_of_a_report() -> None:
+    rows = (row(2000, off=0.25), row(logits=False, tokens=False), row(states=False), row(batched=True))
+    report = ExactnessReport(rows, None)
+    assert report._cells() == [
+        ("1,000", "2,000", "yes", "yes", "2.5e-01", "yes", "why"),
+        ("1,000", "5", "NO", "yes", "0.0e+00", "no", "why"),
+        ("1,000", "5", "yes", "NO", "0.0e+00", "yes", "why"),
+        ("1,000", "5", "batched", "batched", "0.0e+00", "yes", "why"),
+    ]
+    assert not report.tokens_equal and ExactnessReport(rows[:1], None).tokens_equal
+    sides = report._repr_html_().rpartition("<tr>")[2].split("text-align:")[1:]
+    assert [side.startswith("left") for side in sides] == [True, *[False] * 5, True]
+
+
+def test_states_are_equal_only_tensor_by_tensor_and_value_by_value() -> None:
+    def state(*layers: dict[str, Any]) -> tuple[LayerTensors, ...]:
+        return (LayerTensors(layers),)
+
+    one = {"a": torch.ones(2), "seen": 3}
+    assert exactness._equal(state(one, one), state(dict(one), {"a": torch.ones(2), "seen": 3}))
+    for other in (
+        {"a": torch.ones(2), "seen": 4},
+        {"a": torch.tensor([1.0, 2.0]), "seen": 3},
+        {"a": torch.ones(2)},
+        {**one, "b": 1},
+        {"b": torch.ones(2), "seen": 3},
+    ):
+        for pair in ((one, other), (other, one)):
+            assert not exactness._equal(state(*pair), state(one, one)), other
+    assert (
+        not exactness._equal((), ()) and not exactness._equal(state(one), ()) and not exactness._equal((), state(one))
+    )
+
+
+def test_what_every_run_decodes() -> None:
+    options = exactness.greedy(torch.zeros(1, 5, dtype=torch.long), 3)
+    assert options.pop("attention_mask").tolist() == [[1] * 5]
+    assert options == {
+        "do_sample": False,
+        "num_beams": 1,
+        "min_new_tokens": 3,
+        "max_new_tokens": 3,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, from 1 to"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must"),
+        ({"prompts": "text"}, "prompts is 'text': give a list"),
+        ({"prompts": 3}, "prompts is 3: give a list"),
+        ({"prompts": [torch.tensor([[1, 128]])]}, "prompts contains 128, outside"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_and_the_model_given_back(
+    jamba: PreTrainedModel, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        check_exactness(jamba, **{"prompts": PROMPTS, **options})
+    assert "_prefill" not in jamba.__dict__
+
+
+@pytest.mark.parametrize("storage", ["exact", "bf16", "int8"])
+def test_the_bound_is_that_of_the_storage_and_of_exact_types_alone(storage: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(exactness, "_check", lambda *args: row())
+    model = build("Mamba2")
+    with SparsePrefixCache(model, prove=False, storage=storage) as cache:
+        report = check_exactness(model, PROMPTS, cache=cache)
+        assert (report.tolerance, report.mode, report.storage) == (
+            exactness.TOLERANCES[storage],
+            "replayable",
+            storage,
+        )
+        assert report.rows == (row(), row())
+        assert check_exactness(model, PROMPTS, cache=cache, tolerance=0.0).tolerance == 0.0
+        assert "_prefill" in model.__dict__
+        for dtype, expected in ((torch.float64, exactness.TOLERANCES[storage]), (torch.bfloat16, None)):
+            monkeypatch.setattr(type(model), "dtype", dtype)
+            assert check_exactness(model, PROMPTS, cache=cache).tolerance == expected
+
+
+def test_a_twin_is_empty_and_cuts_alike(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID, exactness="bitwise", prove=False, max_memory="1MiB") as cache:
+        cache.mark(DOCUMENT[:, :50])
+        jamba.generate(PROMPTS[0], past_key_values=cache, max_new_tokens=1)
+        with exactness.empty_twin(cache) as twin:
+            assert (twin.config.grid, twin.config.policy, twin.config.max_memory) == (GRID, "none", None)
+            assert twin.config.exactness == "bitwise" and not twin.config.ambient and not twin.server.proof.wanted
+            assert len(twin.store) == 0 and twin.store is not cache.store
+            space = twin.server.space.now()[0]
+            assert [len(one) for one in twin.store.marks.prefixes(space)] == [50]

@@ -115,3 +115,99 @@ def test_layers_of_one_size_lose_nothing() -> None:
     sizes = [2 << 20] * 38
     pinned = [streams._rounded(sum(sizes[index] for index in block)) >> 20 for block in streams.blocks_of(sizes)]
     assert pinned == [64, 8, 4]
+
+
+# -- one by one, whatever is installed here ---------------------------------------------------------------------------
+
+
+def test_a_switch_is_named_where_it_is_not_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses() -> bool:
+        raise RuntimeError
+
+    here = [("off", True, lambda: False), ("as usual", True, lambda: True), ("not there", True, refuses)]
+    there = [("level", 1, lambda: 3), ("same level", 1, lambda: 1)]
+    monkeypatch.setattr(arithmetic, "_SWITCHES", here)
+    monkeypatch.setattr(arithmetic, "_THERE", there)
+    monkeypatch.setattr(arithmetic, "_precision", lambda: "high")
+    monkeypatch.setattr(arithmetic, "_told", lambda kind: [f"told of {kind}"])
+    assert arithmetic.modes("cpu") == "autocast off, matmul precision high, off, told of cpu"
+    assert arithmetic.modes("cuda") == "autocast off, matmul precision high, off, level 3, told of cuda"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert arithmetic.modes("cpu").startswith("autocast torch.bfloat16, matmul")
+
+
+def test_what_a_torch_does_not_have_or_refuses_is_nothing() -> None:
+    def raises(error: type[Exception]) -> Any:
+        def switch() -> None:
+            raise error
+
+        return switch
+
+    assert arithmetic._read(lambda: 0) == 0
+    assert arithmetic._read(raises(AttributeError)) is arithmetic._read(raises(RuntimeError)) is None
+    with pytest.raises(KeyError):
+        arithmetic._read(raises(KeyError))
+
+
+def test_the_library_of_products_is_named_where_it_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library, said in (("Cublaslt", ["products by Cublaslt"]), ("Cublas", []), ("Default", []), (None, [])):
+        name = None if library is None else f"_BlasBackend.{library}"
+        monkeypatch.setattr(arithmetic._cuda, "preferred_blas_library", lambda name=name: name)
+        assert arithmetic._told("cuda") == said and arithmetic._told("cpu") == []
+
+
+def test_precision_by_the_older_name_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert arithmetic._precision() == "medium"
+
+
+def test_packages_are_named_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"nvidia-cublas-cu12": "12.8", "nvidia-cudnn": "9", "numpy": "2", "triton": "3.1"}
+    found = [type("D", (), {"metadata": {"Name": name}})() for name in [*versions, "nvidia-cublas-cu11", None]]
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise arithmetic.importlib.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(arithmetic.importlib.metadata, "distributions", lambda: found)
+    monkeypatch.setattr(arithmetic.importlib.metadata, "version", version)
+    assert arithmetic._packages.__wrapped__() == {"nvidia-cublas-cu12": "12.8", "nvidia-cudnn": "9"}
+    assert arithmetic.kernels() == {"triton": "3.1"}
+
+
+def test_what_is_not_there_is_not_among_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in arithmetic._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setattr(arithmetic, "_packages", dict)
+    monkeypatch.setattr(arithmetic, "_driver", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
+    assert arithmetic.libraries() == {"cuda": "12.8", "cudnn": "90100", "NVIDIA_TF32_OVERRIDE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "release"),
+    [
+        ("NVRM 3 version 570.86.15  x 1.2", "570.86.15"),
+        ("no release", None),
+        ("v1.2 5", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_release_of_a_driver(text: Any, release: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(arithmetic, "_DRIVER", tmp_path / "version")
+    assert arithmetic._driver.__wrapped__() == release
+
+
+def test_a_device_is_named_with_what_its_kernels_go_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = arithmetic.device_name(torch.device("cpu"))
+    assert here == f"cpu {arithmetic.platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    card = type("P", (), {"name": "H100", "major": 9, "minor": 0, "multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert arithmetic.device_name(torch.device("cuda:1")) == "cuda:1 H100 9.0, 132 multiprocessors"

@@ -458,3 +458,55 @@ def test_a_word_about_the_version(jamba: PreTrainedModel, monkeypatch: pytest.Mo
         monkeypatch.setattr(versions.transformers, "__version__", version)
         with handle(jamba):
             assert [f"transformers {version} is outside" in text for text in said] == [True] * other
+
+
+# -- a call by itself -------------------------------------------------------------------------------------------------
+
+
+def test_the_prompts_of_a_call_are_the_first_ids_it_has() -> None:
+    one, two, three = (torch.full((2, 3), value) for value in (1, 2, 3))
+    flat = torch.zeros(3)
+    assert calls.prompts_of((one, two), {"inputs": three, "attention_mask": "mask"}) == (one, "mask")
+    assert calls.prompts_of((), {"inputs": two, "input_ids": three})[0] is two
+    assert calls.prompts_of((None,), {"input_ids": three})[0] is three
+    assert calls.prompts_of((flat,), {"inputs": flat, "input_ids": three})[0] is three
+    assert calls.prompts_of((flat, one), {"other": one}) == (None, None)
+
+
+def test_the_lengths_of_rows_leave_out_what_a_mask_of_their_shape_does() -> None:
+    ids = torch.ones(2, 4)
+    assert calls.row_lengths(ids) == (4, 4) == calls.row_lengths(ids, [[0, 1]])
+    assert calls.row_lengths(ids, torch.tensor([[0, 0, 1, 1], [0, 5, -1, 1]])) == (2, 3)
+    assert calls.row_lengths(ids, torch.zeros(2, 5)) == (4, 4)
+
+
+def test_what_a_call_knows_of_its_prompts() -> None:
+    handle: Any = object()
+    bare = calls.Call(handle)
+    assert (bare.given, bare.prompt_tokens) == (0, ()) and bare.ids is bare.mask is bare.outer is bare.turn is None
+    assert not bare.own_loop and not bare.counted and not bare.decodes
+    call = calls.Call(handle, torch.ones(2, 4), torch.tensor([[0, 0, 1, 1], [1] * 4]))
+    assert (call.given, call.prompt_tokens) == (2, (2, 4))
+
+
+def test_a_call_is_counted_with_those_around_it_that_have_its_handle() -> None:
+    one: Any = object()
+    other: Any = object()
+    outermost, between, inner = calls.Call(one), calls.Call(other), calls.Call(one)
+    assert calls.innermost(one) is None
+    with calls.opened(outermost) as opened:
+        assert opened is outermost and calls.innermost(one) is outermost
+        with calls.opened(between), calls.opened(inner):
+            assert calls.innermost(one) is inner and calls.innermost(other) is None
+            inner.count()
+        assert calls.innermost(one) is outermost
+    assert (outermost.counted, between.counted, inner.counted) == (True, False, True)
+    between.count()
+    assert between.counted and outermost.counted
+
+
+def test_a_call_that_fails_is_no_longer_the_innermost() -> None:
+    handle: Any = object()
+    with pytest.raises(KeyError), calls.opened(calls.Call(handle)):
+        raise KeyError
+    assert calls.innermost(handle) is None
