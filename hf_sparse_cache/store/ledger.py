@@ -305,26 +305,31 @@ class Ledger:
 
         With `demotes` nothing is evicted: the first that would have to go is named instead.
         """
+        if incoming is not None and self._never_fits(need, incoming.owner):
+            return Room(False)
         if incoming is not None and incoming.owner.limit is not None:
             account = incoming.owner
             limit, order = incoming.owner.limit, self._account_orders[account]
-            if need > limit:
-                return Room(False)
             while account.used_bytes + need > limit:
                 victim = order.victim(incoming, account.used_bytes + need - limit)
                 if victim is None or demotes:
                     return Room(False, self._leaving(victim))
                 self.evict(victim)
-        if self.max_memory is None or self._missing(need) <= 0:
-            return Room(True)
-        if incoming is not None and self._locked_bytes() + self.reserved_bytes + need > self.max_memory:
-            return Room(False)
         while (missing := self._missing(need)) > 0:
             victim = self.eviction.victim(None if urgent else incoming, missing)
             if victim is None or demotes:
                 return Room(False, self._leaving(victim))
             self.evict(victim)
         return Room(True)
+
+    def _never_fits(self, need: int, owner: Account) -> bool:
+        """Whether `need` bytes of a namespace would not fit, however much of what may go went."""
+        crowded = owner.limit is not None and owner.used_bytes + need > owner.limit
+        if crowded and owner.limit is not None and self._locked_bytes(owner) + need > owner.limit:
+            return True
+        if self.max_memory is None or self._missing(need) <= 0:
+            return False
+        return self._locked_bytes() + self.reserved_bytes + need > self.max_memory
 
     def _missing(self, need: int) -> int:
         """Bytes that must come free before `need` fit."""
@@ -474,11 +479,16 @@ class Ledger:
                 self.pin(checkpoint)
                 self.marks.kept.append((space, checkpoint))
 
-    def _locked_bytes(self) -> int:
-        """Bytes that no eviction can free now: pinned checkpoints and the chains that open requests need."""
+    def _locked_bytes(self, owner: Account | None = None) -> int:
+        """Bytes, of one account or of all, that no eviction can free now: pinned checkpoints, and the chains that open
+        requests need.
+        """
         pinned = [checkpoint for checkpoint in self.pinned.values() if checkpoint.stored]
-        chains = chain_bytes([*self.chains.held, *(checkpoint.kv for checkpoint in pinned)])
-        return sum(item.nbytes for item in pinned) + chains
+        ends = [*self.chains.held, *(checkpoint.kv for checkpoint in pinned)]
+        if owner is None:
+            return sum(item.nbytes for item in pinned) + chain_bytes(ends)
+        its: list[Checkpoint | KVSegment] = [*pinned, *self.chains.below(ends)]
+        return sum(item.nbytes for item in its if item.owner is owner)
 
     def _count(self, checkpoint: Checkpoint, sign: int) -> None:
         self.checkpoint_count += sign

@@ -321,6 +321,24 @@ def test_what_is_freed_is_noted_for_a_tier_that_deletes_it() -> None:
 # -- room -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kv", [0, 1])
+@pytest.mark.parametrize("budget", ["of all", "of a tenant"])
+def test_nothing_leaves_for_what_can_never_fit_beside_what_is_in_use(budget: str, kv: int) -> None:
+    """And all that may leave does where that is just enough."""
+    ledger = Ledger(60, LRU()) if budget == "of all" else Ledger(1000, LRU(), {"ann": 60})
+    space = "x\x1fann"
+    other = insert(ledger, unit_on(TEXT[::-1], 4, 20, space=space)).checkpoint
+    used = put(ledger, 10, 30 - 10 * kv, kv=kv, space=space)
+    assert other is not None
+    ledger.pin(used)
+    assert insert(ledger, unit_on(TEXT[5:], 10, 31, space=space)) == Entry(None)
+    assert other.stored and used.stored and ledger.evictions == 0
+    assert insert(ledger, unit_on(TEXT[5:], 10, 30, space=space)).checkpoint is not None
+    assert not other.stored and used.stored and ledger.evictions == 1 and ledger.used_bytes == 60
+    ledger.unpin(used)
+    audit(ledger)
+
+
 def test_a_budget_that_is_just_met_refuses_nothing() -> None:
     ledger = Ledger(30, FIFO())
     put(ledger, 10, 20)
