@@ -71,6 +71,84 @@ class Faulty:
         self._inner.after_fork()
 
 
+class Memory:
+    """A storage in memory that notes what is asked of it; its clock is set."""
+
+    def __init__(self) -> None:
+        self.where, self.least_tokens, self.now = "memory", 2, 0.0
+        self.files: dict[str, tuple[bytes, float]] = {}
+        self.calls: list[tuple[str, str]] = []
+
+    def asked(self, verb: str) -> list[str]:
+        """Of what names; they are forgotten."""
+        found = [name for called, name in self.calls if called == verb]
+        self.calls = [call for call in self.calls if call[0] != verb]
+        return found
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        self.calls.append(("read", name))
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return self.files[name][0][start:end]
+
+    def parts(self, name: str, most: int | None) -> Iterator[tuple[Any, int]]:
+        data = self.read(name)
+        yield data, len(data)
+
+    def put(self, name: str, data: bytes) -> None:
+        self.calls.append(("put", name))
+        self.files[name] = data, self.now
+
+    def _listed(self, name: str) -> ListedFile:
+        return ListedFile(name, len(self.files[name][0]), self.files[name][1])
+
+    def list(self, folder: str) -> list[ListedFile]:
+        self.calls.append(("list", folder))
+        return [self._listed(name) for name in self.files if name.rpartition("/")[0] == folder]
+
+    def walk(self) -> Iterator[ListedFile]:
+        yield from map(self._listed, tuple(self.files))
+
+    def size(self, name: str) -> int | None:
+        self.calls.append(("size", name))
+        return len(self.files[name][0]) if name in self.files else None
+
+    def remove(self, name: str) -> None:
+        self.calls.append(("remove", name))
+        self.files.pop(name, None)
+
+    def after_fork(self) -> None:
+        self.calls.append(("after_fork", ""))
+
+
+class NotedLock:
+    """A lock that knows whether it is held, and containers that are changed only while it is."""
+
+    def __init__(self) -> None:
+        self._lock, self.held = threading.RLock(), False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.held = False
+        self._lock.release()
+
+    def guards(self, kept: Any) -> Any:
+        """An empty container of the same type, that is changed, or counted, only while the lock is held."""
+
+        def guarded(name: str) -> Callable[..., Any]:
+            def method(this: Any, *args: Any, **options: Any) -> Any:
+                assert self.held, name
+                return getattr(type(kept), name)(this, *args, **options)
+
+            return method
+
+        names = [name for name in ("__setitem__", "__delitem__", "pop", "popitem", "values") if hasattr(kept, name)]
+        return type("Guarded", (type(kept),), {name: guarded(name) for name in names})()
+
+
 def failing(code: int, *verbs: str) -> Callable[[str, str], None]:
     def rule(verb: str, name: str) -> None:
         if verb in verbs:
