@@ -17,7 +17,7 @@ from hf_sparse_cache.store.seal import Seal
 from hf_sparse_cache.store.shelf import MOST_ABOVE, Shelf
 
 
-SEEDS = range(40)
+SEEDS = range(14)
 IDS = np.arange(41 * BLOCK, dtype=np.int32)
 
 
