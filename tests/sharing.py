@@ -15,12 +15,17 @@ import pytest
 from cutting import every
 from reference_store import Blob
 
+from hf_sparse_cache.planning.lineage import Lineage, Span
 from hf_sparse_cache.planning.policies import NoCheckpoints
 from hf_sparse_cache.planning.segments import Segmenting
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.store import behind, files, shared
+from hf_sparse_cache.store.addresses import Text
+from hf_sparse_cache.store.seal import Seal
 from hf_sparse_cache.store.storage import Folder, ListedFile, open_storage
 from hf_sparse_cache.store.store import CheckpointStore
+from hf_sparse_cache.store.unit import Unit
+from hf_sparse_cache.store.unit_files import Packing
 
 
 KV = 5  # bytes of keys and values a token
@@ -147,6 +152,18 @@ class NotedLock:
 
         names = [name for name in ("__setitem__", "__delitem__", "pop", "popitem", "values") if hasattr(kept, name)]
         return type("Guarded", (type(kept),), {name: guarded(name) for name in names})()
+
+
+def stored_unit(storage: Any, seal: Seal, position: int = 700, space: str = "s") -> tuple[str, str]:
+    """Files a unit without its traces, with one file of keys and values; returns the names of both."""
+    tokens, packing = np.arange(position, dtype=np.int32), Packing(seal, files.same_name, steady=True)
+    text, lineage, span = Text(seal, space, tokens), Lineage([position]), Span((0, position))
+    name, data = packing.kv(Blob(40), span, space)
+    unit = Unit(space, tokens, lineage, Blob(10), [span], {span: Blob(40)})
+    state, packed = packing.state(unit, [name])
+    storage.put(text.kv(name), data)
+    storage.put(text.name(lineage, False, state), packed)
+    return text.name(lineage, False, state), text.kv(name)
 
 
 def failing(code: int, *verbs: str) -> Callable[[str, str], None]:

@@ -9,19 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference_store import Blob
-from sharing import Memory, NotedLock
+from sharing import Memory, NotedLock, stored_unit
 
 from hf_sparse_cache.errors import DamagedFileError
-from hf_sparse_cache.planning.lineage import Lineage, Span
 from hf_sparse_cache.store import files
 from hf_sparse_cache.store import keeper as module
 from hf_sparse_cache.store.addresses import Text
 from hf_sparse_cache.store.keeper import Keeper, _Census, _Needs
 from hf_sparse_cache.store.seal import Seal
 from hf_sparse_cache.store.storage import ListedFile
-from hf_sparse_cache.store.unit import Unit
-from hf_sparse_cache.store.unit_files import Packing
 
 
 SEEDS = range(25)
@@ -286,22 +282,9 @@ def test_what_is_a_number(value: object, number: bool) -> None:
 # -- what there is ----------------------------------------------------------------------------------------------------
 
 
-def filed(storage: Memory, seal: Seal, position: int = 700, space: str = "s") -> tuple[str, str]:
-    """A unit with one file of keys and values; their names."""
-    tokens, packing = np.arange(position, dtype=np.int32), Packing(seal, files.same_name, steady=True)
-    text, lineage = Text(seal, space, tokens), Lineage([position])
-    span = Span((0, position))
-    name, data = packing.kv(Blob(40), span, space)
-    unit = Unit(space, tokens, lineage, Blob(10), [span], {span: Blob(40)})
-    state, packed = packing.state(unit, [name])
-    storage.put(text.kv(name), data)
-    storage.put(text.name(lineage, False, state), packed)
-    return text.name(lineage, False, state), text.kv(name)
-
-
 def test_what_a_unit_needs() -> None:
     storage, seal = Memory(), Seal()
-    name, kv = filed(storage, seal)
+    name, kv = stored_unit(storage, seal)
     text = Text(seal, "s", np.arange(700, dtype=np.int32))
     keeper = kept(storage=storage)
     entry = ListedFile(name, len(storage.files[name][0]), 0.0)
@@ -324,7 +307,7 @@ def test_what_a_unit_needs() -> None:
 )
 def test_what_a_unit_needs_that_cannot_be_read(error: Exception, needs: _Needs, once: bool) -> None:
     storage = Memory()
-    name, _ = filed(storage, Seal())
+    name, _ = stored_unit(storage, Seal())
     keeper, entry, asked = kept(storage=storage), ListedFile(name, len(storage.files[name][0]), 0.0), []
 
     def read(*_: Any) -> bytes:
@@ -344,7 +327,7 @@ def test_what_a_unit_needs_that_cannot_be_read(error: Exception, needs: _Needs, 
 def test_everything_is_counted_by_its_kind_and_nothing_of_others() -> None:
     storage, seal = Memory(), Seal()
     keeper = kept(storage=storage)
-    unit, kv = filed(storage, seal)
+    unit, kv = stored_unit(storage, seal)
     text = Text(seal, "s", np.arange(700, dtype=np.int32))
     keeper.beat(0.0, soon=True)
     aside = unit.rpartition("/")[2].partition("c-")[2].partition("-")[2].partition("-")[2]
@@ -368,8 +351,8 @@ def test_everything_is_counted_by_its_kind_and_nothing_of_others() -> None:
 
 def test_a_sweep_deletes_units_first_and_counts_what_is_left() -> None:
     storage, seal = Memory(), Seal()
-    unit, kv = filed(storage, seal)
-    small, other = filed(storage, seal, 600, "t")
+    unit, kv = stored_unit(storage, seal)
+    small, other = stored_unit(storage, seal, 600, "t")
     storage.put(unit, storage.files[unit][0] + b"")
     storage.now = 100.0
     keeper = kept(10**9, storage)
@@ -390,7 +373,7 @@ def test_what_nobody_needs_is_looked_for_now_and_then(
     chance: float, goes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Memory()
-    _, kv = filed(storage, Seal())
+    _, kv = stored_unit(storage, Seal())
     for name in [name for name in storage.files if name != kv]:
         storage.remove(name)
     storage.now = 100.0
@@ -404,7 +387,7 @@ def test_what_nobody_needs_is_looked_for_now_and_then(
 def test_what_is_written_beyond_the_budget_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is made from 95 % of it; what lies in the place of a lease is no reason to stop."""
     storage = Memory()
-    filed(storage, Seal())
+    stored_unit(storage, Seal())
     storage.now, keeper = 100.0, kept(None, storage)
     total = sum(len(data) for data, _ in storage.files.values()) + len(b'{"used": {}}')
 

@@ -180,6 +180,14 @@ def test_at_one_position_the_end_of_a_prompt_comes_first() -> None:
     assert not doubtful
 
 
+def test_the_last_position_of_a_place_is_deeper_than_the_one_before() -> None:
+    storage = Memory()
+    filed(storage, 511), filed(storage, 255)
+    for above, deeper in ((510, [511]), (511, []), (254, [511, 255]), (255, [511])):
+        found, _ = Shelf(storage).find(text(600), lambda unit: True, above, lambda name: False)
+        assert [unit.position for unit in found] == (deeper if above > 255 else [511])
+
+
 def test_only_so_many_places_are_looked_at_for_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Memory()
     for block in range(1, 33):
