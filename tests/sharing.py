@@ -15,12 +15,17 @@ import pytest
 from cutting import every
 from reference_store import Blob
 
+from hf_sparse_cache.planning.lineage import Lineage, Span
 from hf_sparse_cache.planning.policies import NoCheckpoints
 from hf_sparse_cache.planning.segments import Segmenting
 from hf_sparse_cache.request import Request, open_request
 from hf_sparse_cache.store import behind, files, shared
+from hf_sparse_cache.store.addresses import Text
+from hf_sparse_cache.store.seal import Seal
 from hf_sparse_cache.store.storage import Folder, ListedFile, open_storage
 from hf_sparse_cache.store.store import CheckpointStore
+from hf_sparse_cache.store.unit import Unit
+from hf_sparse_cache.store.unit_files import Packing
 
 
 KV = 5  # bytes of keys and values a token
@@ -69,6 +74,96 @@ class Faulty:
 
     def after_fork(self) -> None:
         self._inner.after_fork()
+
+
+class Memory:
+    """A storage in memory that notes what is asked of it; its clock is set."""
+
+    def __init__(self) -> None:
+        self.where, self.least_tokens, self.now = "memory", 2, 0.0
+        self.files: dict[str, tuple[bytes, float]] = {}
+        self.calls: list[tuple[str, str]] = []
+
+    def asked(self, verb: str) -> list[str]:
+        """Of what names; they are forgotten."""
+        found = [name for called, name in self.calls if called == verb]
+        self.calls = [call for call in self.calls if call[0] != verb]
+        return found
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        self.calls.append(("read", name))
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return self.files[name][0][start:end]
+
+    def parts(self, name: str, most: int | None) -> Iterator[tuple[Any, int]]:
+        data = self.read(name)
+        yield data, len(data)
+
+    def put(self, name: str, data: bytes) -> None:
+        self.calls.append(("put", name))
+        self.files[name] = data, self.now
+
+    def _listed(self, name: str) -> ListedFile:
+        return ListedFile(name, len(self.files[name][0]), self.files[name][1])
+
+    def list(self, folder: str) -> list[ListedFile]:
+        self.calls.append(("list", folder))
+        return [self._listed(name) for name in self.files if name.rpartition("/")[0] == folder]
+
+    def walk(self) -> Iterator[ListedFile]:
+        yield from map(self._listed, tuple(self.files))
+
+    def size(self, name: str) -> int | None:
+        self.calls.append(("size", name))
+        return len(self.files[name][0]) if name in self.files else None
+
+    def remove(self, name: str) -> None:
+        self.calls.append(("remove", name))
+        self.files.pop(name, None)
+
+    def after_fork(self) -> None:
+        self.calls.append(("after_fork", ""))
+
+
+class NotedLock:
+    """A lock that knows whether it is held, and containers that are changed only while it is."""
+
+    def __init__(self) -> None:
+        self._lock, self.held = threading.RLock(), False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.held = False
+        self._lock.release()
+
+    def guards(self, kept: Any) -> Any:
+        """An empty container of the same type, that is changed, or counted, only while the lock is held."""
+
+        def guarded(name: str) -> Callable[..., Any]:
+            def method(this: Any, *args: Any, **options: Any) -> Any:
+                assert self.held, name
+                return getattr(type(kept), name)(this, *args, **options)
+
+            return method
+
+        names = [name for name in ("__setitem__", "__delitem__", "pop", "popitem", "values") if hasattr(kept, name)]
+        return type("Guarded", (type(kept),), {name: guarded(name) for name in names})()
+
+
+def stored_unit(storage: Any, seal: Seal, position: int = 700, space: str = "s") -> tuple[str, str]:
+    """Files a unit without its traces, with one file of keys and values; returns the names of both."""
+    tokens, packing = np.arange(position, dtype=np.int32), Packing(seal, files.same_name, steady=True)
+    text, lineage, span = Text(seal, space, tokens), Lineage([position]), Span((0, position))
+    name, data = packing.kv(Blob(40), span, space)
+    unit = Unit(space, tokens, lineage, Blob(10), [span], {span: Blob(40)})
+    state, packed = packing.state(unit, [name])
+    storage.put(text.kv(name), data)
+    storage.put(text.name(lineage, False, state), packed)
+    return text.name(lineage, False, state), text.kv(name)
 
 
 def failing(code: int, *verbs: str) -> Callable[[str, str], None]:
