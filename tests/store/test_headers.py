@@ -1,4 +1,4 @@
-"""What a file says of itself, field by field: what is right is read as it is, and what is a little wrong is refused."""
+"""What a file says of itself, field by field: what is right is read as it is, what is a little wrong is refused."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def test_a_count_is_a_whole_number_up_to_a_most(value: Any, most: int | None, co
         (MAX_HEADER_BYTES + 1, 2**40, 8, False),
     ],
 )
-def test_a_header_is_as_long_as_its_file_and_the_library_allow(
-    length: int, size: int, known: int, fits: bool
-) -> None:
+def test_a_header_is_as_long_as_its_file_and_the_library_allow(length: int, size: int, known: int, fits: bool) -> None:
     head = (length.to_bytes(8, "little") + bytes(12))[:known]
     if fits:
         assert header_bytes(head, size) == length
