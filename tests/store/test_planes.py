@@ -157,10 +157,16 @@ def test_planes_are_those_of_a_slow_second_way(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(planes, "_NUMBERS", numbers)
     wide = [torch.from_numpy(np.random.default_rng(0).integers(-(2**62), 2**62, 900)) for _ in range(2)]
     late = torch.cat([noise((2**14 + 9,), torch.int8), torch.zeros(2**14, dtype=torch.int8)])
-    soon = torch.cat([torch.zeros(2**14, dtype=torch.int8), wide[0].view(torch.int8), wide[0].view(torch.int8)])
+    far = torch.from_numpy(np.random.default_rng(1).integers(-128, 128, 600_000, np.int8))
+    soon = torch.cat([torch.zeros(2**14, dtype=torch.int8), far])
     whole = [wide[0].view(torch.int32), wide[1].view(torch.int16), wide[1].view(torch.int8)]
     floats = [noise((3, 500), dtype) for dtype in DTYPES[:4]]
-    for tensors in ([*floats, *wide, *whole], [late], [wide[0], floats[0], whole[2], late], [soon, floats[2]]):
+    for tensors in (
+        [*floats, *wide, *whole],
+        [late],
+        [wide[0], floats[0], whole[2], late],
+        [soon, floats[2], torch.zeros(40_000)],
+    ):
         data = plain({f"t{index}": value.clone() for index, value in enumerate(tensors)})
         small = planes.packed(data)
         if small != data:
