@@ -244,9 +244,11 @@ def test_times_of_use_are_in_the_order_of_use(tmp_path: Path, monkeypatch: pytes
     for path in paths:
         path.write_bytes(b"")
     now = max(files._last_used[0], time.time_ns()) + 10**9
-    monkeypatch.setattr(time, "time_ns", lambda: now)
+    alone: list[bool] = []
+    monkeypatch.setattr(time, "time_ns", lambda: alone.append(files._last_used_lock.locked()) or now)
     for path in paths[:3]:
         files.mark_used(path)
+    assert alone == [True] * 3
     monkeypatch.setattr(time, "time_ns", lambda: now + 10**12)
     files.mark_used(paths[3])
     assert [path.stat().st_mtime_ns - now for path in paths] == [0, 1000, 2000, 10**12]
