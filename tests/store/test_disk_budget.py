@@ -243,3 +243,36 @@ def test_flush_looks_and_pins_under_the_lock(opened: Any, monkeypatch: pytest.Mo
 def pinned(store: CheckpointStore, unit: Any) -> bool:
     (found,) = [item for _, tokens, item in store.checkpoints() if tokens[0] == unit.tokens[0]]
     return bool(found.pins) and not store.tiers[0].lock._is_owned()  # type: ignore[attr-defined]
+
+
+def test_files_of_another_key_go_first_and_no_more_of_them_than_must(opened: Any) -> None:
+    store = opened()
+    for first in range(4):
+        serve_in(store, "a", first)
+    tier = disk_of(store)
+    one = tier.used_bytes // len(tier)
+    checkpoints = tier.stored()
+    items = [checkpoint.state for checkpoint in checkpoints[:2]]
+    for checkpoint in checkpoints[:2]:
+        for segment in checkpoint.chain():
+            segment.payload.path.unlink()
+    paths = [item.path for item in items]
+    data = [path.read_bytes() for path in paths]
+    for checkpoint in checkpoints[:2]:
+        tier.evict(checkpoint)
+    tier.sweep()
+    for path, text in zip(paths, data, strict=True):
+        path.write_bytes(text)
+    before = tier.used_bytes
+    for item in items:
+        tier._put_aside(item)
+    assert tier.reserved_bytes == sum(item.nbytes for item in items) and len(tier._aside) == 2
+    tier.ledger.max_memory = before + tier.reserved_bytes
+    assert tier._claim(10) and [path.exists() for path in paths] == [False, True] and len(tier._aside) == 1
+    assert tier.reserved_bytes == items[1].nbytes + 10 and tier.used_bytes == before
+    large = items[1]
+    tier.ledger.max_memory = tier.used_bytes + tier.reserved_bytes
+    tier._put_aside(items[1])  # no room for it
+    assert not large.path.exists() and one
+    with tier.lock:
+        tier.ledger.reserved_bytes -= 10
