@@ -356,7 +356,7 @@ def remove(path: Path) -> None:
         DamagedFileError: it is still there, as nothing proves that it is ours.
     """
     with suppress(FileNotFoundError):
-        if not (is_ours(path) or is_temporary(path)):
+        if kind_of(path) is not None and not (is_ours(path) or is_temporary(path)):
             raise DamagedFileError(f"{path} is not, or no longer, a file that was written here")
         os.unlink(path)
 

@@ -243,3 +243,95 @@ def test_flush_looks_and_pins_under_the_lock(opened: Any, monkeypatch: pytest.Mo
 def pinned(store: CheckpointStore, unit: Any) -> bool:
     (found,) = [item for _, tokens, item in store.checkpoints() if tokens[0] == unit.tokens[0]]
     return bool(found.pins) and not store.tiers[0].lock._is_owned()  # type: ignore[attr-defined]
+
+
+class Guarded(list[Any]):
+    """A list that changes under a lock alone."""
+
+    def __init__(self, tier: Any, items: Any) -> None:
+        super().__init__(items)
+        self.tier = tier
+
+    def append(self, item: Any) -> None:
+        assert self.tier.lock._is_owned()
+        super().append(item)
+
+    def pop(self, index: Any = -1) -> Any:
+        assert self.tier.lock._is_owned()
+        return super().pop(index)
+
+
+def test_what_takes_room_beside_the_books_changes_under_the_lock(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(disk_memory="1GiB")
+    tier = disk_of(store)
+    for first in range(3):
+        serve(store, first)
+    ledger, own = tier.ledger, type(tier.ledger).__setattr__
+
+    def watched_set(self: Any, name: str, value: Any) -> None:
+        if self is ledger and name in ("reserved_bytes", "freed"):
+            assert tier.lock._is_owned(), name
+        own(self, name, value)
+
+    monkeypatch.setattr(type(ledger), "__setattr__", watched_set, raising=False)
+    held: list[bool] = []
+    for name in ("make_room", "missing_spans", "insert"):
+        call = getattr(ledger, name)
+
+        def watched_call(*given: Any, call: Any = call, **named: Any) -> Any:
+            held.append(tier.lock._is_owned())  # type: ignore[attr-defined]
+            return call(*given, **named)
+
+        monkeypatch.setattr(ledger, name, watched_call)
+    tier._stuck, tier._aside = Guarded(tier, []), Guarded(tier, [])
+    serve(store, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "unlink", failing(errno.EACCES))
+        tier.evict(tier.stored()[0])
+        tier.tidy()
+        assert tier._stuck and tier.reserved_bytes == sum(item.nbytes for item in tier._stuck)
+        with patch.context() as inner:
+            inner.setattr(files.os, "replace", failing(errno.ENOSPC))
+            serve(store, 4)
+    assert held and all(held)
+    aside = tier.stored()[0].state
+    tier._put_aside(aside)
+    assert tier._aside == [aside] and tier.reserved_bytes >= aside.nbytes
+    tier.clear("other")
+    assert tier._aside == [aside]
+    tier.clear()
+    assert tier._aside == [] and not aside.path.exists()
+    assert tier.reserved_bytes == sum(item.nbytes for item in tier._stuck)  # which a later write tries again
+
+
+def test_files_of_another_key_go_first_and_no_more_of_them_than_must(opened: Any) -> None:
+    store = opened()
+    for first in range(4):
+        serve_in(store, "a", first)
+    tier = disk_of(store)
+    one = tier.used_bytes // len(tier)
+    checkpoints = tier.stored()
+    items = [checkpoint.state for checkpoint in checkpoints[:2]]
+    for checkpoint in checkpoints[:2]:
+        for segment in checkpoint.chain():
+            segment.payload.path.unlink()
+    paths = [item.path for item in items]
+    data = [path.read_bytes() for path in paths]
+    for checkpoint in checkpoints[:2]:
+        tier.evict(checkpoint)
+    tier.sweep()
+    for path, text in zip(paths, data, strict=True):
+        path.write_bytes(text)
+    before = tier.used_bytes
+    for item in items:
+        tier._put_aside(item)
+    assert tier.reserved_bytes == sum(item.nbytes for item in items) and len(tier._aside) == 2
+    tier.ledger.max_memory = before + tier.reserved_bytes
+    assert tier._claim(10) and [path.exists() for path in paths] == [False, True] and len(tier._aside) == 1
+    assert tier.reserved_bytes == items[1].nbytes + 10 and tier.used_bytes == before
+    large = items[1]
+    tier.ledger.max_memory = tier.used_bytes + tier.reserved_bytes
+    tier._put_aside(items[1])  # no room for it
+    assert not large.path.exists() and one
+    with tier.lock:
+        tier.ledger.reserved_bytes -= 10

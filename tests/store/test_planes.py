@@ -6,7 +6,8 @@ import json
 import logging
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,143 @@ def test_what_does_not_shrink_or_shrinks_too_far_is_stored_as_it_is() -> None:
         assert planes.packed(data) == data and planes.unpacked(data) == data
 
 
+SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def squeezed(plane: bytes) -> bytes | None:
+    """A plane as it is written where it shrinks."""
+    compress, tried = zstandard.ZstdCompressor(level=planes.LEVEL).compress, plane[: planes._TRIED_BYTES]
+    if len(compress(tried)) > 0.97 * len(tried) or len(compress(plane)) > 0.97 * len(plane):
+        return None
+    return compress(plane)
+
+
+def strips_of(numbers: bytes, size: int) -> Iterator[tuple[int, bytes, int]]:
+    """What is written of the numbers of a piece, byte by byte of a number, in as wide strips as may be."""
+    small = [squeezed(numbers[byte::size]) for byte in range(size)]
+    byte = 0
+    while byte < size:
+        fits = [w for w in (1, 2, 4, 8) if byte % w == 0 and byte + w <= size and not any(small[byte : byte + w])]
+        width = max(fits, default=1)
+        raw = b"".join(numbers[at + byte : at + byte + width] for at in range(0, len(numbers), size))
+        found = small[byte]
+        yield width, raw if found is None else found, int(found is not None)
+        byte += width
+
+
+def packed_slowly(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The layout and the planes of a plain file."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    named = {name: each for name, each in json.loads(data[8:start]).items() if name not in ("tokens", "__metadata__")}
+    order = sorted(named.items(), key=lambda item: item[1]["data_offsets"])
+    tensors, pieces, written, at = {}, [], b"", 0
+    for size, group in groupby(order, key=lambda item: SIZES[item[1]["dtype"]]):
+        run = b""
+        for name, each in group:
+            first, last = each["data_offsets"]
+            run += data[start + first : start + last]
+            tensors[name] = [each["dtype"], each["shape"], at, at + last - first]
+            at += last - first
+        for begin in range(0, len(run), size * planes._NUMBERS):
+            piece = run[begin : begin + size * planes._NUMBERS]
+            strips = list(strips_of(piece, size))
+            pieces.append([size, len(piece) // size, [[width, len(strip), small] for width, strip, small in strips]])
+            written += b"".join(strip for _, strip, _ in strips)
+    return {"tensors": tensors, "pieces": pieces}, written
+
+
+def taken_apart(data: bytes) -> tuple[dict[str, Any], bytes]:
+    tensors = safetensors.numpy.load(data)
+    return json.loads(zstandard.decompress(tensors["layout"].tobytes())), tensors["planes"].tobytes()
+
+
+@pytest.mark.parametrize("numbers", [700, 2**20])
+def test_planes_are_those_of_a_slow_second_way(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    monkeypatch.setattr(planes, "_NUMBERS", numbers)
+    wide = [torch.from_numpy(np.random.default_rng(0).integers(-(2**62), 2**62, 900)) for _ in range(2)]
+    late = torch.cat([noise((2**14 + 9,), torch.int8), torch.zeros(2**14, dtype=torch.int8)])
+    far = torch.from_numpy(np.random.default_rng(1).integers(-128, 128, 600_000, np.int8))
+    soon = torch.cat([torch.zeros(2**14, dtype=torch.int8), far])
+    whole = [wide[0].view(torch.int32), wide[1].view(torch.int16), wide[1].view(torch.int8)]
+    floats = [noise((3, 500), dtype) for dtype in DTYPES[:4]]
+    for tensors in (
+        [*floats, *wide, *whole],
+        [late],
+        [wide[0], floats[0], whole[2], late],
+        [soon, floats[2], torch.zeros(40_000)],
+    ):
+        data = plain({f"t{index}": value.clone() for index, value in enumerate(tensors)})
+        small = planes.packed(data)
+        if small != data:
+            assert taken_apart(small) == packed_slowly(data)
+            back = bytes(planes.unpacked(small))
+            start = 8 + int.from_bytes(back[:8], "little")
+            assert start % 8 == 0 and back[-TOKENS.nbytes :] == TOKENS.tobytes()
+            read, own = safetensors.torch.load(back), safetensors.torch.load(data)
+            assert set(read) == set(own) and all(torch.equal(read[name], own[name]) for name in own)
+            kept = {
+                name: json.loads(each[8 : 8 + int.from_bytes(each[:8], "little")])["__metadata__"]
+                for name, each in (("back", back), ("data", data))
+            }
+            assert kept["back"] == kept["data"]
+    assert small != data
+
+
+def test_a_file_is_packed_from_a_size_on_and_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.from_numpy(np.random.default_rng(0).integers(-128, 128, 100_000, np.int8))
+    for zeros, shrinks in ((2_000, False), (8_000, True)):
+        data = plain({"n": drawn, "o": torch.zeros(zeros // 2, dtype=torch.int16)})
+        assert (planes.packed(data) != data) is shrinks
+    data = plain({"n": noise((2000,))})
+    small = planes.packed(data)
+    for name, fits, not_any_more in (
+        ("_LEAST_BYTES", len(data), len(data) + 1),
+        ("_MOST_LAYOUT_BYTES", len(json.dumps(taken_apart(small)[0], separators=(",", ":"))), 40),
+        ("MOST_TIMES", len(data) / len(small) + 0.001, len(data) / len(small) - 0.001),
+    ):
+        for value, expected in ((fits, small), (not_any_more, data)):
+            with monkeypatch.context() as patch:
+                patch.setattr(planes, name, value)
+                assert planes.packed(data) == expected, (name, value)
+    nothing = plain({})
+    monkeypatch.setattr(planes, "_LEAST_BYTES", 0)
+    assert planes.packed(nothing) == nothing
+
+
+def test_nothing_is_read_before_it_has_come() -> None:
+    """The header is there; what else is looked at was waited for, and no more than it."""
+    whole = planes.packed(plain({"keys": noise((3000,)), "n": noise((900,), torch.int64)}))
+    found = files.Header.parse(whole, len(whole))
+    arriving = bytearray(whole[: found.start]) + bytearray(len(whole) - found.start)
+    asked: list[int] = []
+
+    def there(end: int) -> None:
+        asked.append(end)
+        arriving[:end] = whole[:end]
+
+    assert bytes(planes.unpacked(memoryview(arriving), None, there)) == bytes(planes.unpacked(whole))
+    begin, end = found.place("planes", "U8", 1)
+    ends = list(accumulate(length for *_, strips in taken_apart(whole)[0]["pieces"] for _, length, _ in strips))
+    assert asked == [found.place("layout", "U8", 1)[1], found.place("tokens", "I32", 4)[1], *(begin + e for e in ends)]
+    assert asked[-1] == end
+    data, waited = plain({"n": noise((3,))}), []
+    assert planes.unpacked(data, None, waited.append) is data and waited == [len(data)]
+
+
+def test_what_a_file_may_unpack_to_is_bounded_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = planes.packed(plain({"keys": noise((3000,))}))
+    need = 12_000 + TOKENS.nbytes
+    assert len(planes.unpacked(small, need)) > need
+    for most in (need - 1, 0):
+        with pytest.raises(DamagedFileError, match=f"would unpack to {need} bytes, and may to {most} at most"):
+            planes.unpacked(small, most)
+    for most in (None, 10**9):
+        with monkeypatch.context() as patch:
+            patch.setattr(planes, "MOST_TIMES", 1)
+            with pytest.raises(DamagedFileError, match=f"may to {len(small)} at most"):
+                planes.unpacked(small, most)
+
+
 # -- hostile ----------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +267,12 @@ def last_strip(layout: Any, strips: bytes, frame: bytes) -> tuple[Any, bytes]:
     strips = strips[: len(strips) - strip[1]] + frame
     strip[1] = len(frame)
     return layout, strips
+
+
+def raw_strip(layout: Any, strips: bytes, length: int) -> tuple[Any, bytes]:
+    found, data = last_strip(layout, strips, bytes(length))
+    found["pieces"][0][2][-1][2] = 0
+    return found, data
 
 
 def pieces(change: Callable[[Any], Any]) -> Callable[[Any, bytes], None]:
@@ -163,9 +307,24 @@ HOSTILE: dict[str, tuple[Callable[[Any, bytes], Any], str]] = {
     "a strip of another size": (lambda x, y: last_strip(x, y, zstandard.compress(bytes(19_999))), "must have 20000"),
     "a strip cut short": (lambda x, y: last_strip(x, y, zstandard.compress(bytes(20_000))[:-3]), "a packed part"),
     "a strip with more behind": (lambda x, y: last_strip(x, y, zstandard.compress(bytes(20_000)) + b"x"), "a packed"),
+    "a strip that says it holds nothing": (lambda x, y: last_strip(x, y, zstandard.compress(b"")), "says 0 bytes"),
     "a strip of nothing": (lambda x, y: last_strip(x, y, b""), "a packed part"),
     "planes cut short": (lambda x, y: (x, y[:-1]), "more bytes than it has"),
     "planes with more behind": (lambda x, y: (x, y + b"x"), "its layout says"),
+    "a strip as it is and too short": (lambda x, y: raw_strip(x, y, 19_999), "a strip has 19999 bytes, and must have"),
+    "a strip as it is and too long": (lambda x, y: raw_strip(x, y, 20_001), "a strip has 20001 bytes, and must have"),
+    "pieces in an object": (lambda x, y: x.update(pieces={}), "no tensors and pieces"),
+    "tensors in a list": (lambda x, y: x.update(tensors=[]), "no tensors and pieces"),
+    "a piece of two": (pieces(lambda p: p[0].pop()), "a piece that is none"),
+    "a piece of four": (pieces(lambda p: p[0].append(0)), "a piece that is none"),
+    "a piece whose strips are none": (pieces(lambda p: p[0].__setitem__(2, {})), "strips that are none"),
+    "a number more than any piece has": (pieces(lambda p: p[0].__setitem__(1, 2**20 + 1)), "strips that are none"),
+    "a strip of 0 bytes a number": (pieces(lambda p: p[0][2].append([0, 0, 0])), "strips that are none"),
+    "a strip of two": (pieces(lambda p: p[0][2][0].pop()), "strips that are none"),
+    "a strip of four": (pieces(lambda p: p[0][2][0].append(0)), "strips that are none"),
+    "a strip that is no list": (pieces(lambda p: p[0][2].append(1)), "strips that are none"),
+    "a tensor below 0": (lambda x, y: x["tensors"].update(more=["F32", [1], -4, 0]), "where its tensors lie"),
+    "a tensor of five": (lambda x, y: x["tensors"].update(more=["F32", [0], 80_000, 80_000, 0]), "where its tensors"),
     "no planes": (lambda x, y: (x, b""), "would unpack to 80028 bytes"),
     "a piece less": (pieces(lambda p: p.pop()), "not the bytes of its tensors"),
     "a piece more": (pieces(lambda p: p.append(p[0])), "not the bytes of its tensors"),
