@@ -155,7 +155,7 @@ def test_the_tensor_that_cannot_be_rounded_is_the_one_that_is_named(either_way: 
 
 def test_what_is_kept_exactly_is_handed_on_as_it_is() -> None:
     layers = [{"keys": torch.ones(1, 2), "seen": 3}, {}]
-    assert rounding_of("exact") is EXACT and not EXACT.rounds and (EXACT.name, EXACT.scheme) == ("exact", "exact")
+    assert rounding_of("exact") is EXACT and EXACT.rounds is False and (EXACT.name, EXACT.scheme) == ("exact", "exact")
     assert EXACT.kept(layers[0]) is layers[0] and EXACT.packed(layers[0]) is layers[0] is EXACT.read(layers[0])
     assert EXACT.unread(layers) == tuple(layers) == rounding_of("int8").unread(layers)
     restored = EXACT.restored(layers[0])
@@ -404,6 +404,22 @@ def test_nothing_before_or_behind_it_changes_what_is_chained(either_way: None) -
     for parts in ([nothing, packed], [packed, nothing]):
         assert torch.equal(chained(parts, -2), read_plainly(packed))
     assert chained([nothing, nothing], -2).shape == nothing.shape
+
+
+def test_parts_that_do_not_fit_together_are_not_chained(either_way: None) -> None:
+    for heads in (2, 4):
+        parts = [packed_of(count * 64, count, torch.float32) for count in (3, heads)]
+        for part, count in zip(parts, (3, heads), strict=True):
+            part.numbers = part.numbers.view(1, count, 4, 16)
+        with pytest.raises(RuntimeError):
+            chained(parts, -2)
+        assert chained(parts, 1).shape == (1, 3 + heads, 4, 16)
+
+
+def test_what_was_not_rounded_is_read_as_it_was_kept() -> None:
+    kept, layer = rounding_of("bf16"), {"ids": torch.arange(3), "seen": 7, "conv.0": torch.ones(1, 4).half()}
+    assert kept.read(kept.kept(layer)) == layer == kept.packed(layer)
+    assert list(kept.restored(layer)) == list(layer) and kept.restored(layer)["ids"] is not layer["ids"]
 
 
 def test_nothing_but_what_is_rounded_is_written_back(either_way: None) -> None:
