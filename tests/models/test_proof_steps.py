@@ -358,6 +358,71 @@ def test_a_run_goes_on_to_the_end_of_the_prompt_and_keeps_the_last_logits(monkey
     assert seen == [("live", [4, 5, 6], {"use_cache": True, "logits_to_keep": 16}, 3)]
 
 
+class Disproof:
+    """The runs of one prompt, of which one step may say something; what is captured is 7 and 8."""
+
+    def __init__(self, patch: Patch) -> None:
+        self.says: dict[str, str] = {}
+        self.steps: list[Any] = []
+        self.touched: torch.Tensor | None = None
+        self.state, self.kv = torch.tensor([7.0]), torch.tensor([8.0])
+        patch.setattr(proof, "_run", self.run)
+        patch.setattr(proof, "_continued", self.continued)
+        patch.setattr(proof.states, "unruled", lambda cache: self.say(f"unruled {cache}"))
+        patch.setattr(proof, "_unfilled", lambda binding, cache: self.say(f"unfilled {cache}"))
+        patch.setattr(proof.states, "capture_state", lambda cache: LayerTensors(({"state": self.state},)))
+        patch.setattr(proof.states, "capture_kv", self.capture_kv)
+        patch.setattr(proof, "_different", lambda *runs: self.say(f"different {[run.live for run in runs]}"))
+        patch.setattr(
+            proof, "_rounds_otherwise", lambda of, first, ids: self.say(f"rounds {first.shape[1]} {ids.shape[1]}")
+        )
+        patch.setattr(proof, "_apart", lambda *runs: self.say(f"apart {[getattr(run, 'live', run) for run in runs]}"))
+
+    def say(self, step: str) -> str:
+        self.steps.append(step)
+        return self.says.get(step, "")
+
+    def capture_kv(self, cache: Any, start: int, end: int) -> LayerTensors:
+        assert (start, end) == (0, 14)
+        return LayerTensors(({"keys": self.kv},))
+
+    def run(self, binding: Any, ids: torch.Tensor, checkpoint: Any = None) -> Any:
+        held = [] if checkpoint is None else [payload.layers[0] for payload in checkpoint]
+        return SimpleNamespace(
+            live="-".join(map(str, [ids.shape[1], *(int(v) for part in held for v in part.values())]))
+        )
+
+    def continued(self, binding: Any, cache: Any, ids: torch.Tensor) -> Any:
+        if self.touched is not None:
+            self.touched += 1
+        return SimpleNamespace(live=f"{cache} to {ids.shape[1]}")
+
+    def made(self) -> str:
+        return proof._disproof("binding", torch.zeros(1, 30, dtype=torch.long), 0.5)  # type: ignore[arg-type]
+
+
+DISPROOF = [
+    "unruled 14", "unfilled 14", "different ['14 to 30', '30-7-8']", "unruled 14 to 30", "rounds 14 30",
+    "apart ['30', '14 to 30', '30-0-0', 0.5]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("last", range(len(DISPROOF) + 1))
+def test_the_first_step_that_says_something_ends_a_proof(last: int, monkeypatch: Patch) -> None:
+    made = Disproof(monkeypatch)
+    made.says = {step: f"by {step}" for step in DISPROOF[last:]}
+    assert made.made() == (f"by {DISPROOF[last]}" if last < len(DISPROOF) else "")
+    assert made.steps == DISPROOF[: last + 1]
+
+
+@pytest.mark.parametrize("part", ["state", "kv"])
+def test_what_is_captured_must_not_change_when_the_model_goes_on(part: str, monkeypatch: Patch) -> None:
+    made = Disproof(monkeypatch)
+    made.touched = getattr(made, part)
+    assert made.made() == "what was captured changes when the model goes on"
+    assert DISPROOF[-1] not in made.steps and DISPROOF[-2] not in made.steps
+
+
 def test_layers_that_keep_nothing_are_named_unless_they_have_nothing_to_keep(monkeypatch: Patch) -> None:
     class DummyLayer:
         pass
@@ -459,6 +524,8 @@ def test_where_a_restored_state_does_not_continue() -> None:
     assert proof._different(one, run_of(2.0, {**base, "calls": 1}, base)) == said("calls", 0)
     assert proof._different(run_of(1.0, base, {**base, "calls": 1}), one) == said("calls", 1)
     assert proof._different(one, run_of(1.0, {**base, "b": 1, "a": 1}, base)) == said("a", 0)
+    with pytest.raises(ValueError, match="zip"):  # no layer goes without a look
+        proof._different(one, run_of(1.0, base))
 
 
 def compared(patch: Patch, *triples: Any) -> Callable[[float], str]:
