@@ -62,9 +62,16 @@ class Guarded(dict[Any, Any]):
         super().__delitem__(key)
 
 
+class _Unwatched(Guarded):
+    """A key may go whenever nobody else has it any more."""
+
+    def __delitem__(self, key: Any) -> None:
+        dict.__delitem__(self, key)
+
+
 class GuardedWeakly(weakref.WeakKeyDictionary[Any, Any]):
     """The same by weak keys."""
 
     def __init__(self, lock: Held) -> None:
         super().__init__()
-        self.data = Guarded(lock)  # type: ignore[assignment]
+        self.data = _Unwatched(lock)  # type: ignore[assignment]

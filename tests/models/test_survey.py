@@ -321,6 +321,16 @@ def test_a_forward_in_the_place_of_the_modules_own() -> None:
     assert surveys._current(place, name) is somebody and place() is model[0]
 
 
+def test_what_others_put_on_a_class_of_a_library_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    before = survey(model)
+    assert not before.foreign and not before.attached
+    monkeypatch.setattr(torch.nn.Linear, "forward", somebody)
+    found = survey(model)
+    assert found.foreign == ["the code put in the place of Linear.forward"] and found.code != before.code
+    assert found.attached == [f"Linear.forward {__name__}.somebody"]
+
+
 class Hook:
     """Of accelerate, by its module."""
 
