@@ -320,3 +320,123 @@ def test_it_is_told_alike_in_every_process() -> None:
         said.add(run.stdout)
     (told,) = said
     assert told.endswith("False\n") and "Steering" in told
+
+
+@pytest.mark.parametrize(("most", "opaque"), [(1, True), (2, True), (3, False)])
+def test_it_gives_up_behind_so_many_parts_and_says_so(
+    most: int, opaque: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telling, "_MOST_PARTS", most)
+    teller = Teller()
+    told = teller.tell([[], (), 1, "a", None])
+    assert teller.opaque is opaque and told.endswith("1,'a',None]")
+
+
+def nobodys() -> None: ...
+
+
+nobodys.__module__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (threading.Lock(), "_thread.lock"), (functools.wraps, "functools.wraps"), (len, "len"),
+        (torch.nn.Linear, None),
+        (None, "None"), (np.float32(1), None), (range(1, 3), "range(1, 3)"), (slice(1, None), "slice(1, None, None)"),
+        ({1, 2}, "set[1,2]"), ((1,), "tuple[1]"), (deque([1, 2]), "deque[1,2]"), ({"a": [1]}, "{'a':list[1]}"),
+        (bytearray(b"a"), "bytearray b'a'"), (itemgetter(1), None), (types.CellType(), "None"),
+        (types.CellType(3), "3"),
+    ],
+)  # fmt: skip
+def test_what_libraries_bring_is_told_by_its_name(value: Any, told: str | None) -> None:
+    teller = Teller()
+    found = teller.tell(value)
+    assert not teller.opaque and (told is None or found.replace("bytearrayb", "bytearray b") == told)
+
+
+def test_functions_of_libraries_and_of_nobody() -> None:
+    teller = Teller()
+    assert teller.tell(torch.nn.functional.softplus) and teller.tell(nobodys).startswith("None.nobodys ")
+    assert teller.tell(functools.reduce) == "reduce" and not teller.opaque
+
+
+@pytest.mark.parametrize(
+    ("value", "opaque"),
+    [
+        (torch.ones(2), False), (torch.ones(2, device="meta"), True), (torch.ones(2).to_sparse(), True),
+        (torch.ones(telling._SMALL), False), (torch.ones(telling._SMALL + 1), True), (np.ones(telling._SMALL), False),
+        (np.ones(telling._SMALL + 1), True), (np.array([None]), True), (np.array([1]), False),
+    ],
+)  # fmt: skip
+def test_tensors_and_arrays_are_told_by_their_bits_as_far_as_they_are_small(value: Any, opaque: bool) -> None:
+    teller = Teller()
+    assert teller.tell(value) == tell(value) and teller.opaque is opaque
+
+
+def test_a_large_tensor_of_inference_has_no_version() -> None:
+    with torch.inference_mode():
+        value = torch.zeros(telling._SMALL + 1)
+    assert tell(value).endswith("version 0") and tell(torch.zeros(telling._SMALL + 1).add_(1)).endswith("version 1")
+
+
+def test_of_a_configuration_what_may_change_states_is_told_in_order() -> None:
+    settings = {
+        "b": 1,
+        "a": 2,
+        "use_cache": 1,
+        "output_x": 1,
+        "id2label_": 1,
+        "architectures": 1,
+        "tokenizer_class": 1,
+    }
+    assert list(telling.loud(settings).items()) == [("a", 2), ("b", 1)]
+
+
+def test_names_of_functions_and_of_what_is_called_like_one() -> None:
+    name = f"{__name__}.given"
+    assert telling.name_of(given) == name == telling.name_of(functools.partial(given, 1))
+    assert telling.name_of(Holder()) == f"{__name__}.Holder"
+    for value, named in ((np, True), (torch.nn.Linear, True), (FILE, False), (Holder, False), (given, False)):
+        assert telling.is_named(value) is named
+
+
+class Both:
+    """A slot as one word, one that has no value, and attributes besides."""
+
+    __slots__ = "one"
+
+
+class Further(Both):
+    __slots__ = ("__dict__", "none")
+
+
+def test_attributes_are_found_in_slots_and_elsewhere() -> None:
+    value = Further()
+    value.one, value.other = 1, 2  # type: ignore[attr-defined]
+    held = telling._attributes(value)
+    assert held is not None and held["one"] == 1 and held["other"] == 2
+    assert telling._slots(Both) == ("one",) and telling._slots(Further) == ("none",)
+    assert telling._attributes(object()) is None
+    assert telling._counts("__call__", given) and not telling._counts("__doc__", "a")
+    assert telling._counts("scale", 1) and not telling._counts("_abc_impl", 1)
+
+
+def test_what_is_told_often_is_told_once_and_by_a_digest() -> None:
+    teller, calls = Teller(), []
+
+    def long(value: Any) -> str:
+        calls.append(value)
+        return "a" * 1000
+
+    first = teller._once(given, long)
+    assert teller._once(given, long) == first and calls == [given] and len(first) < 100
+    assert first.startswith(f"{__name__}.given ")
+
+
+def test_a_file_that_reads_itself_ends_and_one_that_is_a_librarys_is_named() -> None:
+    names = frozenset({"itself", "scale", "np"})
+    assert telling._read(FILE, names) == {"itself": None, "scale": 1.0}
+    assert telling._read(np, names) is np and telling._read(3, names) == 3
+    assert telling._read_in({"scale": 1, "np": np, "other": 2}, names) == {"np": np, "scale": 1}
+    assert list(telling._flat([(1, 2), {"a": 3}, [4], None])) == [1, 2, 3, [4], None]
