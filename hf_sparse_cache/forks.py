@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from operator import attrgetter
 from typing import Protocol
 
 
@@ -26,11 +27,9 @@ class ForkSafeLock:
         """Replaces the lock: its owner may be a thread that the child does not have."""
         self._lock = threading.RLock()
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+    # The native lock's own: an interrupt may strike inside a method of Python, and would keep what it has just taken.
+    __enter__ = property(attrgetter("_lock.__enter__"))
+    __exit__ = property(attrgetter("_lock.__exit__"))
 
 
 _known: weakref.WeakSet[Forkable] = weakref.WeakSet()

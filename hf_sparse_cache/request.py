@@ -36,6 +36,7 @@ from .planning.segments import Segmenting
 from .stats import Cause, Reason, RequestInfo
 from .store.answer import KVCapture, Read, spans_of, unit_for
 from .store.holding import Holding
+from .store.mending import mended
 from .store.promises import Promise
 from .store.store import CheckpointStore
 from .store.tree import Checkpoint, KVSegment, Payload
@@ -141,6 +142,7 @@ class Request:
         self.planned = sorted({*fresh, *self._marked})
         self._cut_behind(resumed)
 
+    @mended
     def hold_for(self, holding: Holding) -> None:
         """Lets a call of several prompts keep what it needs of this one for those of them that are to come."""
         self._holding = holding
@@ -199,7 +201,7 @@ class Request:
 
     def _heed(self, promise: Promise, position: int) -> None:
         """Says how far it is, and plans to store what others ask for behind that."""
-        with self._store.promises.changed:
+        with self._store.promises.lock:
             if promise.running is None:
                 promise.resumed = position
             wishes, promise.wishes = promise.wishes, set()
@@ -281,6 +283,7 @@ class Request:
         """The KV segments below `checkpoint`, shallow to deep; empty when cold or without full attention."""
         return [segment.payload for segment in self._chain()]
 
+    @mended
     def add(self, position: int, state: Payload, kv: KVCapture | None = None) -> bool:
         """Stores a checkpoint at the end of one segment.
 
@@ -340,8 +343,10 @@ class Request:
                 self.read = self._left()
                 with self._policy.lock:
                     self._policy.observe(self._prompt)
-        finally:
-            self._release()
+        except BaseException as error:
+            self._release(error)
+            raise
+        self._release()
 
     def _left(self) -> Read:
         """For the answer; taken before the request takes its hands off what is stored."""
@@ -359,9 +364,19 @@ class Request:
             spans=tuple(chain if self._kept is None else self._kept),
         )
 
-    def _release(self) -> None:
-        self._closed = True
-        self._store.leave(self._visit)
+    def _release(self, error: BaseException | None = None) -> None:
+        try:
+            self._closed = True
+            self._store.leave(self._visit, error)
+        except BaseException as another:  # before its first line, perhaps
+            self._store.leave(self._visit, another)
+            raise
+
+    def abandon(self, error: BaseException) -> None:
+        """Ends it after an error that may have come before any line of who would have. Harmless where it ended."""
+        self._release(error)
+        if self.promise is not None:
+            self._store.promises.end(self.promise)
 
     def __enter__(self) -> Self:
         return self
@@ -372,7 +387,7 @@ class Request:
         if kind is None:
             self.close()
         elif not self._closed:
-            self._release()
+            self._release(error)
 
 
 def _among(cuts: set[int], wanted: list[int], limit: int | None) -> list[int]:
@@ -409,8 +424,9 @@ def open_request(
         wrong = int(ids[tokens != ids][0])
         raise ValueError(f"ids must lie in the range of int32, got {wrong}; pass the ids of a tokenizer")
     started = time.perf_counter()
-    visit = store.open(tokens, segmenting, space)
+    visit: Visit | None = None
     try:
+        visit = store.open(tokens, segmenting, space)
         for position in segmenting.junctions:
             visit.prompt.cuts = segmenting.joined(visit.prompt.cuts, position, len(ids))
         with store.lock:
@@ -422,7 +438,8 @@ def open_request(
         request.match_seconds = (matched := time.perf_counter()) - started
         request.plan()
         request.plan_seconds = time.perf_counter() - matched
-    except BaseException:
-        store.leave(visit)
+        return request
+    except BaseException as error:
+        if visit is not None:
+            store.leave(visit, error)
         raise
-    return request

@@ -96,16 +96,21 @@ class Rows:
         sittings = {index: Sitting(self._means, self._prompts[index], self._found) for index in indices}
         for sitting in sittings.values():  # before anything is pinned
             sitting.wait()
-        with ExitStack() as stack:
+        try:
+            with ExitStack() as stack:
+                for sitting in sittings.values():
+                    stack.enter_context(sitting.opened())
+                for group in _groups(sittings, self._means):
+                    if len(group) > 1:
+                        results.update(self._gathered({index: sittings[index] for index in group}))
+                    else:
+                        live = self._means.binding.live_cache()
+                        results[group[0]] = sittings[group[0]].run(live)
+                        self.filled.append(Filled(live, results[group[0]][0], (group[0],)))
+        except BaseException as error:
             for sitting in sittings.values():
-                stack.enter_context(sitting.opened())
-            for group in _groups(sittings, self._means):
-                if len(group) > 1:
-                    results.update(self._gathered({index: sittings[index] for index in group}))
-                else:
-                    live = self._means.binding.live_cache()
-                    results[group[0]] = sittings[group[0]].run(live)
-                    self.filled.append(Filled(live, results[group[0]][0], (group[0],)))
+                sitting.let_go(error)
+            raise
         for index, sitting in sittings.items():
             self.served[index] = sitting.told(*results[index])
 

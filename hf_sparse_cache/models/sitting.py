@@ -223,6 +223,11 @@ class Sitting:
         """Bring a fresh live cache to the end of the prompt, by itself."""
         return prefill.prefill_row(self._means.binding, live, self.asked.row, self.request, self.check)
 
+    def let_go(self, error: BaseException) -> None:
+        """Keeps nothing pinned or promised, also where an interrupt came before who would have seen to it."""
+        if not isinstance(error, Exception) and hasattr(self, "request"):
+            self.request.abandon(error)
+
     def told(self, output: Any, timing: Timing) -> Served:
         """What happened, once its request is closed."""
         request = self.request
@@ -278,7 +283,11 @@ def _serve_alone(means: Means, live: LiveCache, asked: Asked, resumes: bool = Tr
                 request.start_over()
             return sitting.run(live)
 
-    return sitting.told(*with_room(means, live, attempt))
+    try:
+        return sitting.told(*with_room(means, live, attempt))
+    except BaseException as error:
+        sitting.let_go(error)
+        raise
 
 
 def with_room(means: Means, live: LiveCache, attempt: Callable[[bool], _T]) -> _T:

@@ -35,7 +35,8 @@ class _Coming:
     """A file while it is read by one thread, for others that use what has come of it."""
 
     def __init__(self) -> None:
-        self._news = threading.Condition()
+        self._lock = threading.RLock()  # taken itself, as an interrupt inside `Condition.__enter__` would keep it
+        self._news = threading.Condition(self._lock)
         self._data: Plain = b""
         self._count = 0
         self._error: BaseException | None = None
@@ -46,12 +47,12 @@ class _Coming:
         error: BaseException | None = None
         try:
             for data, count in read():
-                with self._news:
+                with self._lock:
                     self._data, self._count = data, count
                     self._news.notify_all()
         except BaseException as found:
             error = found
-        with self._news:
+        with self._lock:
             self._error, self._ended = error, True
             self._news.notify_all()
 
@@ -65,7 +66,7 @@ class _Coming:
         def come() -> bool:
             return self._ended or (end is not None and self._count >= end)
 
-        with self._news:
+        with self._lock:
             if not come() and not self._news.wait_for(come, max(0.0, until - time.monotonic())):
                 raise TimeoutError
             if self._error is not None:

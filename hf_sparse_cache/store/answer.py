@@ -30,6 +30,7 @@ from ..planning.lineage import Lineage, Span
 from ..planning.policies import Policy
 from ..planning.policy import Prompt, placed
 from ..planning.segments import Segmenting
+from .mending import mended
 from .store import CheckpointStore
 from .tree import Payload
 from .unit import Unit
@@ -72,6 +73,7 @@ class Answer:
 
     def __init__(self, read: Read, visit: Visit, lineage: Lineage) -> None:
         self._read, self._visit, self._lineage = read, visit, lineage
+        self._store = read.store
         self.planned: list[int] = []
         self.captured: list[int] = []
 
@@ -84,6 +86,7 @@ class Answer:
         found = [item for item in candidates if item in wanted or (item == end and max(wanted, default=0) > item)]
         self.planned = found if prompt.limit is None else found[max(0, len(found) - prompt.limit) :]
 
+    @mended
     def add(self, position: int, state: Payload, kv: KVCapture | None = None) -> bool:
         """Stores a checkpoint; arguments and result as of `Request.add`."""
         lineage = self._read.segmenting.kept(self._lineage.upto(position))
@@ -92,7 +95,7 @@ class Answer:
             spans = spans_of(self._read.segmenting, lineage, self._read.spans, self.captured)
         new = {span: kv(span.start, span.end) for span in self._visit.missing(spans)} if kv is not None else {}
         unit = unit_for(self._visit, lineage, state, (spans, new), self.planned)
-        if self._read.store.put(unit, self._visit.footing) is None:
+        if self._store.put(unit, self._visit.footing) is None:
             return False
         self.captured.append(position)
         return True
@@ -106,8 +109,10 @@ class Answer:
         try:
             if kind is None:
                 self._visit.settle()
-        finally:
-            self._read.store.leave(self._visit)
+        except BaseException as failed:
+            self._store.leave(self._visit, failed)
+            raise
+        self._store.leave(self._visit, error)
 
 
 def open_answer(read: Read | None, output: Tokens) -> Answer | None:
@@ -128,16 +133,18 @@ def open_answer(read: Read | None, output: Tokens) -> Answer | None:
     done = max(read.reached, before.resumed)
     cuts = np.union1d(before.cuts[before.cuts <= done], candidates)
     prompt = replace(before, ids=ids, cuts=cuts, resumed=done, resumed_bytes=0, shape=None, forecast=None)
-    visit = read.store.reopen(prompt, read.space, Before(read.tree, len(before.ids), before.resumed))
-    if visit is None:
-        return None
-    answer = Answer(read, visit, lineage)
+    visit: Visit | None = None
     try:
+        visit = read.store.reopen(prompt, read.space, Before(read.tree, len(before.ids), before.resumed))
+        if visit is None:
+            return None
+        answer = Answer(read, visit, lineage)
         answer.plan(candidates.tolist())
-    except BaseException:
-        read.store.leave(visit)
+        return answer
+    except BaseException as error:
+        if visit is not None:
+            read.store.leave(visit, error)
         raise
-    return answer
 
 
 def unit_for(

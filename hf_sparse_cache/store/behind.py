@@ -72,7 +72,8 @@ class Writer:
         self.trust = Trust()
         self._waiting: deque[tuple[weakref.ref[Checkpoint], Tokens]] = deque()
         self._chores: deque[Callable[[], None]] = deque()
-        self._ready = threading.Condition()
+        self._lock = threading.RLock()  # taken itself, as an interrupt inside `Condition.__enter__` would keep it
+        self._ready = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._busy = self._closed = False
         self._kv: dict[str, tuple[str, float]] = {}  # by what the keys and values are of: their file, and since when
@@ -91,7 +92,7 @@ class Writer:
         Args:
             ids: the text it lies on, at least up to its position.
         """
-        with self._ready:
+        with self._lock:
             if self._closed:
                 return
             if len(self._waiting) >= MOST_WAITING:
@@ -102,14 +103,14 @@ class Writer:
 
     def do(self, chore: Callable[[], None]) -> None:
         """Something else to do on the storage."""
-        with self._ready:
+        with self._lock:
             if not self._closed and len(self._chores) < _MOST_CHORES:
                 self._chores.append(chore)
                 self._awake()
 
     def gets_on(self, most: int) -> bool:
         """Waits until no more than so many things wait; False when none is done for a while, or the storage fails."""
-        with self._ready:
+        with self._lock:
             while (left := self._left()) > most:
                 self._ready.wait_for(partial(self._fewer, left), _STALLED_SECONDS)
                 if self._left() >= left or self._closed:
@@ -124,7 +125,7 @@ class Writer:
 
     def close(self) -> None:
         """Writes no more; what waits is dropped."""
-        with self._ready:
+        with self._lock:
             self._closed = True
             self._waiting.clear()
             self._chores.clear()
@@ -141,7 +142,7 @@ class Writer:
 
     def turn(self, idle_seconds: float) -> bool:
         """Does one thing, or waits a while for one; False when there will be none."""
-        with self._ready:
+        with self._lock:
             if not self._waiting and not self._chores:
                 self._busy = False
                 self._ready.notify_all()
@@ -238,7 +239,7 @@ class Writer:
             self._learn(chain, file.path.name)
 
     def _learn(self, chain: str, name: str) -> None:
-        with self._ready:
+        with self._lock:
             self._kv.pop(chain, None)
             self._kv[chain] = name, time.monotonic()
             while len(self._kv) > _MOST_KNOWN:

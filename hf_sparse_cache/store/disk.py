@@ -90,6 +90,17 @@ class DiskTier(Tier):
         self._start()
         self.release()
 
+    def start_over(self) -> None:
+        """Begins anew with what lies in the folder."""
+        with self.lock:
+            super().start_over()
+            self.ledger.freed = []
+            self._stuck, self._aside = [], []
+        try:
+            self.load()
+        except OSError as error:
+            self.warn("open", f"The disk tier {self.folder} could not be read again: {error}")
+
     def release(self) -> None:
         """Lets another process take the folder over."""
         if self._lock_file is not None:
@@ -144,7 +155,8 @@ class DiskTier(Tier):
             finally:
                 if not entered:
                     with self.lock:
-                        self.ledger.reserved_bytes -= need
+                        if footing in self.ledger.chains.footings:  # not in books that started over meanwhile
+                            self.ledger.reserved_bytes -= need
                     self._discard(written)
         if not entered:
             return None

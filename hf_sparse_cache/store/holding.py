@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.foresight import Foresight
+from .mending import mended
 from .store import CheckpointStore
 from .tree import Checkpoint
 
@@ -37,6 +38,7 @@ class Holding:
         self._held: list[_Held] = []
         self._foresight: Foresight | None = None
 
+    @mended
     def begin(self, foresight: Foresight, place: int) -> None:
         """The prompt at a place of the call's order begins; what only earlier ones needed goes."""
         self._note_wishes()
@@ -55,6 +57,7 @@ class Holding:
         """Whether a later prompt of the call will resume at a position of this one."""
         return self._foresight is not None and position in self._foresight.needed
 
+    @mended
     def hold(self, checkpoint: Checkpoint, *, new: bool) -> None:
         """Pins a checkpoint that was stored for later prompts of the call.
 
@@ -71,6 +74,11 @@ class Holding:
                 leaves = new and position not in self._foresight.wanted
                 self._held.append(_Held(checkpoint, self._foresight.needed[position], leaves))
 
+    def __del__(self) -> None:
+        if self._held:  # an interrupt came before any line of `close`
+            self._store.ledger.orphans.append((None, [held.checkpoint for held in self._held]))
+
+    @mended
     def close(self) -> None:
         """The call is over: nothing is pinned for it, and only what the handle's policy wants stays."""
         self._note_wishes()

@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -62,10 +62,10 @@ class Ledger:
         self.seconds: Callable[[], float] = time.monotonic
         self._limits = limits or {}
         self._fresh_eviction = copy.deepcopy(eviction)
+        self.lock = threading.RLock()
         self._start(eviction)
 
     def _start(self, eviction: Eviction) -> None:
-        self.lock = threading.RLock()
         self.eviction = eviction
         self.clock = 0  # requests opened so far: the unit of every age
         self.evictions = 0
@@ -80,11 +80,31 @@ class Ledger:
         self._account_orders: dict[Account, Eviction] = {}  # of those with a limit
         self.pinned: dict[int, Checkpoint] = {}
         self.in_use: list[Checkpoint] = []  # pinned because they are resumed from, or copied to another place
+        self.orphans: deque[tuple[Footing | None, list[Checkpoint]]] = deque()  # of whoever died without leaving
         self.marks = Marks()
 
     def after_fork(self) -> None:
         """In a child process: empty, with a new lock."""
+        self.lock = threading.RLock()
         self._start(copy.deepcopy(self._fresh_eviction))
+
+    def start_over(self) -> None:
+        """Empties books that may be half written. Who is under way finds nothing of his in them, as after a fork.
+
+        What was announced stays announced, and clocks and counters go on. The lock is the same: others wait for it.
+        """
+        with self.lock:
+            counted = self.clock, self.evictions, self.demotions, self.peak_bytes
+            marks, freed = self.marks, self.freed
+            nodes = [item.node for item in self.pinned.values()]
+            for tree in (*self.forest.trees.values(), *self.forest.leaving):
+                nodes += [tree.root, *tree.edges()]
+            for node in nodes:  # what others still hold is stored no longer
+                node.checkpoints, node.segments = [], {}
+            self._start(copy.deepcopy(self._fresh_eviction))
+            self.clock, self.evictions, self.demotions, self.peak_bytes = counted
+            self.marks = marks.announced()
+            self.freed = None if freed is None else []
 
     # -- what is stored -----------------------------------------------------------------------------------------------
 

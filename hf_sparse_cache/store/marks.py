@@ -17,6 +17,14 @@ class Marks:
         self.tokens = 0  # of all announced prefixes
         self.kept: list[tuple[str, Checkpoint]] = []
 
+    def announced(self) -> Marks:
+        """The same announcements, counted anew, with nothing kept for them yet."""
+        found = Marks()
+        for space in list(self._prefixes):
+            for prefix in self.prefixes(space):
+                found.add(prefix, space)
+        return found
+
     def knows(self, prefix: Tokens, space: str) -> bool:
         """Whether a prefix was announced."""
         return prefix.tobytes() in self._prefixes.get(space, {}).get(len(prefix), ())

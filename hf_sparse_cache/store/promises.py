@@ -64,6 +64,7 @@ class Promise:
         planned: the positions that it will store.
         wishes: further positions, asked for by others.
         over: whether nothing more is to be expected of it.
+        began: when it was given, by `time.monotonic`.
     """
 
     ids: Tokens
@@ -75,6 +76,7 @@ class Promise:
     planned: set[int] = field(default_factory=set)
     wishes: set[int] = field(default_factory=set)
     over: bool = False
+    began: float = 0.0
 
     @cached_property
     def member(self) -> Member:
@@ -110,13 +112,15 @@ class Promises:
 
     def after_fork(self) -> None:
         """In a child process: none, and a new lock."""
-        self.changed = threading.Condition()
+        # Taken itself, where nothing is waited for: an interrupt inside `Condition.__enter__` would keep it for ever.
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self._open: list[Promise] = []
         self.pace = 0.0
 
     def forget(self, space: str | None) -> None:
         """What is in flight in a space, or in any, will not be stored: nobody is to wait for it."""
-        with self.changed:
+        with self.lock:
             for promise in self._open:
                 promise.over |= space in (None, promise.space)
             self.changed.notify_all()
@@ -132,27 +136,32 @@ class Promises:
             terms: what waiting costs and saves.
         """
         promise = Promise(ids, space, look)
-        self.wait(space, look, terms, promise)
-        started = time.monotonic()
         try:
+            self.wait(space, look, terms, promise)
+            promise.began = time.monotonic()
             yield promise
         finally:
-            with self.changed:
-                promise.over = True
-                if promise in self._open:  # not after a fork
-                    self._open.remove(promise)
+            with self.lock:
+                self.end(promise)
                 spent = terms.between(promise.resumed, promise.done)
-                self.pace = (time.monotonic() - started) / spent if spent else self.pace
-                self.changed.notify_all()
+                self.pace = (time.monotonic() - promise.began) / spent if spent else self.pace
+
+    def end(self, promise: Promise) -> None:
+        """Nothing more is to be expected of it."""
+        with self.lock:
+            promise.over = True
+            if promise in self._open:  # not after a fork
+                self._open.remove(promise)
+            self.changed.notify_all()
 
     def wait(self, space: str, look: Callable[[], Member], terms: WaitTerms, then: Promise | None = None) -> None:
         """Waits where that pays; the moment when nothing is waited for any more, `then` is given."""
         tried: list[Promise] = []
         while True:
-            with self.changed:
+            with self.lock:
                 known = any(promise.space == space for promise in self._open)
             member = look() if known else None  # with no lock held
-            with self.changed:
+            with self.lock:
                 found = [promise for promise in self._open if promise.space == space and not promise.over]
                 if found and member is None:
                     continue

@@ -8,6 +8,7 @@ deeper there brings it up again. A unit is copied before it leaves a tier, with 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from .headers import Plain
 from .host import HostTier
 from .ledger import Ledger
 from .marks import Marks
+from .mending import interrupt_behind, mended, tears
 from .promises import Promises
 from .seal import Seal
 from .tier import Demote, Shown, Tier
@@ -55,10 +57,12 @@ class _Journey:
 
     Attributes:
         undo: what was done to its space meanwhile, and has to be done again where it arrived.
+        thread: who moves it.
     """
 
     space: str
     undo: list[Callable[[Tier, str | None], None]] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
 
 
 class CheckpointStore(Shown):
@@ -213,6 +217,7 @@ class CheckpointStore(Shown):
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
+    @mended
     def open(self, ids: Tokens, segmenting: Segmenting, space: str = "") -> Visit:
         """Begins a request: brings up what the tiers below have, matches the prompt, pins what it may resume from.
 
@@ -232,6 +237,7 @@ class CheckpointStore(Shown):
                 self._resume_shared(self.shared, ids, expected, space, segmenting.tail)
         return Visit.begin(self.ledger, ids, segmenting, space)
 
+    @mended
     def reopen(self, prompt: Prompt, space: str, before: Before) -> Visit | None:
         """Begins the visit of a text that begins with the prompt of an earlier visit.
 
@@ -245,17 +251,67 @@ class CheckpointStore(Shown):
         """
         return Visit.again(self.ledger, prompt, space, before)
 
-    def leave(self, visit: Visit) -> None:
-        """Ends a request: what only it pinned or held may go, and goes where the budget is smaller by now."""
+    @mended
+    def leave(self, visit: Visit, error: BaseException | None = None) -> None:
+        """Ends a request: what only it pinned or held may go, and goes where the budget is smaller by now.
+
+        Args:
+            visit: what `open` gave.
+            error: what ended the request before its time.
+        """
+        if error is not None:
+            self.mend(error)
         visit.end()
         self.settle()
 
+    def mend(self, error: BaseException) -> BaseException | None:
+        """After an error: where it is an interrupt that may have left the books half written, they start over.
+
+        Returns:
+            The interrupt, or None where the error is none.
+        """
+        interrupt = interrupt_behind(error)
+        if interrupt is None or vars(interrupt).setdefault("_looked_at", False):
+            return interrupt
+        vars(interrupt)["_looked_at"] = True
+        if (interrupt is not error or tears(interrupt)) and not (isinstance(interrupt, MemoryError) and self._right()):
+            self._start_over(interrupt)
+        for tier in self.tiers:
+            with tier.lock:
+                if tier.ledger.over_budget:  # a smaller budget, and nobody who goes on to send off what is above it
+                    tier.ledger.make_room(0)
+        return interrupt
+
+    def _right(self) -> bool:
+        try:
+            self.verify()
+        except Exception:  # half written books may fail in any way
+            return False
+        return True
+
+    def _start_over(self, interrupt: BaseException) -> None:
+        for tier in self.tiers:
+            tier.start_over()
+        mine = [journey for journey in self._journeys if journey.thread == threading.get_ident()]
+        for journey in mine:
+            self._journeys.remove(journey)
+            for how in journey.undo:
+                for tier in self.tiers:
+                    how(tier, journey.space)
+        logger.warning(
+            "%s came while what is stored was being written down, so the store starts over: what it held in memory is "
+            "computed again when it is needed, and nothing is wrong with it.",
+            type(interrupt).__name__,
+        )
+
+    @mended
     def settle(self) -> None:
         """Sends off what does not fit a budget that was lowered while it was in use."""
         memory = self.tiers[0]
         if memory.ledger.over_budget:
             memory.shrink(self._demotion(memory))
 
+    @mended
     def put(
         self, unit: Unit, footing: Footing | None = None, *, urgent: bool = False, keep: bool = False
     ) -> Checkpoint | None:
@@ -276,10 +332,12 @@ class CheckpointStore(Shown):
             self.shared.offer(stored, unit.tokens)
         return stored
 
+    @mended
     def remember(self, ids: Tokens, space: str = "") -> list[Node]:
         """Counts one prompt along its path, creating the path as needed, and forgets old tokens beyond the bound."""
         return self.ledger.remember(Trail(self.forest, ids, space))
 
+    @mended
     def mark(self, prefix: Tokens, space: str = "") -> None:
         """Announces a prefix: the checkpoint at its end is kept from now on, or as soon as a prompt brings it.
 
@@ -291,6 +349,7 @@ class CheckpointStore(Shown):
         """
         self.ledger.mark(prefix, space)
 
+    @mended
     def resize(self, max_memory: int | str | None) -> None:
         """Changes the budget; demotes or evicts down to it, and warns where marks and open requests keep more.
 
@@ -306,6 +365,7 @@ class CheckpointStore(Shown):
                 self.used_bytes,
             )
 
+    @mended
     def give_back(self) -> int:
         """Sends off all that no open request uses and no mark keeps, as the model is short of memory.
 
@@ -325,6 +385,7 @@ class CheckpointStore(Shown):
             demote(checkpoint)
         return before - self.used_bytes
 
+    @mended
     def clear(self, space: str | None = None) -> None:
         """Forgets one space or all: prompts, marks and checkpoints in every tier; what is in use goes when it is not.
 
@@ -332,6 +393,7 @@ class CheckpointStore(Shown):
         """
         self._forget(space, lambda tier, space: tier.clear(space))
 
+    @mended
     def drop(self, space: str) -> None:
         """Evicts every checkpoint of one space from memory; disk keeps them, as weights may come back."""
         self._forget(space, lambda tier, space: tier.drop(space))
@@ -345,6 +407,7 @@ class CheckpointStore(Shown):
         for tier in self.tiers:
             tier.verify()
 
+    @mended
     def flush(self) -> None:
         """Copies what only memory holds to the disk tier, if there is one, the least recently used first, and to the
         shared store, waiting for it as long as it gets on.
@@ -389,6 +452,7 @@ class CheckpointStore(Shown):
 
     # -- between the tiers --------------------------------------------------------------------------------------------
 
+    @mended
     def lift(self, ids: Tokens, expected: Lineage | None, space: str = "", tail: int = 1) -> None:
         """Brings the deepest checkpoint of this prompt up, where a tier below has a deeper one than memory.
 
@@ -420,6 +484,7 @@ class CheckpointStore(Shown):
                 depth, found = best.position, (tier, best)
         return None if found is None or found[0] is self.tiers[0] else (*found, overlap)
 
+    @mended
     def bring_up(
         self, tier: Tier, checkpoint: Checkpoint, ids: Tokens | None = None, space: str | None = None
     ) -> bool:

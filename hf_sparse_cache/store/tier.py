@@ -220,6 +220,10 @@ class Tier(Shown):
     def release(self) -> None:
         """Gives back what other processes wait for; a tier in memory has nothing of the kind."""
 
+    def start_over(self) -> None:
+        """Empties books that may be half written."""
+        self.ledger.start_over()
+
     def after_fork(self) -> None:
         """In a child process: empty, with a new lock."""
         self.ledger.after_fork()

@@ -69,6 +69,8 @@ class Visit:
         """Matches a prompt, pins the deepest checkpoint it may resume from, and says what a policy may look at."""
         with ledger.lock:
             ledger.clock += 1
+            while ledger.orphans:
+                _leave(ledger, *ledger.orphans.popleft())
             footing = ledger.chains.begin(Trail(ledger.forest, ids, space))
             with _standing(ledger, footing) as taken:
                 match = Match(*footing.trail.known(), space in ledger.forest.trees)
@@ -149,6 +151,12 @@ class Visit:
             ledger.trim()  # once more, as the description counts as well
             return True
 
+    def __del__(self) -> None:
+        # An interrupt can come before any line of those that would have ended it. No lock is taken here: whoever comes
+        # next does it, as this may run in the middle of anything.
+        if self.footing in self.ledger.chains.footings:
+            self.ledger.orphans.append((self.footing, [] if self.checkpoint is None else [self.checkpoint]))
+
     def end(self) -> None:
         """Takes back what it pins and holds."""
         with self.ledger.lock:
@@ -170,8 +178,9 @@ def _standing(ledger: Ledger, footing: Footing) -> Iterator[list[Checkpoint]]:
         raise
 
 
-def _leave(ledger: Ledger, footing: Footing, taken: Sequence[Checkpoint]) -> None:
-    ledger.chains.end(footing)
+def _leave(ledger: Ledger, footing: Footing | None, taken: Sequence[Checkpoint]) -> None:
+    if footing is not None:
+        ledger.chains.end(footing)
     for checkpoint in taken:
         ledger.done_with(checkpoint)
 

@@ -121,6 +121,7 @@ class Failing(LRU):
 def test_a_visit_that_fails_to_begin_holds_nothing(
     error: BaseException, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    error = type(error)(*error.args)  # each place raises one of its own
     eviction = Failing()
     store = CheckpointStore(None, eviction)
     run(store, DOCUMENT, [2 * GRID], kv=3)
@@ -138,7 +139,9 @@ def test_a_visit_that_fails_to_begin_holds_nothing(
         with pytest.raises(type(error)):
             open_request(store, NoCheckpoints(), np.asarray([*DOCUMENT, 7, 8], dtype=np.int32), segmenting)
     store.verify()
-    assert not store.ledger.chains.footings and not store.ledger.in_use and held == store.used_bytes > 0
+    # An interrupt is not told from one that strikes a line earlier, where the books could be half written.
+    lost = isinstance(error, KeyboardInterrupt)
+    assert not store.ledger.chains.footings and not store.ledger.in_use and store.used_bytes == (0 if lost else held)
     assert not any(item.pins for item in store.stored())
     store.clear()
     assert store.used_bytes == 0
