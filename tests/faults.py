@@ -49,6 +49,15 @@ class Fault:
         return str(mutate_code(self.right, operator, self.mutation.occurrence))
 
     @property
+    def compiles(self) -> bool:
+        """Whether it is a program at all: not where the two asterisks before a mapping are taken for a power."""
+        try:
+            ast.parse(self.wrong)
+        except SyntaxError:
+            return False
+        return True
+
+    @property
     def lines(self) -> range:
         """Those of the innermost statement with the fault; of one with a body, those before it."""
         end = self.mutation.end_pos[0] if self.mutation else self.place[0]
@@ -88,7 +97,8 @@ def sample(faults: list[Fault], count: int, seed: int) -> list[Fault]:
     places: dict[tuple[Path, tuple[int, int]], list[Fault]] = {}
     for fault in faults:
         places.setdefault((fault.module, fault.place), []).append(fault)
-    return [draw.choice(ways) for ways in draw.sample(list(places.values()), min(count, len(places)))]
+    drawn = [draw.choice(ways) for ways in draw.sample(list(places.values()), min(count, len(places)))]
+    return [fault for fault in drawn if fault.compiles]
 
 
 def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -115,7 +115,7 @@ def _scans_of(kind: type) -> list[tuple[dict[str, Any], str]]:
         known = _places_of_class[kind] = [
             (function.__globals__, name)
             for base in kind.__mro__
-            if not base.__module__.startswith("torch.")
+            if not str(base.__module__).startswith("torch.")
             for method in vars(base).values()
             for function in _unwrapped(method)
             for name in _names(function.__code__)

@@ -7,6 +7,7 @@ elsewhere, where each value is a wait for memory. `checksum` reads everything, f
 long to wait.
 """
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LEAST, _PORTION, _PORTIONS = 2048, 8192, 128
 _CACHED_BYTES, _LOOKS = 16 << 20, 3  # of weights that are compared at once; and looks of a turn, at least, for others
 _GOLDEN = 0x9E3779B1
+_WORDS = 1 << 17  # summed in one step: what they are mixed in stays in a processor's cache
 
 
 class Samples:
@@ -82,17 +84,23 @@ def _places(count: int, width: int) -> Any:
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> str:
-    """A number that any edit of one row or one column changes, from every bit of a tensor, at the speed of memory."""
+    """Digits that any edit changes, from every bit of a tensor, at the speed of memory.
+
+    The sum of all its words, each weighed by its place, mixed, and weighed again. Unmixed, the top bit of a word would
+    count 2^63 whatever its weight, as weights are odd, and two of them nothing.
+    """
     bits = tensor.detach()
     if bits.is_quantized:
         bits = bits.int_repr()
     bits = bits.contiguous().reshape(-1).view(torch.uint8)
     whole = bits.numel() // 8 * 8
     words = bits[:whole].view(torch.int64)
-    width = max(1, int(words.numel() ** 0.5))
-    square = words[: words.numel() // width * width].view(-1, width)
-    rest = [words[square.numel() :], bits[whole:].to(torch.int64)]
-    parts = [square.sum(0), square.sum(1), *rest]
-    line = torch.cat([part.reshape(-1) for part in parts])
-    weights = torch.arange(1, 2 * len(line) + 1, 2, device=line.device) * _GOLDEN
-    return f"{tensor.dtype}{tuple(tensor.shape)}{int((line * weights).sum()) & (2**64 - 1):x}"
+    weights = torch.arange(1, 2 * min(len(words), _WORDS) + 1, 2, device=words.device) * _GOLDEN
+    sums: list[torch.Tensor] = []
+    for part in words.split(_WORDS):
+        mixed = part * weights[: len(part)]
+        mixed ^= mixed >> 32
+        sums.append(mixed.mul_(weights[: len(part)]).sum())
+    found = torch.stack(sums).cpu().numpy().tobytes() if sums else b""
+    rest = bits[whole:].cpu().numpy().tobytes()
+    return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.blake2b(found + rest, digest_size=8).hexdigest()}"

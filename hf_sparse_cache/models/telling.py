@@ -82,7 +82,7 @@ class Teller:
             if isinstance(value, kinds):
                 return tell(self, value)
         kind = type(value)
-        if kind.__module__.partition(".")[0] in _LIBRARIES:
+        if str(kind.__module__).partition(".")[0] in _LIBRARIES:
             return _name(kind)
         held = _attributes(value)
         return f"{_name(kind)}{self.tell(held)}" if held is not None else self._by_address(value)

@@ -124,17 +124,43 @@ def test_only_plain_values_in_main_memory_are_sampled() -> None:
 
 
 def test_a_checksum_is_of_every_bit() -> None:
-    """Of whole words, of the rows of a square of them, and of what is left behind both."""
+    """Of whole words, in one step or several, and of what is left behind them."""
     for count in (0, 1, 7, 8, 9, 40, 72, 73, 90, 200):
         value = torch.arange(count, dtype=torch.uint8)
         for place in range(count):
-            other = value.clone()
-            other[place] ^= 1
-            assert checksum(other) != checksum(value)
+            for bit in (1, 128):
+                other = value.clone()
+                other[place] ^= bit
+                assert checksum(other) != checksum(value)
     value = torch.arange(36.0).reshape(6, 6)
     assert checksum(value) == checksum(value.T.contiguous().T) and checksum(value).startswith("torch.float32(6, 6)")
     assert checksum(value) != checksum(value.reshape(36)) and checksum(value) != checksum(value.int())
     assert not torch.is_grad_enabled() or checksum(torch.ones(3, requires_grad=True)) == checksum(torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("words", [64, 1 << 17])
+def test_a_checksum_is_of_every_sign(dtype: torch.dtype, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of single values, of lines, and of rectangles: a top bit was 2^63 in two sums, and so nothing."""
+    monkeypatch.setattr(samples, "_WORDS", words)
+    value = torch.randint(1, 128, (32, 32), generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = {checksum(value)}
+    edits: list[Any] = [(row, slice(column, column + 1)) for row in range(32) for column in range(32)]
+    for line in range(32):
+        edits += [
+            (line, slice(None)),
+            (slice(None), line),
+            (line, slice(1, None, 2)),
+            (line, [3, 5]),
+            ([2, 7, 9], line),
+        ]
+    edits += [(slice(row, row + 2), slice(row + 1, None, 2)) for row in range(30)]
+    edits += [(slice(None), slice(column, column + 2)) for column in range(31)]
+    for edit in edits:
+        other = value.clone()
+        other[edit] = -other[edit] if dtype.is_floating_point else other[edit] ^ -128
+        found.add(checksum(other))
+    assert len(found) == 1 + len(edits)
 
 
 # -- rotary positions -------------------------------------------------------------------------------------------------
