@@ -66,9 +66,9 @@ def test_a_checksum_sees_one_value_and_two_rows_that_change_places(dtype: torch.
     assert checksum(tensor.clone()) == before and checksum(tensor.t().contiguous()) != before
 
 
-@pytest.mark.parametrize("where", [(3, 5), (100, 63), (255, 0)])
-def test_a_new_handle_reads_the_weights_anew(where: tuple[int, int], tmp_path: Path) -> None:
-    """One value, through `.data`: in a shared store, under a disk tier and in a saved cache nothing old is found."""
+@pytest.mark.parametrize(("where", "factor"), [((3, 5), 2), ((100, 63), -1), ((255, 0), -1)])
+def test_a_new_handle_reads_the_weights_anew(where: tuple[int, int], factor: int, tmp_path: Path) -> None:
+    """One value or sign, by `.data`: in a shared store, a disk tier and a saved cache nothing old is found."""
     model = build("Jamba")
     bench = Bench("Jamba", model=model)
     stores = [
@@ -79,7 +79,7 @@ def test_a_new_handle_reads_the_weights_anew(where: tuple[int, int], tmp_path: P
         with bench.handle(store=store) as cache:
             bench.warm(cache)
             assert cache.save_pretrained(tmp_path / "saved") > 0
-    model.model.layers[0].mamba.in_proj.weight.data[where] += 1
+    model.model.layers[0].mamba.in_proj.weight.data[where] *= factor
     with bench.handle() as cache:
         cold = bench.generate(bench.prompt(1), cache)
     for store in stores:

@@ -220,6 +220,49 @@ def test_a_forward_that_names_positions_is_given_them() -> None:
     assert prefill._takes_positions(hidden)
 
 
+@pytest.mark.parametrize("takes", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])], ids=["whole", "padded"])
+def test_a_forward_is_asked_for_what_is_new_behind_what_is_there(
+    takes: bool, mask: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, Any] = {}
+    checked: list[Any] = []
+
+    class Model:
+        def forward(self, input_ids: Any, position_ids: Any = None) -> None: ...
+
+        def prepare_inputs_for_generation(self, ids: torch.Tensor, **given: Any) -> dict[str, Any]:
+            said.update(given, ids=ids)
+            return {"input_ids": ids[:, 2:], "logits_to_keep": 99}  # of its configuration
+
+        def __call__(self, **given: Any) -> dict[str, Any]:
+            return given
+
+    if not takes:
+        Model.forward = lambda self, input_ids: None  # type: ignore[method-assign,assignment,misc]
+    for name in ("check_inputs", "check_filled"):
+        monkeypatch.setattr(prefill.watch, name, lambda *args: checked.append(args))
+    settled: list[Any] = []
+    monkeypatch.setattr(prefill, "settle", settled.append)
+    binding: Any = SimpleNamespace(model=Model(), cache_name="past")
+    live, ids = lived(2, layers=["layer"]), torch.arange(10).reshape(2, 5)
+    kept = {"logits_to_keep": 3} if takes else {}
+    output = prefill._forward(binding, live, Row(ids, {"use_cache": True, **kept}, ()), mask)
+    assert output["logits_to_keep"] == (3 if takes else 99) and output["return_dict"] is True
+    assert output["input_ids"].tolist() == [[2, 3, 4], [7, 8, 9]]
+    assert said["ids"] is ids and said["past"] is live and said["use_cache"] is True and said["attention_mask"] is mask
+    assert (said["next_sequence_length"], said["is_first_iteration"]) == (3, True)
+    if takes:
+        first = [2, 3, 4] if mask is None else [0, 1, 2]
+        assert said["position_ids"].tolist() == [first, [2, 3, 4]]
+    else:
+        assert "position_ids" not in said
+    model, inputs, asked, seen = checked[0]
+    assert model is binding.model and seen is live and asked["input_ids"].tolist() == [[2, 3, 4], [7, 8, 9]]
+    assert inputs["input_ids"] is output["input_ids"] and checked[1:] == [(live, 5)]
+    assert live.length == 5 and settled == [["layer"]]
+
+
 @torch.no_grad()
 def test_prompts_of_several_lengths_in_one_forward_are_what_each_is_alone(jamba: PreTrainedModel) -> None:
     with SparsePrefixCache(jamba, prove=False) as cache:

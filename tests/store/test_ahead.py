@@ -131,6 +131,28 @@ def test_a_file_that_is_larger_than_what_it_is_for_or_cut_short_is_not_read(
         next(folder.parts("nothing", None))
 
 
+def test_what_fails_while_it_is_read_is_no_file(tmp_path: Path) -> None:
+    """Whatever of it has come."""
+
+    def breaking() -> Iterator[tuple[bytes, int]]:
+        yield bytes(16), 8
+        raise ValueError("broken")
+
+    one = ahead._Coming()
+    one.fill(breaking)
+    with pytest.raises(ValueError, match="broken"):
+        one.upto(8, time.monotonic() + 60)
+    assert one.whole is None
+    whole = ahead._Coming()
+    whole.fill(lambda: iter([(b"abcd", 2), (b"abcd", 4)]))
+    assert whole.upto(None, 0.0) == (b"abcd", 4) and whole.whole == b"abcd"
+    begun = ahead._Coming()
+    begun._data, begun._count = b"abcd", 2
+    assert begun.upto(2, 0.0) == (b"abcd", 2) and begun.whole is None
+    with pytest.raises(TimeoutError):
+        begun.upto(3, 0.0)
+
+
 def test_reading_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     release = threading.Event()
 
