@@ -114,7 +114,7 @@ def test_one_that_comes_while_one_looks_is_seen() -> None:
         def wait_for(self, done: Callable[[], bool], seconds: float) -> None:
             promises._open[0].over = True
 
-    promises.changed = Coming()  # type: ignore[assignment]
+    promises.lock = promises.changed = Coming()  # type: ignore[assignment]
     promises.wait("", lambda: looks.append(1) or member(prompt(1)), TERMS)
     assert looks and promises._open[0].wishes == {200}
 
@@ -198,7 +198,8 @@ def test_what_is_in_flight_is_changed_under_its_lock() -> None:
             return super().__iter__()
 
     lock, promises = Lock(), Promises()
-    promises.changed, promises._open = lock, Open()  # type: ignore[assignment]
+    promises.lock = promises.changed = lock  # type: ignore[assignment]
+    promises._open = Open()
     with promises.given(prompt(0), "", lambda: pytest.fail("nobody is there"), TERMS):
         promises.forget("other")
         assert not lock.held

@@ -134,18 +134,21 @@ def take_unit(ledger: Ledger, checkpoint: Checkpoint) -> None:
         assert unit is not None
 
 
-def visit(ledger: Ledger) -> None:
+def visit(ledger: Ledger) -> list[Visit]:
+    """Its visits, which look without the lock whether they have ended when nobody has them any more."""
     found = Visit.begin(ledger, TEXT, every(2), "")
     assert found.settle()
     found.end()
+    return [found]
 
 
-def visit_again(ledger: Ledger, serial: int) -> None:
+def visit_again(ledger: Ledger, serial: int) -> list[Visit]:
     first = Visit.begin(ledger, TEXT, every(2), "")
     first.end()
     again = Visit.again(ledger, first.prompt, "", Before(serial, 10, 10))
     assert again is not None
     again.end()
+    return [first, again]
 
 
 TRAILS: list[Trail] = []
@@ -185,8 +188,9 @@ def test_whoever_looks_into_the_books_holds_their_lock(verb: str) -> None:
     checkpoint = ledger.stored()[0]
     TRAILS[:] = [Trail(ledger.forest, TEXT, "")]
     with ledger.watching():
-        VERBS[verb](ledger, checkpoint)
+        kept = VERBS[verb](ledger, checkpoint)
     assert ledger.lock.depth == 0
+    del kept
 
 
 def test_the_checkpoints_of_a_moment_are_listed_whatever_happens_next() -> None:

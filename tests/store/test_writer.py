@@ -224,7 +224,7 @@ def test_all_that_waits_is_changed_under_its_lock(writer: Writer) -> None:
 
         return Guarded()
 
-    writer._ready = lock  # type: ignore[assignment]
+    writer._lock = writer._ready = lock  # type: ignore[assignment]
     writer._waiting, writer._chores = asserting("_waiting"), asserting("_chores")
     writer._kv = lock.guards({})
     writer.offer(Something(), None), writer.do(lambda: None)  # type: ignore[arg-type, func-returns-value]
