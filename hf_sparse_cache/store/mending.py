@@ -60,11 +60,11 @@ def interrupt_behind(error: BaseException | None) -> BaseException | None:
 
 def tears(interrupt: BaseException) -> bool:
     """Whether it struck where the books may be half written, or something be held that nobody knows of."""
-    names = [name for name in _modules(interrupt) if name.partition(".")[0] == _PACKAGE]
+    names = [name for name in _came_through(interrupt) if name.partition(".")[0] == _PACKAGE]
     return not _BOOKS.isdisjoint(names) or names[-1:] in _AROUND
 
 
-def _modules(error: BaseException) -> Iterator[str]:
+def _came_through(error: BaseException) -> Iterator[str]:
     """Of the frames that it came through, the innermost last."""
     trace = error.__traceback__
     while trace is not None:
