@@ -271,10 +271,15 @@ class CheckpointStore(Shown):
             The interrupt, or None where the error is none.
         """
         interrupt = interrupt_behind(error)
-        if interrupt is None or vars(interrupt).setdefault("_looked_at", False):
+        if interrupt is None:
+            return None
+        seen = vars(interrupt).setdefault("_looked_at", False)
+        if interrupt is not error and (seen or not tears(interrupt)):
+            return None  # one that the caller was dealing with already when he asked for something else
+        if seen:
             return interrupt
         vars(interrupt)["_looked_at"] = True
-        if (interrupt is not error or tears(interrupt)) and not (isinstance(interrupt, MemoryError) and self._right()):
+        if tears(interrupt) and not (isinstance(interrupt, MemoryError) and self._right()):
             self._start_over(interrupt)
         for tier in self.tiers:
             with tier.lock:

@@ -302,3 +302,17 @@ def test_another_request_that_was_open_goes_on(tmp_path: Path) -> None:
     shop.free()
     shop.ask(PROMPTS[1], SPACES[0])
     assert shop.ask(PROMPTS[1], SPACES[0]).resumed_tokens
+
+
+@pytest.mark.parametrize("struck", [KeyboardInterrupt, MemoryError])
+def test_an_error_while_an_interrupt_is_dealt_with_is_itself(struck: type[BaseException], tmp_path: Path) -> None:
+    shop = Shop.opened("memory", tmp_path)
+    shop.warm()
+    held = len(shop.store)
+    try:
+        raise struck
+    except struck:
+        with pytest.raises(ValueError, match="max_memory"):
+            shop.store.resize("much")
+    assert len(shop.store) == held > 0
+    shop.check()
