@@ -1,9 +1,10 @@
 """Faults planted in the core, one at a time, and whether the tests notice: `make mutants`, minutes to hours.
 
 A seed draws the sample (`faults.py`) in the rooms of `[tool.mutants]` in pyproject.toml, which says what tests look at
-each. Those run once with `coverage`, which says which test runs which line: a fault is then shown to the tests that
-run its line, the quick ones first (`planting.py`). Everything happens in a copy of the checkout. What the tests do not
-notice is written as a diff; each is either a hole or a change that changes nothing, which only a reader can tell.
+each. Those of all rooms that are asked for run once with `coverage`, which says which test runs which line: a fault is
+then shown to the tests that run its line, the quick ones first (`planting.py`). Everything happens in a copy of the
+checkout. What the tests do not notice is written as a diff; each is either a hole or a change that changes nothing,
+which only a reader can tell.
 """
 
 from __future__ import annotations
@@ -65,17 +66,22 @@ class Coverage:
 
     @classmethod
     def measured(cls, tests: list[str], file: Path) -> Coverage:
-        """Run the tests of a room without any fault; what fails then is named and not asked later.
+        """Run the tests without any fault; what fails then is named and not asked later.
 
         Args:
-            tests: files of the room.
+            tests: their files.
             file: where it is kept; what it has from before of this very checkout is taken.
         """
         said = file.with_suffix(".txt")
         if not said.exists():
             (file.parent / "relative").write_text("[run]\nrelative_files = true\n", encoding="utf-8")
-            options = ["--durations=0", "--durations-min=0", "-rfE", "-p", "no:cacheprovider", "--cov=hf_sparse_cache"]
-            options += [f"--cov-config={file.parent / 'relative'}", "--cov-context=test", "--cov-report="]
+            options = ["--durations=0", "--durations-min=0", "-rfE", "-p", "no:cacheprovider", "-n", "auto"]
+            options += [
+                "--cov=hf_sparse_cache",
+                f"--cov-config={file.parent / 'relative'}",
+                "--cov-context=test",
+                "--cov-report=",
+            ]
             command = [sys.executable, "-m", "pytest", *options, *tests]
             variables = {**os.environ, "COVERAGE_FILE": str(file)}
             done = subprocess.run(command, env=variables, capture_output=True, text=True)
@@ -113,7 +119,7 @@ class Coverage:
         return Trial(fault, chosen, 10 + 3 * sum(self.seconds[test] for test in chosen))
 
     def quickest(self, count: int) -> list[str]:
-        """Some tests of the room."""
+        """Some of the tests."""
         return self._sorted(self.seconds)[:count]
 
     def _sorted(self, tests: Iterable[str]) -> list[str]:
@@ -126,10 +132,11 @@ def modules_of(room: dict[str, Any]) -> list[Path]:
     return sorted(path for path in found if path.name != "__init__.py")
 
 
-def tests_of(room: dict[str, Any]) -> list[str]:
-    """The test files of a room, below the current folder; a pattern with a minus before it leaves some out."""
-    without = {path for pattern in room["tests"] if pattern[0] == "-" for path in Path("tests").glob(pattern[1:])}
-    found = {path for pattern in room["tests"] if pattern[0] != "-" for path in Path("tests").glob(pattern)}
+def tests_of(rooms: list[str]) -> list[str]:
+    """The test files of rooms, below the current folder; a pattern with a minus before it leaves some out."""
+    patterns = [pattern for room in rooms for pattern in SETTINGS["rooms"][room]["tests"]]
+    without = {path for pattern in patterns if pattern[0] == "-" for path in Path("tests").glob(pattern[1:])}
+    found = {path for pattern in patterns if pattern[0] != "-" for path in Path("tests").glob(pattern)}
     return sorted(map(str, found - without))
 
 
@@ -185,14 +192,15 @@ def main() -> None:
         counts: dict[str, list[bool]] = defaultdict(list)
         survivors: list[Fault] = []
         rooms = options.room or list(SETTINGS["rooms"])
+        measured = kept / f"{'-'.join(rooms)}-{digest}"
+        measured.mkdir(parents=True, exist_ok=True)
+        coverage = Coverage.measured(tests_of(rooms), measured / "coverage")
+        if noticed(partial(cold, coverage.quickest(20)), math.inf):
+            sys.exit("tests that pass by themselves fail in a child without any fault")
         for room in rooms:
-            (kept / f"{room}-{digest}").mkdir(parents=True, exist_ok=True)
             faults = faults_in([path for path in modules_of(SETTINGS["rooms"][room]) if options.module in str(path)])
             drawn = sample(faults, -(-options.count // len(rooms)), options.seed)
-            coverage = Coverage.measured(tests_of(SETTINGS["rooms"][room]), kept / f"{room}-{digest}" / "coverage")
             print(f"seed {options.seed}: {len(drawn)} of {len(faults)} faults in {room}", flush=True)
-            if noticed(partial(cold, coverage.quickest(20)), math.inf):
-                sys.exit(f"tests of {room} that pass by themselves fail in a child without any fault")
             seen = judge([coverage.trial(fault, options.seconds) for fault in drawn], folder)
             for fault, outcome in zip(drawn, seen, strict=True):
                 counts[str(fault.module)].append(outcome)
