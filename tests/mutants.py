@@ -22,7 +22,7 @@ import tempfile
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Coverage:
 
     file: Path
     seconds: dict[str, float]
+    _by_module: dict[str, dict[int, list[str]]] = field(default_factory=dict)  # each takes a second to ask for
 
     @classmethod
     def measured(cls, tests: list[str], file: Path) -> Coverage:
@@ -103,10 +104,15 @@ class Coverage:
         data.read()
         return data
 
+    def _contexts(self, module: str) -> dict[int, list[str]]:
+        if module not in self._by_module:
+            self._by_module[module] = self._data.contexts_by_lineno(module)
+        return self._by_module[module]
+
     def trial(self, fault: Fault, most_seconds: float) -> Trial:
         """The tests that run the statement with the fault, the quick ones first; where it runs at import, all of them
         that run anything of the module. They hang when they take thrice as long as they did."""
-        by_line = self._data.contexts_by_lineno(str(fault.module))
+        by_line = self._contexts(str(fault.module))
         contexts = {context for line in fault.lines for context in by_line.get(line, ())}
         if contexts == {""}:
             contexts = {context for found in by_line.values() for context in found}
