@@ -261,7 +261,7 @@ def test_what_lies_together_on_a_device_is_counted_by_its_places(monkeypatch: py
             lambda *given, pinned=pinned: tensors.streams.Moved(own(*given).tensors, (), pinned),
         )
         monkeypatch.setattr(
-            tensors.streams, "shared", lambda values, there=together: len([*values]) == 2 and there or None
+            tensors.streams, "shared", lambda values, there=together: (len([*values]) == 2 and there) or None
         )
         there = held.moved_to("meta")
         assert isinstance(there.layers, Blocked) is (together and not pinned)
