@@ -49,6 +49,9 @@ def test_weights_are_found_by_their_paths_and_wrappers_leave_no_trace() -> None:
     assert weights.keys() == {f"{path}{name}" for path in ("0.", "1.", "1.inner.") for name in names}
     assert weights["0.kept"] is model[0].kept and weights["1.mean"] is model[1]["base_layer"].mean
     assert not survey(model).adapters
+    part = Part()
+    part._parameters, part._buffers = ({"none": None, **held} for held in (part._parameters, part._buffers))
+    assert survey(part).weights.keys() == {"weight", "mean", "kept"}  # whatever is missing before them
 
 
 def test_settings_are_told_and_those_that_may_change_are_kept_at_hand() -> None:
@@ -95,6 +98,17 @@ def test_adapters_that_are_switched_off_or_merged() -> None:
     assert not survey(layer).adapters and "lora_A.first.weight" not in survey(layer).weights
     del layer.merged_adapters
     assert "lora_A.first.weight" in survey(layer).weights  # nothing says that these are adapters
+
+
+def test_within_an_adapter_names_are_those_of_its_own_modules() -> None:
+    """Whatever adapters there are besides; one may have adapters of its own."""
+    layer = Layer()
+    inner = layer.lora_A["first"]
+    inner.second, inner.own = Part(), Layer("second")
+    found = survey(layer)
+    assert found.adapters["lora_A.first.second.weight"] is inner.second.weight
+    own = {name.removeprefix("lora_A.first.own.") for name in found.adapters if ".own." in name}
+    assert own == {"weight", "bias", "lora_A.second.weight", "lora_A.second.mean", "lora_B.second"}
 
 
 def test_what_an_adapter_holds_is_told_by_its_values() -> None:
@@ -396,8 +410,10 @@ def test_a_configuration_in_another_order_says_the_same() -> None:
     config.one = 1
     assert settings.unchanged()
     config.two["deep"].append(2)
-    assert not settings.unchanged()
-    config.two = {"deep": [1]}
+    assert not settings.unchanged() and not settings.unchanged()
+    config.one = 2
+    assert not settings.unchanged() and not settings.unchanged()  # also when it has been looked at
+    config.one, config.two = 1, {"deep": [1]}
     assert settings.unchanged()
     config.two["deep"].append(2)  # of the value that took the place of the first
     assert not settings.unchanged()
