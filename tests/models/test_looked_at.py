@@ -19,6 +19,7 @@ from hf_sparse_cache.models.layout import Layout
 from hf_sparse_cache.models.rounding import EXACT, PARTS, Rounding, rounding_of
 from hf_sparse_cache.models.samples import Samples, checksum
 from hf_sparse_cache.models.tensors import LayerTensors
+from hf_sparse_cache.models.weights import identity
 
 
 # -- the inputs of a segment ------------------------------------------------------------------------------------------
@@ -191,7 +192,8 @@ ROTARY: list[tuple[Any, int]] = [
 
 @pytest.mark.parametrize(("module", "limit"), ROTARY, ids=range(len(ROTARY)))
 def test_the_first_length_that_matters_is_that_of_the_strictest(module: Any, limit: int) -> None:
-    assert rope.length_limit(torch.nn.Sequential(module)) == limit
+    whole = torch.nn.Sequential(module)
+    assert rope.length_limit(whole) == identity(whole).length_limit == limit
     assert rope.length_limit(torch.nn.ModuleList([module, rotary("longrope", None, original_max_seq_len=20)])) in (
         21,
         limit,

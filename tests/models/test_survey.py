@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse_cache.models import survey as surveys
 from hf_sparse_cache.models.attachment import Override
+from hf_sparse_cache.models.fingerprint import _readable
 from hf_sparse_cache.models.survey import Kept, survey
+from hf_sparse_cache.models.weights import identity
 
 
 class Part(torch.nn.Module):
@@ -86,6 +88,22 @@ def test_of_adapters_those_in_use_count(active: Any, expected: set[str]) -> None
     assert f"scaling={{{told.rstrip(',')}}}" in found.adapted and "sizes={'first':1,'width':3}" in found.adapted
     assert "empty={}" in found.adapted and not any("scaling" in word for word in found.settings)
     assert sum("sha" in word or word.startswith("q.lora") for word in found.adapted) == len(found.adapters)
+
+
+def test_a_proof_is_good_for_every_adapter_and_their_values_are_looked_at() -> None:
+    layer = Layer()
+    first = identity(layer)
+    layer._active_adapter = "second"
+    second = identity(layer)
+    assert (second.proved_by, second.code) == (first.proved_by, first.code) and second.settings != first.settings
+    assert second.weights != first.weights  # of plain tensors beside them
+    for edit in (lambda value: value.add_(1), lambda value: value.data.add_(1)):
+        before = identity(layer)
+        with torch.no_grad():
+            edit(layer.lora_A["second"].weight)
+        after = identity(layer)
+        assert after.settings != before.settings and after.weights == before.weights
+    assert [name for name, _ in _readable(layer)] == ["base_layer.bias", "base_layer.weight", "lora_A.second.kept"]
 
 
 def test_adapters_that_are_switched_off_or_merged() -> None:
