@@ -291,6 +291,11 @@ def test_what_two_descriptions_disagree_on(current: dict[str, Any], names: list[
     assert len(long) == len(fingerprint.different(now, SAVED)) and all(len(word) < 260 for word in long)
 
 
+def test_the_order_in_which_something_is_said_is_no_difference() -> None:
+    one, other = {"kernels": {"a": "1", "b": "2"}}, {"kernels": {"b": "2", "a": "1"}}
+    assert fingerprint.different(one, other) == [] and fingerprint.different(one, {"kernels": {"a": "2", "b": "1"}})
+
+
 def test_threads_matter_on_a_cpu() -> None:
     matter = fingerprint.threads_matter
     assert matter({}) and matter({"devices": ["cpu AVX"]}) and matter({"devices": ["cuda", "cpu"]})
@@ -421,7 +426,7 @@ def found(**given: Any) -> Any:
     )
 
 
-def test_code_and_settings_that_others_cannot_know_are_of_this_process() -> None:
+def test_code_and_settings_that_others_cannot_know_are_of_this_process(monkeypatch: Patch) -> None:
     modules, settings, config = fingerprint._modules_digest, fingerprint._settings_digest, SimpleNamespace()
     said = [modules(config, found()), modules(config, found(code=["d"])), modules(config, found(foreign=["hook"])),
             modules(SimpleNamespace(_attn_implementation="sdpa"), found()),
@@ -430,6 +435,10 @@ def test_code_and_settings_that_others_cannot_know_are_of_this_process() -> None
             settings(found(settings=["t"]))]  # fmt: skip
     assert len(set(said)) == len(said) and modules(config, found()) == said[0] and settings(found()) == said[5]
     assert modules(SimpleNamespace(_attn_implementation=None), found()) == said[0]
+    assert modules(SimpleNamespace(_attn_implementation="eager"), found()) not in said
+    monkeypatch.setattr(fingerprint, "_THIS_PROCESS", "another process")
+    assert modules(config, found()) == said[0] and settings(found()) == said[5]
+    assert modules(config, found(foreign=["hook"])) not in said and settings(found(opaque=True)) not in said
 
 
 class Built(torch.nn.Module):
@@ -501,6 +510,19 @@ def test_a_model_is_on_a_gpu_where_a_weight_is_or_its_inputs_are(there: int, inp
     one = SimpleNamespace(parameters=lambda: iter(held), get_input_embeddings=lambda: None, device=device)
     assert fingerprint._on_cuda(one) is on
     assert fingerprint._modes(one) == fingerprint.arithmetic.modes(inputs)
+
+
+def test_weights_of_another_name_are_read_whichever_comes_first(monkeypatch: Patch) -> None:
+    one = model()
+    for name in ("model-5", "model-3", "model-7", "model-10"):
+        monkeypatch.setattr(fingerprint, "identity", lambda model, name=name: NAMED._replace(weights=name))
+        one[0].bias.data.add_(1)
+        found = fingerprint.weights_digest(one)
+        assert found == fingerprint._digest("".join(fingerprint._tensor_digest(*each) for each in named(one)))
+
+
+def named(one: Any) -> list[Any]:
+    return sorted([*one.named_parameters(), *one.named_buffers()], key=lambda each: each[0])
 
 
 def test_weights_are_read_wherever_nobody_knows_how_many_processors_there_are(monkeypatch: Patch) -> None:
