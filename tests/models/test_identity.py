@@ -11,6 +11,7 @@ import torch
 from guarded import GuardedWeakly, Held
 
 from hf_sparse_cache.models import fingerprint, weights
+from hf_sparse_cache.models.samples import checksum
 from hf_sparse_cache.models.weights import Identity, forget, identity, unchanged, verified
 
 
@@ -272,6 +273,7 @@ SAVED = {"model": "Jamba", "weights": "a", "threads": 2, "devices": ["cpu"], "to
         ({}, [], []),
         ({"torch": "3", "model": "B"}, ["model", "torch"], ["model Jamba instead of B", "torch 2 instead of 3"]),
         ({"weights": "b"}, ["weights"], ["other weights"]),
+        ({"devices": ["b"], "model": "B"}, ["model", "devices"], None),
         ({"config": "b", "modules": "c"}, ["config", "modules"], ["other config", "other modules, adapters or hooks"]),
         ({"settings": "d"}, ["settings"], ["other settings of modules, or adapters"]),
         ({"threads": 4}, ["threads"], ["threads 2 instead of 4"]),
@@ -411,6 +413,13 @@ def test_a_digest_of_a_tensor_has_its_name_its_kind_and_every_byte() -> None:
         digest("a", torch.quantize_per_tensor(tensor + 1, 1.0, 0, torch.qint8)),
     ]
     assert len({same, *others}) == 7
+
+
+def test_what_files_are_named_by_is_the_same_in_every_release() -> None:
+    """Or nothing that was stored before is found again."""
+    assert fingerprint._tensor_digest("a", torch.arange(6.0).reshape(2, 3)) == "dc193460a136560a487da19fcf957786"
+    assert fingerprint._digest("a") == "27c35e6e9373877f29e562464e46497e"
+    assert checksum(torch.arange(300.0).reshape(3, 100)) == "torch.float32(3, 100)61c4124b8463e6c4"
 
 
 def test_a_configuration_counts_by_what_says_something_of_arithmetic() -> None:
