@@ -112,6 +112,15 @@ def test_shares_of_the_sample_come_by_in_turn(monkeypatch: pytest.MonkeyPatch) -
     assert nothing.hold() and nothing.hold() and nothing.all_hold()
 
 
+def test_every_value_of_a_line_is_in_the_sample_and_of_a_row_some() -> None:
+    for shape, count in (((5000,), 5000), ((100, 1000), 2100), ((4, 25, 1000), 2100), ((5000, 1), 5000), ((9,), 9)):
+        value = torch.zeros(shape)
+        portions = [places for _, places, _ in Samples([value])._portions]
+        where, width = np.concatenate(portions), shape[-1] if len(shape) > 1 else 1
+        assert len(where) == len(set(where.tolist())) == count and max(map(len, portions)) <= 8192
+        assert len(set((where // width).tolist())) == value.numel() // width  # none is left out
+
+
 def test_only_plain_values_in_main_memory_are_sampled() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool):
         value = torch.zeros(3, 4).to(dtype)
@@ -291,6 +300,22 @@ def test_a_layout_knows_the_states_of_every_length(rounding: Rounding, tokens: i
         with pytest.raises(DamagedFileError, match="of shape"):
             layout.check_kv(kv, 0, beside)
     assert asked == [1] and layout_of(rounding, "linear", "window")[0].has_kv is False
+
+
+def test_of_several_names_that_are_odd_the_first_is_said() -> None:
+    layout, _ = layout_of(EXACT, "full", "window")
+    full, window = states.capture_state(feed(empty("full", "window"), 3)).layers
+    for change, said in (
+        ({"b": 1, "a": 2, "c": 3}, "layer 1 has 'a'"), ({"keys": None, "values": None}, "layer 1 lacks 'keys'"),
+        ({"seen": None, "a": 1}, "layer 1 has 'a'"), ({"keys": None, "z": 1}, "layer 1 lacks 'keys'"),
+    ):  # fmt: skip
+        layer = {name: value for name, value in {**window, **change}.items() if value is not None}
+        with pytest.raises(DamagedFileError, match=f"^{said}$"):
+            layout.check_state(LayerTensors((full, layer)), 3)
+    for devices in (("cpu",), ("cpu", "cpu", "cpu"), ("cpu", "cuda:0")):
+        with pytest.raises(DamagedFileError, match=r"not from where the model's are, which is \('cpu', 'cpu'\)"):
+            layout.check_state(LayerTensors((full, window), devices), 3)
+    layout.check_state(LayerTensors((full, window), ("cpu", "cpu")), 3)
 
 
 def test_what_counts_tokens_is_a_whole_number_that_does() -> None:
