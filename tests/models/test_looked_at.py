@@ -108,6 +108,12 @@ def test_shares_of_the_sample_come_by_in_turn(monkeypatch: pytest.MonkeyPatch) -
                 value[edited] = 1
                 assert not kept.all_hold()
                 assert not min([kept.hold() for _ in range(looks)])
+        looked: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Samples, "_holds", lambda self, index: looked.append(index) or True)
+            kept = Samples([torch.zeros(100)])
+            for look in range(2):
+                assert kept.hold() and len(looked) == -(-10 // looks) * (look + 1)
     nothing = Samples([])
     assert nothing.hold() and nothing.hold() and nothing.all_hold()
 
