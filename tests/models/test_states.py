@@ -64,6 +64,15 @@ def settled(cache: Any) -> Any:
     return cache
 
 
+def test_states_stay_where_they_are_for_compiled_graphs() -> None:
+    """As those that a layer of transformers has made for itself: they are updated in place."""
+    cache = feed(empty("linear"), 4)
+    (layer,) = restored(cache, [], ("linear",)).layers
+    for held in (cache.layers[0], layer):
+        for state in (held.conv_states[0], held.recurrent_states[0]):
+            assert getattr(state, "_dynamo_static_input_type", None) is not None
+
+
 def tensors_in(values: dict[Any, Any]) -> list[torch.Tensor]:
     nested = [each for value in values.values() if isinstance(value, dict) for each in tensors_in(value)]
     return nested + [value for value in values.values() if torch.is_tensor(value)]
