@@ -234,7 +234,7 @@ def test_a_folder_of_another_cache_is_refused_before_anything_is_written(holder:
     for other in (holder(model="Huge"), holder(namespace="b")):
         with pytest.raises(ValueError, match="This handle cannot save there; choose another folder"):
             filled(other).save(tmp_path)
-        with pytest.raises(ValueError, match="belongs to another setting"):
+        with pytest.raises(ValueError, match="make a new cache with this model instead|The model fits: leave out"):
             other.load(tmp_path)
     assert contents(tmp_path) == before and len(holder().store) == 0
 
@@ -272,6 +272,15 @@ def test_what_a_killed_save_left_is_taken_away(holder: Any, tmp_path: Path, capl
     assert one.save(tmp_path) == 1
     assert set(contents(tmp_path)) == {"sparse_cache.json", "mine.tmp", *listed(tmp_path).listed}
     assert not caplog.records
+
+
+def test_what_a_killed_save_with_another_key_left_is_taken_away(holder: Any, tmp_path: Path) -> None:
+    """It says whose it is to everybody, as long as it is not encrypted."""
+    one = filled(holder())
+    one.save(tmp_path, Seal(KEY))
+    (tmp_path / "sparse_cache.json").unlink()
+    one.save(tmp_path)
+    assert set(contents(tmp_path)) == {"sparse_cache.json", *listed(tmp_path).listed}
 
 
 def test_what_cannot_be_deleted_is_said_and_the_rest_goes(
@@ -491,9 +500,10 @@ def test_one_that_is_damaged_is_named_once_and_the_others_are_counted(
 
 
 def test_keys_and_values_that_are_lost_are_looked_at_once(
-    holder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    holder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """Every state that builds on them is lost without another look at its own file."""
+    caplog.set_level(logging.INFO, logger="hf_sparse_cache")
     one = holder()
     serve(one.store, prompt(1, 300), (64, 128, 256), SPACE)
     one.save(tmp_path)
@@ -503,7 +513,7 @@ def test_keys_and_values_that_are_lost_are_looked_at_once(
     monkeypatch.setattr(files, "read", lambda path, *args: opened.append(path.name) or read(path, *args))
     other = holder()
     other.load(tmp_path)
-    assert len(other.store) == 0 and opened.count(first.name) == 1
+    assert len(other.store) == 0 and opened.count(first.name) == 1 and "Loaded 0 of 3" in caplog.text
     assert len([name for name in opened if name.startswith("state")]) == 1
 
 
@@ -530,6 +540,16 @@ def test_a_small_store_takes_what_was_used_last(holder: Any, tmp_path: Path, cap
     caplog.clear()
     none.load(tmp_path)
     assert len(none.store) == 0 and "Loaded 0 of 5" in caplog.text
+
+
+def test_what_only_has_the_name_of_a_state_is_said(holder: Any, tmp_path: Path, caplog: Any) -> None:
+    one, other = filled(holder()), holder()
+    one.save(tmp_path)
+    odd = tmp_path / files.new_name("state", b"odd")
+    odd.mkdir()
+    other.load(tmp_path)
+    assert other.held() == one.held()
+    assert len(caplog.records) == 1 and f"as {odd} cannot be used: it is a folder that was not" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["gone", "not listed", "without its parts", "of another space"])
