@@ -133,6 +133,7 @@ def test_a_policy_object_and_a_clock() -> None:
     [
         ({"warmup": -0.1}, "warmup must be a fraction"),
         ({"warmup": 1}, "warmup must be a fraction"),
+        ({"warmup": 1.5}, "warmup must be a fraction"),
         ({"warmup": "half"}, "warmup must be a fraction"),
         ({"grid": 0}, "grid must be a whole number, from 1"),
         ({"grid": MOST_ID + 1}, "grid must"),
@@ -195,6 +196,10 @@ def test_what_is_shared_is_fetched_for_a_time() -> None:
     assert found.served.fetched_bytes == found.served.written_bytes == 9000
     looked_up = [1.0 + 0.5, 0.2 + 0.5 + 9000 / 100.0, 0.2]  # the last one has all but a few tokens itself
     assert found.served.mean_seconds == pytest.approx(sum(looked_up) / 3)
+    texts = [text, text, text + 5000, text + 5000]
+    twice = run(texts, replicas=2, router="round_robin", fleet=shared, grid=400).served
+    assert twice is not None and twice.fetched_bytes == 18000  # each is told by what itself fetches
+    assert twice.mean_seconds == pytest.approx((1.5 + 0.2 + 0.5 + 90.0) / 2)
     none = run([TEXT, OTHER], replicas=2, router="round_robin", fleet=shared)
     assert none.served is not None and none.served.fetched_bytes == 0 and none.served.written_bytes == 3600
 
@@ -250,6 +255,7 @@ def test_what_answers_take_is_counted(tmp_path: Path) -> None:
     for kv, logits in ((10, 0), (0, 0), (10, 50000)):
         found = run(path, kv_bytes_per_token=kv, logits_bytes=logits, store_outputs=True)
         assert found.peak_bytes == 3 * 1000 + 200 * kv and found.checkpoints == 3
+    assert run(path, policy="none", store_outputs=True).overlap_tokens == 200  # what was said is known all the same
     exact = {"exactness": "replayable", "max_checkpoints": 1, "grid": 100}
     infos: list[RequestInfo] = []
     found = run(path, **exact, logits_bytes=7, store_outputs=True, on_request=infos.append)
@@ -333,4 +339,5 @@ def test_a_policy_of_ones_own_is_named_on_the_terminal(
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     simulate([TEXT], policy=Last(), state_bytes=1)
-    assert "simulate Last" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "simulate Last" in told and told.endswith("\r")  # and is gone when it is done
