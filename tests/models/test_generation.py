@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +159,6 @@ def test_a_result_that_has_yet_to_begin_is_counted_once_it_is_gone() -> None:
         if hasattr(made, "close"):
             made.close()
         del made, result
-        gc.collect()
         assert len(cache.server.counted) == 1 and not cache.server.answers
 
 
