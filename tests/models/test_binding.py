@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from guarded import Held
+from transformers import PreTrainedModel
 
 from hf_sparse_cache import SparseCacheConfig, UnsupportedModelError
 from hf_sparse_cache.models import binding as bindings
@@ -170,6 +171,44 @@ def test_a_model_that_cannot_be_called_is_named(
     assert bindings._probed(Kept(), "probe", "past") == "output for ('probe', 'past')"  # type: ignore[arg-type]
     with pytest.raises(kind, match=said):
         bindings._probed(Kept(), "probe", "fails")  # type: ignore[arg-type]
+
+
+def test_a_binding_looks_at_the_release_the_model_and_its_layers(
+    jamba: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    kind = type(jamba.config)
+    own, config = kind.get_text_config, SparseCacheConfig(grid=48, exactness="bitwise")
+    monkeypatch.setattr(bindings, "check_version", lambda: done.append("release"))
+    monkeypatch.setattr(bindings, "require_methods", lambda model: done.append(model))
+    monkeypatch.setattr(bindings.states, "check_layers", lambda probe, name: done.append((len(probe.layers), name)))
+    monkeypatch.setattr(bindings.states, "place_windows", lambda live, model: done.append((live, model)))
+    monkeypatch.setattr(
+        kind, "get_text_config", lambda self, decoder=None, **how: done.append(decoder) or own(self, decoder, **how)
+    )
+    tokenizer = SimpleNamespace(all_special_ids=[7, 3, 7])
+    made = Binding.of(jamba, tokenizer, config)
+    kinds = [one for one in done if not isinstance(one, bool | None)]
+    assert kinds == ["release", jamba, (len(jamba.config.layers_block_type), "JambaForCausalLM")]
+    assert made.model is jamba and made.tokenizer is tokenizer and made.config is config and made.cut_ids == (3, 7)
+    assert made.grid == 48 and isinstance(made.segmenting, Bitwise) and made.segmenting.rule.cut_ids == (3, 7)
+    assert made.family.name == "Jamba" and made.size.state_bytes > 0 and made.text_config is jamba.config
+    assert Binding.of(jamba, None, config).cut_ids == ()
+    done.clear()
+    live = made.live_cache()
+    assert done[-1] == (live, jamba) and live.get_seq_length() == 0
+
+
+def test_in_eight_bits_are_those_parts_that_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bindings, "rounding_of", lambda *given: given)
+    monkeypatch.setattr(bindings, "INT8", {"some": SimpleNamespace(parts=("kv",)), "none": SimpleNamespace(parts=())})
+    config = SparseCacheConfig(storage="int8")
+    for type_, parts in (
+        ("some", ("kv",)),
+        ("none", bindings.PARTS),
+        ("unknown", bindings.UNKNOWN.parts or bindings.PARTS),
+    ):
+        assert bindings._rounding(SimpleNamespace(model_type=type_), config) == ("int8", parts)
 
 
 # -- where its prompts live -------------------------------------------------------------------------------------------
