@@ -202,7 +202,8 @@ def test_a_pair_without_the_cache_is_scored_by_one_forward(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("mode", "before", "shares"), [("replayable", "name", 2), ("replayable", "other", 0), ("bitwise", "name", 0)]
+    ("mode", "before", "shares"),
+    [("replayable", "name", 2), ("replayable", "other", 0), ("replayable", "", 0), ("bitwise", "name", 0)],
 )
 @pytest.mark.parametrize("changes", [0, 1, 2])
 def test_what_was_read_by_another_model_is_read_again(
