@@ -111,7 +111,7 @@ def stem_of(one: Any) -> Any:
 def test_in_bitwise_mode_each_pair_runs_alone(mode: str, alone: bool) -> None:
     one = call([pair([1, 2], [3])], batch_size=5, exactness=mode)
     assert one._alone is alone and one._batch_size == (1 if alone else 5) and one._device.type == "cpu"
-    assert one._most == scoring.most_rows(VOCABULARY, 8) and one._found == [None]
+    assert one._most == scoring.most_rows(VOCABULARY, 8) and one._found == [None] and one._scored_by == ""
 
 
 def test_stems_are_run_in_turn_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +276,7 @@ def test_a_stem_is_served_with_what_is_known_of_the_pairs_to_come(
     ((counted, order),) = one._server.counted
     assert order == [0, 1, 2] and counted[0].seconds == {"prefill_seconds": 5.0} and counted[1].seconds == {}
     assert [row.info.computed_tokens for row in counted] == [3, 0, 2]
+    assert [row.info.segments for row in counted] == [(3,), (3, (3, 5, 2)), (3, (3, 5, 2))]
     alike[0] = False
     one._found = [None] * 3
     with pytest.raises(ModelChangedError, match="changed while the continuations were computed"):
