@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
-import gc
 import pickle
 import sys
 import sysconfig
@@ -27,6 +26,15 @@ from hf_sparse_cache.models.handle import Handle, refuse_class
 
 class Model:
     """Any object will do."""
+
+
+class AlikeModel:
+    """Equal to every other object."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = object.__hash__
 
 
 MODEL = Model()
@@ -126,13 +134,14 @@ def test_a_model_has_one_handle_that_calls_use_unasked(nobody: Held) -> None:
     with pytest.raises(ValueError, match="ambient=True: calls of this Model already use another SparsePrefixCache"):
         ambient.claim(model, two)
     assert ambient.handle_for(model, {}) is one
+    assert not two.serves(AlikeModel()) and not one.serves(AlikeModel())
     one._attachment.alive = False
     assert ambient.handle_for(model, {}) is None
     ambient.claim(model, two)
     assert ambient.handle_for(model, {}) is two
-    del two
-    gc.collect()
-    assert ambient.handle_for(model, {}) is None
+    other = Model()
+    ambient.claim(other, handle(other))  # and nobody has it
+    assert ambient.handle_for(other, {}) is None
 
 
 def test_a_call_that_brings_a_cache_or_assists_uses_none(nobody: Held) -> None:
