@@ -289,6 +289,8 @@ def test_functions_that_a_library_may_have() -> None:
 
     def nobodys() -> None: ...
 
+    nobodys.__module__ = "json.decoder"  # where the standard library has none of its name
+    assert definitions._is_known(nobodys)  # type: ignore[arg-type]
     nobodys.__module__ = None  # type: ignore[assignment]
     assert not definitions._is_known(nobodys)  # type: ignore[arg-type]
 
