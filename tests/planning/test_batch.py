@@ -116,6 +116,14 @@ def test_a_meeting_keeps_its_distance_to_a_mark(mark: int, meeting: int) -> None
         assert planned(FREE, *rows)[1][1] == meeting
 
 
+@pytest.mark.timeout(30)  # it ended never
+@pytest.mark.parametrize("segmenting", [FREE, Bitwise(CutRule(8))])
+def test_no_meeting_is_none_whatever_is_marked_beside_it(segmenting: Segmenting) -> None:
+    """No handle announces a single token, and a store or a saved file may."""
+    rows = [member([1, own, *SHARED], segmenting, marked=(1,)) for own in (2, 3, 4)]
+    assert [meeting for _, meeting, _ in planned(segmenting, *rows)] == [0, 0, 0]
+
+
 def test_a_meeting_keeps_its_distance_to_another() -> None:
     tails = ([3, 3, 3, 3], [3, 4, 4, 4], [5, 5, 5, 5])
     rows = [member([*SHARED, *tail], FREE) for tail in tails]
