@@ -12,6 +12,8 @@ from hf_sparse_cache import SparsePrefixCache, check_exactness, exactness, mamba
 from hf_sparse_cache.exactness import ExactnessReport, ExactnessRow
 from hf_sparse_cache.models.inputs import Prompts
 from hf_sparse_cache.models.states import LayerTensors, capture_state
+from hf_sparse_cache.planning.lineage import Lineage
+from hf_sparse_cache.stats import RequestInfo
 from hf_sparse_cache.store.slabs import taken
 from hf_sparse_cache.store.tree import Checkpoint, KVSegment
 
@@ -357,3 +359,107 @@ def test_a_twin_is_empty_and_cuts_alike(jamba: PreTrainedModel) -> None:
             assert len(twin.store) == 0 and twin.store is not cache.store
             space = twin.server.space.now()[0]
             assert [len(one) for one in twin.store.marks.prefixes(space)] == [50]
+
+
+def test_a_handle_of_its_own_is_made_and_taken_off(jamba: PreTrainedModel, monkeypatch: Any) -> None:
+    """Where nothing is resumed, a prompt is served once more: then its own states are there."""
+    runs, served = [], exactness._run
+
+    def noted(model: Any, ids: Any, handle: Any, steps: int) -> Any:
+        runs.append(None if handle is None else len(handle.store))
+        return served(model, ids, handle, steps)
+
+    monkeypatch.setattr(exactness, "_run", noted)
+    report = check_exactness(jamba, PROMPTS, max_new_tokens=2)
+    assert report.passed and report.mode == "replayable" and report.storage == "exact", str(report)
+    assert "_prefill" not in jamba.__dict__
+    assert [row.prompt_tokens for row in report.rows] == [200, 201] and all(row.resumed_tokens for row in report.rows)
+    # Stock; warm, and once more; cold on nothing.
+    known = [run if run is None else run > 0 for run in runs]
+    assert known == [None, False, True, False, None, True, True, False]
+
+
+def test_a_handle_that_is_given_stays_and_keeps_what_it_serves(jamba: PreTrainedModel) -> None:
+    with warmed(jamba) as cache:
+        jamba_prefill, before = jamba.__dict__["_prefill"], cache.stats()
+        report = check_exactness(jamba, PROMPTS, cache=cache, max_new_tokens=1)
+        after = cache.stats()
+        assert report.passed and after.requests == before.requests + 2  # once each, as it resumes at once
+        assert after.resumed_tokens - before.resumed_tokens == report.resumed_tokens
+        assert jamba.__dict__["_prefill"] is jamba_prefill and cache.server.on_prefill is None
+
+
+def test_runs_by_themselves_do_not_go_through_an_ambient_handle(jamba: PreTrainedModel) -> None:
+    with SparsePrefixCache(jamba, grid=GRID, exactness="bitwise", ambient=True) as cache:
+        report = check_exactness(jamba, PROMPTS[:1], cache=cache, max_new_tokens=1)
+        assert report.passed and cache.stats().requests == 2
+
+
+def test_a_run_that_fails_leaves_nothing_on_the_handle(jamba: PreTrainedModel, monkeypatch: Any) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    with warmed(jamba) as cache:
+        monkeypatch.setattr(jamba, "generate", fails)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            exactness._run(jamba, PROMPTS[0], cache, 1)
+        assert cache.server.on_prefill is None
+        with pytest.raises(RuntimeError, match="out of luck"):
+            check_exactness(jamba, PROMPTS)
+    assert "_prefill" not in jamba.__dict__
+
+
+def test_of_batched_rows_the_distance_to_the_cold_run_counts_too(monkeypatch: Any) -> None:
+    """No run repeats them bit for bit, so both are held against the tolerance; of others only stock is."""
+    model = build("Mamba2")
+    far, near = torch.full((2, 5), 0.5), torch.zeros(2, 5)
+
+    def check(cold: torch.Tensor, warm: torch.Tensor, batched: bool) -> ExactnessRow:
+        tokens = torch.tensor([1, 2])
+        runs = [exactness._Run(tokens, logits, ()) for logits in (near, warm, cold)]
+        info = RequestInfo(200, 200, 96, 104, segments=((0, 96, 2), 200) if batched else (96, 200), reason="why")  # type: ignore[arg-type]
+        monkeypatch.setattr(exactness, "_run", lambda *args: runs.pop(0))
+        monkeypatch.setattr(type(cache), "last_request", info)
+        return exactness._check(model, PROMPTS[0], cache, 2)
+
+    with SparsePrefixCache(model, prove=False, exactness="bitwise") as cache:
+        row = check(far, near, True)
+        assert (row.max_abs_logit_diff, row.batched, row.logits_bitwise, row.reason) == (0.5, True, False, "why")
+        assert (row.prompt_tokens, row.resumed_tokens, row.tokens_equal) == (200, 96, True)
+        assert check(near, far, True).max_abs_logit_diff == 0.5
+        row = check(far, near, False)
+        assert (row.max_abs_logit_diff, row.batched, row.logits_bitwise) == (0.0, False, False)
+        assert not row.states_bitwise  # there are none to compare
+
+
+def test_tokens_of_the_cold_run_count_as_well(monkeypatch: Any) -> None:
+    model, zeros = build("Mamba2"), torch.zeros(2, 5)
+    info = RequestInfo(200, 200, 96, 104, segments=(96, 200), reason="why")  # type: ignore[arg-type]
+    with SparsePrefixCache(model, prove=False, exactness="bitwise") as cache:
+        monkeypatch.setattr(type(cache), "last_request", info)
+        for odd in range(3):
+            runs = [exactness._Run(torch.tensor([1, 3 if odd == n else 2]), zeros, ()) for n in range(3)]
+            monkeypatch.setattr(exactness, "_run", lambda *args, runs=runs: runs.pop(0))
+            assert not exactness._check(model, PROMPTS[0], cache, 2).tokens_equal
+
+
+def test_a_replayed_run_is_that_of_the_segments_that_were_named(monkeypatch: Any) -> None:
+    """In replayable mode alone: in bitwise mode the cold run finds its cuts itself."""
+    model, zeros = build("Mamba2"), torch.zeros(1, 5)
+    info = RequestInfo(200, 200, 96, 104, segments=(96, (96, 100), 200), reason="why")  # type: ignore[arg-type]
+    for mode in ("replayable", "bitwise"):
+        twins: list[Any] = []
+
+        def run(model: Any, ids: Any, handle: Any, steps: int, twins: list[Any] = twins) -> Any:
+            twins.append(handle)
+            return exactness._Run(torch.tensor([1]), zeros, ())
+
+        with SparsePrefixCache(model, prove=False, exactness=mode) as cache:
+            monkeypatch.setattr(type(cache), "last_request", info)
+            monkeypatch.setattr(exactness, "_run", run)
+            exactness._check(model, PROMPTS[0], cache, 1)
+            stock, warm, cold = twins
+            assert stock is None and warm is cache and cold is not cache and len(cold.store) == 0
+            assert isinstance(cold.server, exactness.Replay) == (mode == "replayable")
+            if mode == "replayable":
+                assert cold.server._lineage == Lineage([96]).decoded(100).then([200])

@@ -10,8 +10,9 @@ import torch
 from tiny_models import build, random_ids
 from transformers import PreTrainedModel
 
-from hf_sparse_cache import CheckpointStore, SparsePrefixCache, UnsupportedModelError
+from hf_sparse_cache import CheckpointStore, SparseCacheConfig, SparsePrefixCache, UnsupportedModelError
 from hf_sparse_cache.models.families import cache_name_of
+from hf_sparse_cache.planning import policies
 
 
 GRID = 32
@@ -261,3 +262,96 @@ def test_what_it_says_of_itself(jamba: PreTrainedModel) -> None:
         assert said.endswith("0 evictions)") and str(cache.store).startswith("CheckpointStore(1 checkpoint, ")
     with SparsePrefixCache(jamba, max_memory=None, exactness="bitwise") as cache:
         assert "without a limit" in repr(cache)
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_given_is_what_is_used(jamba: PreTrainedModel) -> None:
+    class Ones(policies.Policy):
+        def place(self, prompt: object) -> list[int]:
+            return []
+
+    policy, store = Ones(), CheckpointStore("64MiB")
+    with SparsePrefixCache(jamba, policy=policy, store=store, cut_after=(), prove=False) as cache:
+        assert cache.policy is policy and cache.store is store and cache.config.policy == "Ones"
+    config = SparseCacheConfig(grid=48, max_memory="3MiB", policy="last")
+    with SparsePrefixCache(jamba, config=config, prove=False) as cache:
+        assert cache.config is config and cache.grid == 48 and type(cache.policy).__name__ == "Last"
+        assert cache.store.max_memory == 3 * 2**20
+    with SparsePrefixCache(jamba, prove=False) as cache:
+        assert cache.config == SparseCacheConfig() and cache.tokenizer is None and not cache.server.proof.wanted
+        assert (cache.model, cache.family) == (jamba, cache.server.binding.family)
+    with SparsePrefixCache(jamba) as cache:
+        assert cache.server.proof.wanted and cache.stats().proved
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"store": "64MiB"}, ValueError, "store is '64MiB': give a CheckpointStore, or leave it out"),
+        ({"tokenizer": "gpt2"}, ValueError, "tokenizer is 'gpt2': give the model's tokenizer"),
+        ({"policy": policies.Last}, TypeError, "policy is the class Last"),
+        ({"policy": 3}, TypeError, "policy is 3"),
+        ({"config": SparseCacheConfig(), "grid": 48}, ValueError, "give either config or single keywords, not both"),
+        ({"config": SparseCacheConfig(), "policy": policies.Last()}, ValueError, "give either config or single"),
+    ],
+)
+def test_arguments_that_are_none_are_refused(
+    options: dict[str, object], error: type[Exception], said: str, jamba: PreTrainedModel
+) -> None:
+    with pytest.raises(error, match=said):
+        SparsePrefixCache(jamba, **options)
+    assert "_prefill" not in jamba.__dict__
+
+
+def test_a_budget_of_just_one_checkpoint_is_enough(jamba: PreTrainedModel) -> None:
+    with handle(jamba, prove=False) as cache:
+        need = cache.server.binding.facts.bytes_of(GRID)
+    with handle(jamba, max_memory=need, prove=False) as cache:
+        assert cache.store.max_memory == need
+    with pytest.raises(ValueError, match=r"max_memory is .*, less than one checkpoint of this model"):
+        handle(jamba, max_memory=need - 1, prove=False)
+    with handle(jamba, store=CheckpointStore(None), prove=False) as cache:
+        assert cache.store.max_memory is None
+
+
+def test_a_handle_that_may_not_be_used_unasked_gives_the_model_back(jamba: PreTrainedModel) -> None:
+    attributes = set(jamba.__dict__)
+    first = handle(jamba, ambient=True, prove=False)
+    with pytest.raises(ValueError, match="already use another SparsePrefixCache unasked"):
+        handle(jamba, ambient=True, prove=False)
+    first.detach()
+    assert set(jamba.__dict__) == attributes
+
+
+def test_scores_of_nothing_and_of_a_window_of_one_token(jamba: PreTrainedModel) -> None:
+    text = random_ids(6, seed=1)[0].tolist()
+    with handle(jamba, prove=False) as cache:
+        for bad in ({"batch_size": 0}, {"max_length": 0}, {"batch_size": True}):
+            with pytest.raises(ValueError, match=next(iter(bad))):
+                cache.loglikelihood_rolling([text], prefix=1, **bad)
+            with pytest.raises(ValueError, match=next(iter(bad))):
+                cache.loglikelihood([(text, [5])], **bad)
+        assert cache.stats().requests == 0
+        pairs = [([before], [token]) for before, token in zip([1, *text], text, strict=False)]
+        expected = sum(value for value, _ in cache.loglikelihood(pairs))
+        (found,) = cache.loglikelihood_rolling([text], prefix=1, max_length=1, batch_size=1)
+        assert found == pytest.approx(expected, abs=1e-4)
+        jamba.config.max_position_embeddings = 3
+        assert cache._window(None) == 3 and cache._window(2) == 2
+    for call in (cache.loglikelihood_rolling, cache.loglikelihood):
+        with pytest.raises(ValueError, match="the cache is a SparsePrefixCache that was detached"):
+            call([])
+    with pytest.raises(ValueError, match="this is a SparsePrefixCache that was detached"):
+        cache.prefill(random_ids(5))
+
+
+def test_a_progress_bar_is_shown_where_it_is_asked_for(
+    jamba: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with handle(jamba, prove=False) as cache:
+        for progress, shown in ((True, True), (False, False), (None, False)):
+            cache.loglikelihood([([5, 6], [7]), ([5, 6], [8])], progress=progress)
+            said = capsys.readouterr().err
+            assert ("score" in said) is shown and ("2/2" in said) is shown

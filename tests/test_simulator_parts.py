@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_sparse_cache import simulate
+from hf_sparse_cache import CheckpointStore, simulate
 from hf_sparse_cache.checks import MOST_ID, MOST_STATE_BYTES, MOST_TOKEN_BYTES
 from hf_sparse_cache.planning.policies import Last
 from hf_sparse_cache.routing.fleet import Arrival, Fleet, FleetTimes
-from hf_sparse_cache.simulator import SimulationResult
-from hf_sparse_cache.stats import RequestInfo
+from hf_sparse_cache.simulator import SimulationResult, _Sizes
+from hf_sparse_cache.stats import Cause, Reason, RequestInfo
+from hf_sparse_cache.store.eviction import LRU
 
 
 TEXT = np.arange(100, dtype=np.int32)
@@ -132,6 +133,7 @@ def test_a_policy_object_and_a_clock() -> None:
     [
         ({"warmup": -0.1}, "warmup must be a fraction"),
         ({"warmup": 1}, "warmup must be a fraction"),
+        ({"warmup": 1.5}, "warmup must be a fraction"),
         ({"warmup": "half"}, "warmup must be a fraction"),
         ({"grid": 0}, "grid must be a whole number, from 1"),
         ({"grid": MOST_ID + 1}, "grid must"),
@@ -194,6 +196,10 @@ def test_what_is_shared_is_fetched_for_a_time() -> None:
     assert found.served.fetched_bytes == found.served.written_bytes == 9000
     looked_up = [1.0 + 0.5, 0.2 + 0.5 + 9000 / 100.0, 0.2]  # the last one has all but a few tokens itself
     assert found.served.mean_seconds == pytest.approx(sum(looked_up) / 3)
+    texts = [text, text, text + 5000, text + 5000]
+    twice = run(texts, replicas=2, router="round_robin", fleet=shared, grid=400).served
+    assert twice is not None and twice.fetched_bytes == 18000  # each is told by what itself fetches
+    assert twice.mean_seconds == pytest.approx((1.5 + 0.2 + 0.5 + 90.0) / 2)
     none = run([TEXT, OTHER], replicas=2, router="round_robin", fleet=shared)
     assert none.served is not None and none.served.fetched_bytes == 0 and none.served.written_bytes == 3600
 
@@ -236,3 +242,102 @@ def test_each_replica_has_a_policy_and_a_lock_of_its_own() -> None:
     named = _policies("last", (), None, 2)
     assert [type(policy) for policy in named] == [Last, Last] and named[0] is not named[1]
     assert copy.copy(given) is not given
+
+
+def test_an_answer_that_may_not_be_kept_changes_nothing() -> None:
+    sizes, info = _Sizes(1000, 10, 0, 1), RequestInfo(100, captured=(80,), reason=Reason(Cause.RESUMED))
+    assert sizes.answer(None, OTHER, info) is info
+
+
+def test_what_answers_take_is_counted(tmp_path: Path) -> None:
+    """The state behind the answer, with the keys and values up to there; no logits."""
+    path = conversation(tmp_path)
+    for kv, logits in ((10, 0), (0, 0), (10, 50000)):
+        found = run(path, kv_bytes_per_token=kv, logits_bytes=logits, store_outputs=True)
+        assert found.peak_bytes == 3 * 1000 + 200 * kv and found.checkpoints == 3
+    assert run(path, policy="none", store_outputs=True).overlap_tokens == 200  # what was said is known all the same
+    exact = {"exactness": "replayable", "max_checkpoints": 1, "grid": 100}
+    infos: list[RequestInfo] = []
+    found = run(path, **exact, logits_bytes=7, store_outputs=True, on_request=infos.append)
+    assert [info.captured for info in infos] == [(100, 199), (202,)]
+    assert found.peak_bytes == 2 * (1000 + 7) + 1000 + 202 * 10
+
+
+def test_left_alone_all_takes_what_it_holds() -> None:
+    exact = {"exactness": "replayable", "max_checkpoints": 1, "grid": 100}
+    assert run([TEXT], **exact, state_bytes=40001, kv_bytes_per_token=999).peak_bytes == 40001 + 99900
+    infos: list[RequestInfo] = []
+    simulate([np.arange(200)], policy="last", state_bytes=1, progress=False, on_request=infos.append)
+    assert infos[0].captured == (192,) and infos[0].segments == (64, 128, 192, 200)
+
+
+def test_special_tokens_and_pieces_cut() -> None:
+    text = TEXT.copy()
+    text[50] = 500
+    infos: list[RequestInfo] = []
+    for options in ({"cut_ids": [500]}, {"exactness": "replayable", "pieces": 30}, {"exactness": "replayable"}):
+        run([text], policy="none", on_request=infos.append, **options)
+    assert [info.segments for info in infos] == [(40, 51, 80, 100), (30, 60, 90, 100), (100,)]
+
+
+def test_what_a_cut_costs_is_weighed() -> None:
+    text = np.arange(2000, dtype=np.int32)
+    options = {"policy": "learned", "exactness": "replayable", "progress": False}
+    free, default, dear = (
+        run([text], **options, **more).checkpoints for more in ({"cut_tokens": 0.0}, {}, {"cut_tokens": 1e6})
+    )
+    assert free == default > dear
+
+
+def test_replicas_share_no_order_of_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, Any, Any]] = []
+
+    def store(max_memory: Any, eviction: Any, max_remembered: Any) -> Any:
+        made.append((max_memory, eviction, max_remembered))
+        return CheckpointStore(max_memory, eviction, max_remembered)
+
+    monkeypatch.setattr("hf_sparse_cache.simulator.CheckpointStore", store)
+    order = LRU()
+    options: dict[str, Any] = {"router": lambda arrival: arrival.index % 2}
+    found = run([TEXT, OTHER] * 4, replicas=3, max_memory=900, eviction=order, **options)
+    assert [memory for memory, _, _ in made] == [900] * 3 and made[0][1] is order
+    assert len({id(one) for _, one, _ in made}) == 3 and {remembered for *_, remembered in made} == {None}
+    assert found.checkpoints == 0 and found.peak_bytes == 0  # 1,800 bytes find no room
+    texts = [TEXT, OTHER, OTHER[:50], TEXT[:50]] * 2
+    found = run(texts, replicas=2, max_memory=1800, eviction="lru", **options)
+    assert found.evictions > 0 and found.peak_bytes == 3600
+    assert found.served is not None and found.served.digest_bytes == 0
+    prefix = Fleet(publish_seconds=0.01, prefill_tokens_per_second=10.0, block=16)
+    told = run(texts, replicas=2, fleet=prefix).served
+    assert told is not None and told.digest_bytes > 0
+
+
+def test_announced_prefixes_are_those_of_every_replica() -> None:
+    infos: list[RequestInfo] = []
+    run([TEXT, TEXT], marks=[range(61)], replicas=2, router="round_robin", on_request=infos.append)
+    assert [61 in info.captured for info in infos] == [True, True]
+
+
+def test_what_is_shared_has_a_budget_and_is_packed() -> None:
+    text = np.arange(1000, dtype=np.int32)
+    options = {"replicas": 2, "router": "round_robin", "grid": 400}
+    none, half = (
+        run([text] * 2, fleet=Fleet(True, memory, packing, 1000.0, 100.0, 0.5), **options).served
+        for memory, packing in (("1KB", 1.0), (None, 0.5))
+    )
+    assert none is not None and (none.fetched_bytes, none.written_bytes) == (0, 0)
+    assert half is not None and (half.fetched_bytes, half.written_bytes) == (4500, 4500)
+
+
+def test_without_a_terminal_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    simulate([TEXT], policy=Last(), state_bytes=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_policy_of_ones_own_is_named_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    simulate([TEXT], policy=Last(), state_bytes=1)
+    told = capsys.readouterr().err
+    assert "simulate Last" in told and told.endswith("\r")  # and is gone when it is done

@@ -86,7 +86,7 @@ def _find_source(row: Member, earlier: Sequence[Member], segmenting: Segmenting)
             return
         meeting = segmenting.meeting(shared, row.cuts, len(row.ids), other.cuts, len(other.ids))
         near = [*other.junctions, *other.marked, *row.marked, other.start]
-        while any(0 < abs(meeting - position) < MIN_SUFFIX_TOKENS for position in near):
+        while meeting and any(0 < abs(meeting - position) < MIN_SUFFIX_TOKENS for position in near):
             meeting = segmenting.meeting(meeting - 1, row.cuts, len(row.ids), other.cuts, len(other.ids))
         if meeting > max(row.start, other.start):
             row.source, row.meeting = other, meeting

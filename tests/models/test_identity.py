@@ -11,6 +11,7 @@ import torch
 from guarded import GuardedWeakly, Held
 
 from hf_sparse_cache.models import fingerprint, weights
+from hf_sparse_cache.models.samples import checksum
 from hf_sparse_cache.models.weights import Identity, forget, identity, unchanged, verified
 
 
@@ -56,6 +57,38 @@ def test_an_edit_without_a_trace_shows_when_everything_is_read(monkeypatch: Patc
     fresh = model()
     first = verified(fresh)
     assert verified(fresh) == first  # read at once: nothing was missed
+
+
+def test_what_is_looked_at_behind_a_forward_is_all_but_values() -> None:
+    """Those come to light at the next first look."""
+    one = model()
+    found = identity(one)
+    assert not unchanged(model(), found)
+    one[0].bias.data.add_(1)
+    assert unchanged(one, found) and identity(one) != found and not unchanged(one, found)
+    forget(one)
+    assert not unchanged(one, found)
+
+
+def test_a_name_says_what_others_attached_first() -> None:
+    one, plain = model(), identity(model())
+    assert (plain.foreign, plain.by_call) == ("", "")
+    for part in (one[0], one[1]):
+        part.register_forward_hook(lambda module, args, output: None)
+    found = identity(one)
+    assert found.foreign == "the hook on BatchNorm1d 1" and found.settings == plain.settings
+    assert len({found.attached, plain.attached}) == len({found.code, plain.code}) == 2
+    assert found.proved_by != plain.proved_by
+    one[0].rate = 3
+    assert identity(one).proved_by != found.proved_by and identity(one).code == found.code
+    assert identity(one).attached == found.attached
+
+
+def test_a_module_that_is_absent_is_passed_over() -> None:
+    one = model()
+    one.register_module("nothing", None)
+    found = identity(one)
+    assert identity(one) is found and unchanged(one, found)
 
 
 def test_names_are_given_under_a_lock(monkeypatch: Patch) -> None:
@@ -132,6 +165,8 @@ CHANGES: dict[str, Any] = {
     "a further attribute": lambda one: setattr(one[1], "more", 1),
     "a parameter": lambda one: setattr(one[0], "weight", torch.nn.Parameter(torch.ones(4, 4))),
     "a parameter less": lambda one: setattr(one[0], "bias", None),
+    "a parameter gone": lambda one: delattr(one[0], "bias"),
+    "a buffer more": lambda one: one[0].register_buffer("more", torch.ones(1)),
     "a buffer": lambda one: setattr(one[1], "running_mean", torch.ones(4)),
     "a module": lambda one: setattr(one[0], "inner", torch.nn.Identity()),
     "another class": lambda one: setattr(one[0], "__class__", type("Heir", (torch.nn.Linear,), {})),
@@ -238,6 +273,7 @@ SAVED = {"model": "Jamba", "weights": "a", "threads": 2, "devices": ["cpu"], "to
         ({}, [], []),
         ({"torch": "3", "model": "B"}, ["model", "torch"], ["model Jamba instead of B", "torch 2 instead of 3"]),
         ({"weights": "b"}, ["weights"], ["other weights"]),
+        ({"devices": ["b"], "model": "B"}, ["model", "devices"], None),
         ({"config": "b", "modules": "c"}, ["config", "modules"], ["other config", "other modules, adapters or hooks"]),
         ({"settings": "d"}, ["settings"], ["other settings of modules, or adapters"]),
         ({"threads": 4}, ["threads"], ["threads 2 instead of 4"]),
@@ -255,6 +291,11 @@ def test_what_two_descriptions_disagree_on(current: dict[str, Any], names: list[
         assert fingerprint.differences(SAVED, now) == said
     long = fingerprint.differences(now, SAVED)
     assert len(long) == len(fingerprint.different(now, SAVED)) and all(len(word) < 260 for word in long)
+
+
+def test_the_order_in_which_something_is_said_is_no_difference() -> None:
+    one, other = {"kernels": {"a": "1", "b": "2"}}, {"kernels": {"b": "2", "a": "1"}}
+    assert fingerprint.different(one, other) == [] and fingerprint.different(one, {"kernels": {"a": "2", "b": "1"}})
 
 
 def test_threads_matter_on_a_cpu() -> None:
@@ -319,6 +360,9 @@ def test_a_durable_space_is_described_once_for_each_state_of_a_model(monkeypatch
     modes = "others"
     fingerprint.space_of(one, NAMED._replace(weights="model-8"), True)
     assert len(described) == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    fingerprint.space_of(one, NAMED._replace(weights="model-8"), True)
+    assert len(described) == 4
     devices = ["cuda"]
     assert fingerprint.space_of(bound(), NAMED, True) == fingerprint.durable_space({"devices": ["cuda"]}, "name")
 
@@ -371,6 +415,13 @@ def test_a_digest_of_a_tensor_has_its_name_its_kind_and_every_byte() -> None:
     assert len({same, *others}) == 7
 
 
+def test_what_files_are_named_by_is_the_same_in_every_release() -> None:
+    """Or nothing that was stored before is found again."""
+    assert fingerprint._tensor_digest("a", torch.arange(6.0).reshape(2, 3)) == "dc193460a136560a487da19fcf957786"
+    assert fingerprint._digest("a") == "27c35e6e9373877f29e562464e46497e"
+    assert checksum(torch.arange(300.0).reshape(3, 100)) == "torch.float32(3, 100)61c4124b8463e6c4"
+
+
 def test_a_configuration_counts_by_what_says_something_of_arithmetic() -> None:
     values = {"a": 1, "dtype": torch.float32, "_name_or_path": "x", "transformers_version": "5", "architectures": [],
               "_commit_hash": "c", "inner": {"architectures": []}}  # fmt: skip
@@ -384,7 +435,7 @@ def found(**given: Any) -> Any:
     )
 
 
-def test_code_and_settings_that_others_cannot_know_are_of_this_process() -> None:
+def test_code_and_settings_that_others_cannot_know_are_of_this_process(monkeypatch: Patch) -> None:
     modules, settings, config = fingerprint._modules_digest, fingerprint._settings_digest, SimpleNamespace()
     said = [modules(config, found()), modules(config, found(code=["d"])), modules(config, found(foreign=["hook"])),
             modules(SimpleNamespace(_attn_implementation="sdpa"), found()),
@@ -393,6 +444,10 @@ def test_code_and_settings_that_others_cannot_know_are_of_this_process() -> None
             settings(found(settings=["t"]))]  # fmt: skip
     assert len(set(said)) == len(said) and modules(config, found()) == said[0] and settings(found()) == said[5]
     assert modules(SimpleNamespace(_attn_implementation=None), found()) == said[0]
+    assert modules(SimpleNamespace(_attn_implementation="eager"), found()) not in said
+    monkeypatch.setattr(fingerprint, "_THIS_PROCESS", "another process")
+    assert modules(config, found()) == said[0] and settings(found()) == said[5]
+    assert modules(config, found(foreign=["hook"])) not in said and settings(found(opaque=True)) not in said
 
 
 class Built(torch.nn.Module):
@@ -406,6 +461,84 @@ class Built(torch.nn.Module):
         self.inner = torch.nn.Linear(2, 2)
         config.built = True
         self.rate = config.rate
+
+
+class Described(torch.nn.Module):
+    """A model of two types of numbers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.rate, self.device = config, config.rate, torch.device("cpu")
+        self.one, self.other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).half()
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+
+def test_a_description_is_of_all_that_decides_bits(monkeypatch: Patch) -> None:
+    config = SimpleNamespace(rate=1, _attn_implementation="sdpa", to_dict=lambda: {"rate": 1, "dtype": torch.half})
+    one = Described(config).eval()
+    expected = {
+        "format": 1, "model": "Described", "weights": fingerprint.weights_digest(one), "attention": "sdpa",
+        "modules": fingerprint._modules_digest(config, fingerprint.surveys.survey(one)), "experts": "None",
+        "config": fingerprint._digest('{"dtype": "torch.float16", "rate": 1}'),
+        "dtype": ["torch.float16", "torch.float32"], "modes": fingerprint.arithmetic.modes("cpu"),
+        "devices": [fingerprint.arithmetic.device_name(torch.device("cpu"))], "threads": torch.get_num_threads(),
+        "kernels": fingerprint.arithmetic.kernels(), "torch": torch.__version__,
+        "transformers": fingerprint.transformers.__version__,
+    }  # fmt: skip
+    found = fingerprint.describe(bound(one=one))
+    # Nobody had read the weights before, which may have been edited since they were named.
+    assert found == expected and json.loads(json.dumps(found)) == found
+    assert fingerprint.describe(bound(rounds=True, one=one)) == {**expected, "storage": "int8 of all"}
+    monkeypatch.setattr(fingerprint, "_on_cuda", lambda model: True)
+    monkeypatch.setattr(fingerprint.arithmetic, "libraries", lambda: {"cuda": "12"})
+    assert fingerprint.describe(bound(one=one)) == {**expected, "libraries": {"cuda": "12"}}
+    one.rate = 2
+    said = fingerprint._settings_digest(fingerprint.surveys.survey(one))
+    assert fingerprint.describe(bound(one=one)) == {**expected, "libraries": {"cuda": "12"}, "settings": said}
+
+
+def test_weights_that_were_edited_without_a_trace_are_described_as_they_are(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(weights.Samples, "hold", lambda self: True)
+    monkeypatch.setattr(weights.Samples, "all_hold", lambda self: True)
+    one = Described(SimpleNamespace(rate=1, to_dict=dict)).eval()
+    before = fingerprint.describe(bound(one=one))
+    one.one.weight.data[0, 0] += 1
+    after = fingerprint.describe(bound(one=one))
+    assert fingerprint.different(before, after) == ["weights"]
+    assert after["experts"] == after["attention"] == "None"
+
+
+@pytest.mark.parametrize(
+    ("there", "inputs", "on"), [(False, "cpu", False), (True, "cpu", True), (False, "cuda", True)]
+)
+def test_a_model_is_on_a_gpu_where_a_weight_is_or_its_inputs_are(there: int, inputs: str, on: bool) -> None:
+    held = [SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=bool(there))]
+    device = torch.device(inputs)
+    one = SimpleNamespace(parameters=lambda: iter(held), get_input_embeddings=lambda: None, device=device)
+    assert fingerprint._on_cuda(one) is on
+    assert fingerprint._modes(one) == fingerprint.arithmetic.modes(inputs)
+
+
+def test_weights_of_another_name_are_read_whichever_comes_first(monkeypatch: Patch) -> None:
+    one = model()
+    for name in ("model-5", "model-3", "model-7", "model-10"):
+        monkeypatch.setattr(fingerprint, "identity", lambda model, name=name: NAMED._replace(weights=name))
+        one[0].bias.data.add_(1)
+        found = fingerprint.weights_digest(one)
+        assert found == fingerprint._digest("".join(fingerprint._tensor_digest(*each) for each in named(one)))
+
+
+def named(one: Any) -> list[Any]:
+    return sorted([*one.named_parameters(), *one.named_buffers()], key=lambda each: each[0])
+
+
+def test_weights_are_read_wherever_nobody_knows_how_many_processors_there_are(monkeypatch: Patch) -> None:
+    one = model()
+    expected = fingerprint.weights_digest(one)
+    monkeypatch.setattr(fingerprint.os, "cpu_count", lambda: None)
+    assert fingerprint.weights_digest(model()) == expected
 
 
 def test_settings_that_follow_from_the_configuration_need_no_words() -> None:

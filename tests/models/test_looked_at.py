@@ -19,6 +19,7 @@ from hf_sparse_cache.models.layout import Layout
 from hf_sparse_cache.models.rounding import EXACT, PARTS, Rounding, rounding_of
 from hf_sparse_cache.models.samples import Samples, checksum
 from hf_sparse_cache.models.tensors import LayerTensors
+from hf_sparse_cache.models.weights import identity
 
 
 # -- the inputs of a segment ------------------------------------------------------------------------------------------
@@ -96,7 +97,14 @@ def test_every_value_of_a_small_tensor_is_in_the_sample_and_one_a_stretch_of_a_l
 def test_shares_of_the_sample_come_by_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once where the weights are small; in as many looks as there are shares where they are not."""
     monkeypatch.setattr(samples, "_PORTION", 10)
-    for limit, most, looks in ((10**6, 128, 1), (99 * 4, 128, 3), (100 * 4, 128, 1), (10**6, 4, 3), (10**6, 3, 4)):
+    own = Samples._holds
+    for limit, most, looks in (
+        (10**6, 128, 1),
+        (100 * 4 - 1, 128, 3),
+        (100 * 4, 128, 1),
+        (10**6, 4, 3),
+        (10**6, 3, 4),
+    ):
         monkeypatch.setattr(samples, "_CACHED_BYTES", limit)
         monkeypatch.setattr(samples, "_PORTIONS", most)
         for edited in range(0, 100, 7):
@@ -107,8 +115,30 @@ def test_shares_of_the_sample_come_by_in_turn(monkeypatch: pytest.MonkeyPatch) -
                 value[edited] = 1
                 assert not kept.all_hold()
                 assert not min([kept.hold() for _ in range(looks)])
+        looked: list[int] = []
+        monkeypatch.setattr(Samples, "_holds", lambda self, index, looked=looked: looked.append(index) or True)
+        kept = Samples([torch.zeros(100)])
+        for look in range(2):
+            assert kept.hold() and len(looked) == -(-10 // looks) * (look + 1)
+        monkeypatch.setattr(Samples, "_holds", own)
     nothing = Samples([])
     assert nothing.hold() and nothing.hold() and nothing.all_hold()
+
+
+def test_every_value_of_a_line_is_in_the_sample_and_of_a_row_some() -> None:
+    for shape, count in (((5000,), 5000), ((100, 1000), 2100), ((4, 25, 1000), 2100), ((5000, 1), 5000), ((9,), 9)):
+        value = torch.zeros(shape)
+        portions = [places for _, places, _ in Samples([value])._portions]
+        where, width = np.concatenate(portions), shape[-1] if len(shape) > 1 else 1
+        assert len(where) == len(set(where.tolist())) == count and max(map(len, portions)) <= 8192
+        assert len(set((where // width).tolist())) == value.numel() // width  # none is left out
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_values_are_not_sampled_and_all_of_them_count() -> None:
+    value, other = (torch.quantize_per_tensor(torch.tensor([1.0, last]), 1.0, 0, torch.qint8) for last in (2.0, 3.0))
+    assert samples._flat(value) is None and Samples([value, other]).all_hold()
+    assert checksum(value) == checksum(value.clone()) != checksum(other)
 
 
 def test_only_plain_values_in_main_memory_are_sampled() -> None:
@@ -183,6 +213,7 @@ ROTARY: list[tuple[Any, int]] = [
     (rotary("dynamic", {"original_max_position_embeddings": 64}, original_max_seq_len=100), 64),
     (rotary("longrope"), 513),
     (rotary("longrope", {"original_max_position_embeddings": 128}), 129),
+    (rotary("longrope", {"original_max_position_embeddings": 33}), 34),
     (rotary({"full": "longrope", "other": "default"}, {"full": {"original_max_position_embeddings": 32}}), 33),
     (rotary({"full": "longrope", "other": "dynamic"}, {"full": {}, "other": {}}), 512),
     (torch.nn.Linear(2, 2), 0),
@@ -191,7 +222,8 @@ ROTARY: list[tuple[Any, int]] = [
 
 @pytest.mark.parametrize(("module", "limit"), ROTARY, ids=range(len(ROTARY)))
 def test_the_first_length_that_matters_is_that_of_the_strictest(module: Any, limit: int) -> None:
-    assert rope.length_limit(torch.nn.Sequential(module)) == limit
+    whole = torch.nn.Sequential(module)
+    assert rope.length_limit(whole) == identity(whole).length_limit == limit
     assert rope.length_limit(torch.nn.ModuleList([module, rotary("longrope", None, original_max_seq_len=20)])) in (
         21,
         limit,
@@ -223,7 +255,7 @@ def test_what_a_long_prompt_left_is_taken_back() -> None:
     [({"num_attention_heads": 4, "head_dim": 5, "hidden_size": 12}, 20),
      ({"num_attention_heads": 4, "hidden_size": 12}, 12),
      ({"num_attention_heads": 4, "head_dim": None, "hidden_size": 12}, 12), ({"hidden_size": 12}, 0),
-     ({"num_attention_heads": None, "head_dim": 5}, 0), ({"num_attention_heads": 3}, 0)],
+     ({"num_attention_heads": None, "head_dim": 5}, 0), ({"num_attention_heads": 1}, 0)],
     ids=str,
 )  # fmt: skip
 def test_a_prefill_costs_its_tokens_and_their_pairs(config: dict[str, Any], channels: int) -> None:
@@ -291,6 +323,57 @@ def test_a_layout_knows_the_states_of_every_length(rounding: Rounding, tokens: i
     assert asked == [1] and layout_of(rounding, "linear", "window")[0].has_kv is False
 
 
+def test_it_is_measured_for_whatever_is_asked_first() -> None:
+    cache = feed(empty("full", "window"), 3)
+    state, kv = states.capture_state(cache), states.capture_kv(cache, 0, 3)
+    asked: list[Any] = [
+        lambda layout: layout.has_kv is True, lambda layout: layout.kv_bytes(0, 3) == 3 * layout.kv_bytes(2, 3) > 0,
+        lambda layout: layout.state_bytes(3) > 0, lambda layout: layout.check_state(state, 3) is None,
+        lambda layout: layout.check_kv(kv, 0, 3) is None,
+    ]  # fmt: skip
+    for question in asked:
+        layout, probes = layout_of(EXACT, "full", "window")
+        assert question(layout) and question(layout) and probes == [1]
+
+
+def test_scales_of_a_state_that_lead_beyond_halves_are_no_state() -> None:
+    rounding, cache = rounding_of("int8"), feed(empty("window"), 2)
+    for name in ("keys", "values"):
+        setattr(cache.layers[0], name, getattr(cache.layers[0], name).half())
+    layout = Layout(lambda: (cache, SimpleNamespace(logits=torch.zeros(1, 2, 50))), rounding)
+    state = states.capture_state(cache, rounding)
+    layout.check_state(state, 2)
+    (layer,) = state.layers
+    layer["keys:scale"].fill_(255)
+    with pytest.raises(DamagedFileError, match="^'keys:float16' of layer 0 stands for values that are not finite"):
+        layout.check_state(LayerTensors((layer,)), 2)
+
+
+def test_of_several_names_that_are_odd_the_first_is_said() -> None:
+    layout, _ = layout_of(EXACT, "full", "window")
+    full, window = states.capture_state(feed(empty("full", "window"), 3)).layers
+    for change, said in (
+        ({"b": 1, "a": 2, "c": 3}, "layer 1 has 'a'"), ({"keys": None, "values": None}, "layer 1 lacks 'keys'"),
+        ({"seen": None, "a": 1}, "layer 1 has 'a'"), ({"keys": None, "z": 1}, "layer 1 lacks 'keys'"),
+    ):  # fmt: skip
+        layer = {name: value for name, value in {**window, **change}.items() if value is not None}
+        with pytest.raises(DamagedFileError, match=f"^{said}$"):
+            layout.check_state(LayerTensors((full, layer)), 3)
+    for devices in (("cpu",), ("cpu", "cpu", "cpu"), ("cpu", "cuda:0")):
+        with pytest.raises(DamagedFileError, match=r"not from where the model's are, which is \('cpu', 'cpu'\)"):
+            layout.check_state(LayerTensors((full, window), devices), 3)
+    layout.check_state(LayerTensors((full, window), ("cpu", "cpu")), 3)
+    for value, said in ((3, "is no tensor"), (window["values"] / 0, "has values that are not finite")):
+        with pytest.raises(DamagedFileError, match=f"^'values' of layer 1 {said}$"):
+            layout.check_state(LayerTensors((full, {**window, "values": value})), 3)
+    for wrong in (window["keys"].double(), window["keys"][..., :-1]):
+        with pytest.raises(
+            DamagedFileError, match="^'keys' of layer 1 is .* of shape .*, and must be torch.float32 of"
+        ):
+            layout.check_state(LayerTensors((full, {**window, "keys": wrong})), 3)
+    assert layouts._finite(torch.empty(0))
+
+
 def test_what_counts_tokens_is_a_whole_number_that_does() -> None:
     layout, _ = layout_of(EXACT, "window")
     (layer,) = states.capture_state(feed(empty("window"), 3)).layers
@@ -339,3 +422,15 @@ def test_a_layer_that_waits_knows_only_what_it_waits_for() -> None:
     unmade = type(held).__new__(type(held))
     with pytest.raises(AttributeError):
         _ = unmade.keys
+
+
+@pytest.mark.parametrize("first", ["keys", "values"])
+def test_a_layer_of_which_a_part_was_read_goes_on_with_all_of_it(first: str) -> None:
+    parts, new = torch.randn(2, 2, 1, 2, 3, 16), torch.randn(2, 1, 2, 1, 16)
+    (layer,) = empty("full").layers
+    held = lazy_kv.waiting(layer, [*parts[0]], [*parts[1]])
+    assert getattr(held, first).shape[-2] == 6
+    found = held.update(*new)
+    for value, part, last in zip(found, parts, new, strict=True):
+        assert torch.equal(value, torch.cat([*part, last], -2))
+    assert held.get_seq_length() == 7 and torch.equal(held.keys, found[0]) and torch.equal(held.values, found[1])

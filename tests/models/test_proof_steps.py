@@ -445,6 +445,9 @@ def test_layers_that_keep_nothing_are_named_unless_they_have_nothing_to_keep(mon
     assert said(["mamba", "mamba", "mamba", "mlp"]) == said(["a", "a", "a", "moe"]) == ""
     cache.layers[2] = object()
     assert said(["a", "a", "a", "moe"]).startswith("layer 2 ")
+    fixed.append({"state": 1})
+    with pytest.raises(ValueError, match="zip"):  # no layer goes without a look
+        said(["mlp"] * 4)
 
 
 def test_a_wiped_payload_has_zeros_for_numbers_and_everything_else_as_it_was() -> None:
@@ -585,17 +588,30 @@ def test_what_of_three_runs_is_compared(monkeypatch: Patch) -> None:
     monkeypatch.setattr(proof.states, "capture_kv", captured)
     runs: list[Any] = []
     for tag in (1, 2, 3):
-        cache = live(20)
+        cache = live(40)
         cache.tag = tag
         runs.append(proof._Run(cache, torch.tensor([tag])))
     found = {name: [value.tolist() for value in values] for name, *values in proof._triples(*runs)}
-    spans: dict[str, list[int]] = {"": [], " behind the cut": [4, 20], " before the cut": [3, 4]}
+    spans: dict[str, list[int]] = {"": [], " behind the cut": [24, 40], " before the cut": [23, 24]}
     expected = {
         f"part of layer {index}{where}": [[tag, *span] for tag in (1, 2, 3)]
         for where, span in spans.items()
         for index in (0, 2)
     }
     assert found == {**expected, "the logits": [[1], [2], [3]]}
+
+
+@pytest.mark.parametrize("short", range(3))
+def test_runs_with_fewer_layers_are_not_compared(short: int, monkeypatch: Patch) -> None:
+    """No layer goes without a look."""
+    layers: list[dict[str, Any]] = [{"part": torch.ones(1)}, {"part": torch.ones(1)}]
+    monkeypatch.setattr(proof.states, "capture_state", lambda cache: SimpleNamespace(layers=layers[: cache.count]))
+    monkeypatch.setattr(proof.states, "capture_kv", lambda *given: SimpleNamespace(layers=[]))
+    runs: list[Any] = [proof._Run(live(20), torch.ones(1)) for _ in range(3)]
+    for index, run in enumerate(runs):
+        run.live.count = 1 if index == short else 2
+    with pytest.raises(ValueError, match="zip"):
+        list(proof._triples(*runs))
 
 
 def test_the_size_of_differences() -> None:

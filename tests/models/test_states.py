@@ -64,6 +64,15 @@ def settled(cache: Any) -> Any:
     return cache
 
 
+def test_states_stay_where_they_are_for_compiled_graphs() -> None:
+    """As those that a layer of transformers has made for itself: they are updated in place."""
+    cache = feed(empty("linear"), 4)
+    (layer,) = restored(cache, [], ("linear",)).layers
+    for held in (cache.layers[0], layer):
+        for state in (held.conv_states[0], held.recurrent_states[0]):
+            assert getattr(state, "_dynamo_static_input_type", None) is not None
+
+
 def tensors_in(values: dict[Any, Any]) -> list[torch.Tensor]:
     nested = [each for value in values.values() if isinstance(value, dict) for each in tensors_in(value)]
     return nested + [value for value in values.values() if torch.is_tensor(value)]
@@ -232,7 +241,7 @@ def test_who_reads_first_waits_for_what_is_proved(kinds: tuple[str, ...], roundi
     state = states.capture_state(cache, rounding).pledged(lambda: told.append("state"))
     fresh = empty(*kinds)
     states.restore(fresh, state, [pledged[0], spans[1]], rounding)
-    assert told == (["state"] if waits else ["state", "span"])
+    assert told == (["state"] if waits else ["state", "span"]) and not hasattr(fresh.layers[0], "ready")
     assert fresh.layers[1].get_seq_length() == 4
     fresh.layers[1].update(*torch.randn(2, 1, 2, 1, 16))
     assert told == ["state", "span"]
@@ -336,7 +345,7 @@ def test_the_size_of_a_state_is_that_of_a_long_prompt(rounding: Rounding) -> Non
     assert size.state_bytes == states.capture_state(full, rounding).nbytes
     kept = [states.capture_kv(cache, 0, tokens, rounding).nbytes for cache, tokens in ((full, 9), (more, 10))]
     assert size.kv_bytes_per_token == kept[1] - kept[0] and kept[0] == 9 * size.kv_bytes_per_token
-    assert size.logits_bytes == 200
+    assert size.logits_bytes == 200 and type(size.kv_bytes_per_token) is type(size.state_bytes) is int
     assert states.StateSize(1, 2) == states.StateSize(1, 2, 0, 1)
 
 

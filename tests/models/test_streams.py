@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import pytest
@@ -192,3 +193,46 @@ def test_two_blocks_of_a_size_become_one_of_twice_the_size() -> None:
         assert len(set(rounded)) == len(rounded)
         assert sorted(index for block in blocks for index in block) == list(range(len(sizes)))
     assert streams._doubled([4, 4, 3], [0, 1, 2]) == [[0, 1], [2]]
+
+
+def filled_plainly(sizes: list[int]) -> list[list[int]]:
+    """One block after the other: of all that is left, or of half of that where much would be lost."""
+    rest = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    blocks = []
+    while rest:
+        total, room = sum(sizes[index] for index in rest), 1
+        while room < total:
+            room *= 2
+        if total > 65536 and room > total + total / 8:
+            room = room // 2
+        block: list[int] = []
+        for index in rest:
+            if sum(sizes[other] for other in [*block, index]) <= room:
+                block.append(index)
+        if 2 * sum(sizes[index] for index in block) <= room:
+            block = [rest[0]]
+        blocks.append(block)
+        rest = [index for index in rest if index not in block]
+    return blocks
+
+
+def pinned_by(sizes: list[int], blocks: list[list[int]]) -> int:
+    return sum(1 << (sum(sizes[index] for index in block) - 1).bit_length() for block in blocks if block)
+
+
+def test_blocks_are_filled_one_after_the_other_and_the_way_that_pins_least_is_taken() -> None:
+    draw, better = random.Random(0), 0
+    for _ in range(300):
+        step = draw.choice([256, 4096, 65536])
+        sizes = [step * draw.choice([1, 2, 3, 8, draw.randint(1, 90)]) for _ in range(draw.randint(1, 24))]
+        by_size = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+        filled, doubled = streams._filled(sizes, by_size), streams._doubled(sizes, by_size)
+        assert filled == filled_plainly(sizes)
+        ways = [(pinned_by(sizes, blocks), len(blocks)) for blocks in ([by_size], doubled, filled)]
+        found = streams.blocks_of(sizes)
+        assert (pinned_by(sizes, found), len(found)) == min(ways)
+        better += ways[2] < min(ways[:2])
+    assert better > 5  # which is what it is for
+    exact = [65536 * 8, 65536]  # nine: of sixteen much would be lost
+    assert streams._filled(exact, [0, 1]) == [[0], [1]] and streams._filled([65536], [0]) == [[0]]
+    assert streams._filled([65536 - 512, 256], [0, 1]) == [[0, 1]] and streams._filled([40000, 1], [0, 1]) == [[0, 1]]

@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse_cache.models import survey as surveys
 from hf_sparse_cache.models.attachment import Override
+from hf_sparse_cache.models.fingerprint import _readable
 from hf_sparse_cache.models.survey import Kept, survey
+from hf_sparse_cache.models.weights import identity
 
 
 class Part(torch.nn.Module):
@@ -49,6 +51,9 @@ def test_weights_are_found_by_their_paths_and_wrappers_leave_no_trace() -> None:
     assert weights.keys() == {f"{path}{name}" for path in ("0.", "1.", "1.inner.") for name in names}
     assert weights["0.kept"] is model[0].kept and weights["1.mean"] is model[1]["base_layer"].mean
     assert not survey(model).adapters
+    part = Part()
+    part._parameters, part._buffers = ({"none": None, **held} for held in (part._parameters, part._buffers))
+    assert survey(part).weights.keys() == {"weight", "mean", "kept"}  # whatever is missing before them
 
 
 def test_settings_are_told_and_those_that_may_change_are_kept_at_hand() -> None:
@@ -85,6 +90,22 @@ def test_of_adapters_those_in_use_count(active: Any, expected: set[str]) -> None
     assert sum("sha" in word or word.startswith("q.lora") for word in found.adapted) == len(found.adapters)
 
 
+def test_a_proof_is_good_for_every_adapter_and_their_values_are_looked_at() -> None:
+    layer = Layer()
+    first = identity(layer)
+    layer._active_adapter = "second"
+    second = identity(layer)
+    assert (second.proved_by, second.code) == (first.proved_by, first.code) and second.settings != first.settings
+    assert second.weights != first.weights  # of plain tensors beside them
+    for edit in (lambda value: value.add_(1), lambda value: value.data.add_(1)):
+        before = identity(layer)
+        with torch.no_grad():
+            edit(layer.lora_A["second"].weight)
+        after = identity(layer)
+        assert after.settings != before.settings and after.weights == before.weights
+    assert [name for name, _ in _readable(layer)] == ["base_layer.bias", "base_layer.weight", "lora_A.second.kept"]
+
+
 def test_adapters_that_are_switched_off_or_merged() -> None:
     layer = Layer()
     layer._disable_adapters = True
@@ -95,6 +116,17 @@ def test_adapters_that_are_switched_off_or_merged() -> None:
     assert not survey(layer).adapters and "lora_A.first.weight" not in survey(layer).weights
     del layer.merged_adapters
     assert "lora_A.first.weight" in survey(layer).weights  # nothing says that these are adapters
+
+
+def test_within_an_adapter_names_are_those_of_its_own_modules() -> None:
+    """Whatever adapters there are besides; one may have adapters of its own."""
+    layer = Layer()
+    inner = layer.lora_A["first"]
+    inner.second, inner.own = Part(), Layer("second")
+    found = survey(layer)
+    assert found.adapters["lora_A.first.second.weight"] is inner.second.weight
+    own = {name.removeprefix("lora_A.first.own.") for name in found.adapters if ".own." in name}
+    assert own == {"weight", "bias", "lora_A.second.weight", "lora_A.second.mean", "lora_B.second"}
 
 
 def test_what_an_adapter_holds_is_told_by_its_values() -> None:
@@ -396,8 +428,10 @@ def test_a_configuration_in_another_order_says_the_same() -> None:
     config.one = 1
     assert settings.unchanged()
     config.two["deep"].append(2)
-    assert not settings.unchanged()
-    config.two = {"deep": [1]}
+    assert not settings.unchanged() and not settings.unchanged()
+    config.one = 2
+    assert not settings.unchanged() and not settings.unchanged()  # also when it has been looked at
+    config.one, config.two = 1, {"deep": [1]}
     assert settings.unchanged()
     config.two["deep"].append(2)  # of the value that took the place of the first
     assert not settings.unchanged()

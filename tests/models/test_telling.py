@@ -374,6 +374,13 @@ def test_tensors_and_arrays_are_told_by_their_bits_as_far_as_they_are_small(valu
     assert teller.tell(value) == tell(value) and teller.opaque is opaque
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_tensor_without_plain_bits_is_told_by_its_address() -> None:
+    one, other = (torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8) for _ in range(2))
+    teller = Teller()
+    assert teller.tell(one) == tell(one) != tell(other) and teller.opaque
+
+
 def test_a_large_tensor_of_inference_has_no_version() -> None:
     with torch.inference_mode():
         value = torch.zeros(telling._SMALL + 1)

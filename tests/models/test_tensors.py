@@ -115,9 +115,9 @@ def test_a_file_of_something_else_is_refused(payload: Any, more: dict[str, torch
             LayerTensors.from_bytes(data)
 
 
-def changed(name: str, **entry: Any) -> list[Any]:
+def changed(name: str, held: dict[str, torch.Tensor] = HELD, **entry: Any) -> list[Any]:
     """A file whose header says something else of a tensor."""
-    data = written(GOOD, HELD)[0]
+    data = written(GOOD, held)[0]
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header[name].update(entry)
@@ -139,6 +139,31 @@ def test_a_header_that_lies_is_refused(entry: dict[str, Any]) -> None:
     for data in changed("0.a", **entry):
         with pytest.raises(DamagedFileError):
             LayerTensors.from_bytes(data)
+
+
+def test_one_number_has_a_shape_all_the_same() -> None:
+    one = {"0.a": torch.ones(())}
+    for data in changed("0.a", one):
+        assert LayerTensors.from_bytes(data).layers[0]["a"].shape == ()
+    for shape in ("", {}, None, False):
+        for data in changed("0.a", one, shape=shape):
+            with pytest.raises(DamagedFileError):
+                LayerTensors.from_bytes(data)
+
+
+def test_all_that_an_unpacked_file_holds_is_read_where_it_lies() -> None:
+    given = [*layers(), {"large": torch.arange(700.0), "larger": torch.arange(900, dtype=torch.int64)}]
+    file = memoryview(bytearray(LayerTensors.captured(given).to_bytes("{}", TOKENS)))
+    found = LayerTensors.from_bytes(file)
+    begin = np.frombuffer(file, np.uint8).ctypes.data
+    assert alike(found.layers, given) and sum(1 for _ in found.tensors()) == 12
+    assert all(begin < value.data_ptr() < begin + len(file) for value in found.tensors())
+
+
+def test_a_file_may_have_many_layers() -> None:
+    given: list[dict[str, Any]] = [{"seen": index} for index in range(300)]
+    found = LayerTensors.from_bytes(LayerTensors.captured(given).to_bytes("{}", TOKENS))
+    assert tuple(found.layers) == tuple(given)
 
 
 def test_tensors_of_an_unpacked_file_are_views_where_they_can_be() -> None:
@@ -204,6 +229,7 @@ def test_a_payload_moves_and_knows_where_it_came_from() -> None:
     assert there.layers[1]["seen"] == 7 and [value.shape for value in there.tensors()] == [
         value.shape for value in payload.tensors()
     ]
+    assert there.pinned_bytes == 0 and there.nbytes == sum(value.nbytes for value in payload.tensors())
     assert there.moved_to("meta") is there and there.moved_to("meta:0").devices == ("cpu",) * 10
     home = LayerTensors(payload.layers, ("meta",) * 9 + ("cpu",)).moved_to("device")
     assert [tensors.device_of(layer, "none") for layer in home.layers] == ["meta"] * 8 + ["none", "cpu"]
@@ -213,6 +239,44 @@ def test_a_payload_moves_and_knows_where_it_came_from() -> None:
     for wrong in ("nowhere", "cpu:x", ""):
         with pytest.raises(ValueError, match=f"place is '{wrong}': give 'host', 'device', or a device"):
             payload.moved_to(wrong)
+
+
+def test_every_layer_has_a_place_to_move_to_and_every_tensor_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = LayerTensors.captured([{"a": torch.ones(1)}, {"a": torch.ones(2), "b": torch.ones(3)}]).layers
+    with pytest.raises(ValueError, match="zip"):
+        LayerTensors(held, ("meta",)).moved_to("device")
+    own = tensors.streams.move
+    monkeypatch.setattr(tensors.streams, "move", lambda *given: tensors.streams.Moved(own(*given).tensors[:-1]))
+    with pytest.raises(ValueError, match="zip"):
+        LayerTensors(held).moved_to("meta")
+
+
+def test_what_lies_together_on_a_device_is_counted_by_its_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pinned memory it is not: there its blocks are."""
+    held, own = LayerTensors.captured([{"a": torch.ones(65)}, {"b": torch.ones(3)}]), tensors.streams.move
+    for together, pinned, nbytes in ((True, 0, 768), (False, 0, 272), (True, 1024, 1024), (False, 2048, 2048)):
+        monkeypatch.setattr(
+            tensors.streams,
+            "move",
+            lambda *given, pinned=pinned: tensors.streams.Moved(own(*given).tensors, (), pinned),
+        )
+        monkeypatch.setattr(
+            tensors.streams, "shared", lambda values, there=together: (len([*values]) == 2 and there) or None
+        )
+        there = held.moved_to("meta")
+        assert isinstance(there.layers, Blocked) is (together and not pinned)
+        assert (there.pinned_bytes, there.nbytes) == (pinned, nbytes)
+
+
+def test_what_is_captured_waits_for_what_was_captured_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where that lies in a slot of host memory, of which nothing is read for it."""
+    seen: list[int] = []
+    monkeypatch.setattr(tensors.streams, "queued", lambda values: seen.append(len([*values])) or ("work",))
+    first: list[dict[str, Any]] = [{"a": torch.ones(1), "b": torch.ones(2)}]
+    for before, count in (((), 1), (first, 3), (slotted(first), 1)):
+        found = LayerTensors.captured([{"c": torch.ones(1)}], before)  # type: ignore[arg-type]
+        assert found.behind == ("work",) and len(found.layers) == 1 + len(before)  # type: ignore[arg-type]
+        assert seen.pop() == count
 
 
 def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

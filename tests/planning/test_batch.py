@@ -116,6 +116,14 @@ def test_a_meeting_keeps_its_distance_to_a_mark(mark: int, meeting: int) -> None
         assert planned(FREE, *rows)[1][1] == meeting
 
 
+@pytest.mark.timeout(30)  # it ended never
+@pytest.mark.parametrize("segmenting", [FREE, Bitwise(CutRule(8))])
+def test_no_meeting_is_none_whatever_is_marked_beside_it(segmenting: Segmenting) -> None:
+    """No handle announces a single token, and a store or a saved file may."""
+    rows = [member([1, own, *SHARED], segmenting, marked=(1,)) for own in (2, 3, 4)]
+    assert [meeting for _, meeting, _ in planned(segmenting, *rows)] == [0, 0, 0]
+
+
 def test_a_meeting_keeps_its_distance_to_another() -> None:
     tails = ([3, 3, 3, 3], [3, 4, 4, 4], [5, 5, 5, 5])
     rows = [member([*SHARED, *tail], FREE) for tail in tails]
@@ -132,3 +140,60 @@ def test_bitwise_takes_over_at_cuts() -> None:
     assert [(meeting, junctions) for _, meeting, junctions in planned(mode, *rows)] == [(0, [16]), (16, []), (16, [])]
     apart = [member([own, *SHARED], mode) for own in (7, 8)]
     assert [row.source for row in plan_rows(apart, mode)] == [None, None]
+
+
+def plainly(rows: list[Member], segmenting: Replayable) -> list[tuple[int, int | None, int]]:
+    """In their order: which of the rows it is, which it takes over from, and where; by trying every position."""
+    order = sorted(range(len(rows)), key=lambda number: rows[number].ids.tolist())
+    source: dict[int, int] = {}
+    meeting = dict.fromkeys(order, 0)
+    junctions: dict[int, list[int]] = {number: [] for number in order}
+
+    def start(number: int) -> int:
+        return max(rows[number].stored, meeting[number])
+
+    for place, number in enumerate(order):
+        row = rows[number]
+        for before in reversed(order[:place]):
+            other = rows[before]
+            shared = next(
+                (n for n, (a, b) in enumerate(zip(row.ids, other.ids, strict=False)) if a != b), len(other.ids)
+            )
+            if shared <= start(number):
+                break
+            near = [*junctions[before], *other.marked, *row.marked, start(before)]
+            fits = [
+                at
+                for at in range(2, min(shared, len(row.ids) - 2) + 1)
+                if len(other.ids) - at != 1 and all(abs(at - position) != 1 for position in near)
+            ]
+            if max(fits, default=0) > max(start(number), start(before)):
+                source[number], meeting[number] = before, max(fits)
+                junctions[before].append(max(fits))
+    for before, at in {(source[number], meeting[number]) for number in source}:
+        takers = [number for number in source if (source[number], meeting[number]) == (before, at)]
+        if sum(at - rows[number].stored for number in takers) <= max(segmenting.cut_tokens, 2):
+            for number in takers:
+                del source[number]
+                meeting[number] = 0
+    return [(number, source.get(number), meeting[number]) for number in order]
+
+
+@pytest.mark.parametrize("price", [0.0, 9.0])
+def test_drawn_rows_take_over_where_a_plain_account_says(price: float) -> None:
+    mode = Replayable(CutRule(64), 64, price=price)
+    for seed in range(300):
+        draw = random.Random(seed)
+        texts = {tuple(draw.choices((1, 2), (4, 1), k=draw.randrange(1, 16))) for _ in range(draw.randrange(1, 7))}
+        rows = []
+        for text in sorted(texts, key=lambda text: draw.random()):
+            stored = draw.choice([0, 0, 0, *range(2, max(3, len(text) - 1))])
+            marked = tuple(sorted(n for n in (draw.randrange(2, 14), draw.randrange(2, 30)) if n <= len(text)))
+            rows.append(member([*text], mode, stored, marked))
+        expected = plainly(rows, mode)
+        found = plan_rows(rows, mode)
+        numbers = {id(row): number for number, row in enumerate(rows)}
+        told = [(numbers[id(row)], row.source and numbers[id(row.source)], row.meeting) for row in found]
+        assert told == expected, seed
+        for row in found:
+            assert row.junctions == sorted({other.meeting for other in found if other.source is row})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prompting import Blob
 
 from hf_sparse_cache.planning.cuts import CutRule
-from hf_sparse_cache.planning.foresight import Foreseen, Foresight, common, turns
+from hf_sparse_cache.planning.foresight import Foreseen, Foresight, TextInTurn, common, turns
 from hf_sparse_cache.planning.lineage import Lineage
 from hf_sparse_cache.planning.policies import NoCheckpoints, Policy, Prompt
 from hf_sparse_cache.planning.segments import Bitwise, Replayable, Segmenting
@@ -132,6 +132,34 @@ def test_texts_come_in_the_order_of_their_tokens() -> None:
     ]
 
 
+def kept(found: list[TextInTurn]) -> list[dict[int, int]]:
+    """At each text, where it or later ones leave the path, by looking at every text for every position."""
+    owned: list[dict[int, int]] = [{} for _ in found]
+    for place, turn in enumerate(found[1:], start=1):
+        deepest = min(turn.shared, len(turn.tokens) - 2)
+        if turn.first < turn.shared:
+            deepest = min(deepest, turn.shared - 1)
+        for position in range(deepest, 1, -1):
+            owner = max(other for other in range(place) if other == 0 or found[other].shared < position)
+            if len(found[owner].tokens) - position != 1:  # a segment of one token
+                owned[owner][position] = place
+                break
+    return [
+        {at: last for own in owned[: place + 1] for at, last in own.items() if last >= place}
+        for place in range(len(found))
+    ]
+
+
+def test_each_text_keeps_what_it_and_later_ones_resume_from() -> None:
+    for seed in range(300):
+        texts, firsts = drawn_texts(seed)
+        for share in (True, False):
+            found = turns(texts, firsts, share)
+            assert [turn.keep for turn in found] == kept(found)
+    whole = [np.asarray([1] * length, np.int32) for length in (4, 5, 8)]
+    assert [turn.keep for turn in turns(whole, [3, 4, 7])] == [{2: 1}, {2: 1, 5: 2}, {5: 2}]
+
+
 def test_what_texts_have_in_common_is_counted_token_by_token() -> None:
     for seed in range(100):
         one, other = (drawn_texts(seed + 1000 * n)[0][0] for n in range(2))
@@ -225,3 +253,12 @@ def test_the_policy_of_the_handle_says_what_it_would_like_to_stay(
     assert policy.seen == [prompt]
     plain = Foresight(policy, {}, 0)
     assert plain.place(prompt) == [12] and policy.resumed == [1, 4] and plain.needed == {}
+
+
+def test_the_end_of_a_text_is_placed_once_where_all_want_it() -> None:
+    nowhere = np.zeros(0, dtype=np.int64)
+    for policy, placed in ((Wishing(12), [8, 12]), (Wishing(), [8, 12]), (Wishing(8), [8, 12])):
+        foresight = Foresight(policy, {12: 5, 8: 4}, 0)
+        prompt = Prompt(np.zeros(12, np.int32), np.asarray([4, 8, 12]), 0, 0, nowhere, nowhere)
+        assert foresight.place(prompt) == placed and foresight.needed == {8: 4, 12: 5}
+    assert (TextInTurn(0, 0, nowhere, 0).shared, TextInTurn(0, 0, nowhere, 0).keep) == (0, {})  # type: ignore[arg-type]

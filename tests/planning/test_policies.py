@@ -16,7 +16,7 @@ from cutting import every
 
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.planning.cuts import CutRule, cut_positions
-from hf_sparse_cache.planning.overlap import BRANCHES, EXTENDS
+from hf_sparse_cache.planning.overlap import BRANCHES, EXTENDS, Forecast
 from hf_sparse_cache.planning.planner import plan_checkpoints
 from hf_sparse_cache.planning.policies import (
     FIRST_SIGHT_DISTANCES,
@@ -561,3 +561,86 @@ def test_a_policy_is_made_by_its_name() -> None:
     assert boundary.cut_ids.tolist() == [1, 2]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="policy='best' is unknown; choose one of learned, dp"):
         make_policy("best")
+
+
+# -- where a budget is short, or a cut is dear, so that little decides ------------------------------------------------
+
+
+def pressed(seed: int) -> Prompt:
+    """A prompt that resumes, whose best checkpoint saves about what it costs."""
+    draw = random.Random(seed)
+    prompt = drawn_prompt(draw)
+    cuts = np.asarray(sorted(draw.sample(range(20, 400), 12)), np.int64)
+    resumed = int(cuts[draw.randrange(6)])
+    below = np.sort([draw.random() for _ in cuts])
+    prompt = replace(
+        prompt, cuts=cuts, resumed=resumed, overlap=draw.choice([resumed, resumed + 30]), state_bytes=40.0,
+        kv_bytes_per_token=0.0, resumed_bytes=draw.choice([0, 20, 40]), forecast=Forecast(cuts, below),
+        terms=replace(prompt.terms, price=1e-9), cut_tokens=draw.choice([0.0, 3.0]),
+    )  # fmt: skip
+    (best,) = plainly_planned(prompt, below.tolist(), 1, lambda depths: depths) or (None,)
+    if best is None:
+        return prompt
+    rates, cut_price = weighed(prompt, below.tolist())
+    index = prompt.open_cuts.tolist().index(best) + 1
+    worth = (best - resumed) * sum(rates[index:]) - cut_price
+    return replace(prompt, terms=replace(prompt.terms, price=max(1e-6, worth * draw.uniform(0.6, 2.5) / 40.0)))
+
+
+def test_where_memory_is_dear_a_checkpoint_may_take_the_place_of_the_resumed_one() -> None:
+    replaced = 0
+    for seed in range(200):
+        prompt = pressed(seed)
+        assert prompt.forecast is not None
+        for limit in (0, 1, 3):
+            expected = plainly_planned(prompt, prompt.forecast.below.tolist(), limit, lambda depths: depths)
+            assert Learned()._planned(prompt, prompt.forecast, limit) == expected, (seed, limit)
+        replaced += bool(expected) and not plainly_planned(
+            replace(prompt, resumed_bytes=0), prompt.forecast.below.tolist(), limit, lambda depths: depths
+        )
+        nowhere = replace(prompt, resumed=400)
+        assert Learned()._planned(nowhere, prompt.forecast, 3) == []
+    assert replaced > 10  # it is the refund that decides
+
+
+def test_the_price_of_keys_and_values_is_taken_off_the_deepest() -> None:
+    for seed in range(100):
+        draw = random.Random(seed)
+        weights = [draw.choice([0.0, draw.random()]) for _ in range(draw.randrange(1, 6))]
+        price = draw.choice([0.0, draw.random(), 9.0])
+        left, found = price, np.asarray(weights)
+        for index in reversed(range(len(weights))):
+            taken = min(left, weights[index])
+            weights[index], left = weights[index] - taken, left - taken
+        Learned._charge(found, price)
+        assert found.tolist() == weights
+
+
+def test_a_prompt_that_shares_nothing_has_as_many_cuts_as_it_can_pay() -> None:
+    policy, nowhere, bound = Learned(), np.zeros(0, np.int64), 0
+    for seed in range(FIRST_SIGHT_OBSERVATIONS + 30):
+        draw = random.Random(seed)
+        before = Shape(400, 0, nowhere, nowhere, np.arange(20, 400, 20), draw.randrange(4))
+        policy.observe(replace(drawn_prompt(draw), overlap=draw.randrange(20, 400), latest=before, cuts=before.cuts))
+    for seed in range(200):
+        draw = random.Random(seed)
+        cuts = np.asarray(sorted({*draw.sample(range(20, 400), 30), *draw.choice([(), (400,)])}), np.int64)
+        prompt = replace(
+            untold(400, draw.choice([None, 3, 8])), cuts=cuts, cut_tokens=draw.choice([0.5, 1.5, 2.0, 3.0, 5.0, 13.0])
+        )
+        found = policy.place(prompt)
+        assert found == plainly_learned(policy, prompt, lambda depths: depths), seed
+        bound += len([position for position in found if position < 400]) == affordable(prompt, 32)
+    assert bound > 10
+
+
+def test_the_histogram_forgets_what_was_long_ago() -> None:
+    nowhere = np.zeros(0, np.int64)
+    for decay, place in ((0.5, 100), (1.0, 300)):
+        policy = HistogramDP(decay, prior=1e-3)
+        for overlap in (300, 300, 300, 100, 100):
+            policy.observe(Prompt(tokens(400), np.arange(20, 400, 20), overlap, 0, nowhere, nowhere))
+        weights = policy._weights[[300 // 16, 100 // 16]].tolist()
+        assert weights == pytest.approx([0.25 * (0.5 + 0.25 + 1.0), 1.5] if decay == 0.5 else [3.0, 2.0])
+        prompt = Prompt(tokens(400), np.asarray([80, 280]), 0, 0, nowhere, nowhere, limit=1)
+        assert policy.place(prompt) == [80 if place == 100 else 280]

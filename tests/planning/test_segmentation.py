@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,3 +128,80 @@ def test_text_ends_tell_whether_any_was_found() -> None:
     assert ends.positions(np.asarray([0, 0, 1], dtype=np.int32)).tolist() == [] and not ends.found
     assert ends.positions(np.asarray([0, 1, 4, 0], dtype=np.int32)).tolist() == [3] and ends.found
     assert ends.positions(np.asarray([0, 0, 1], dtype=np.int32)).tolist() == [] and ends.found  # once is enough
+
+
+# -- the same on many drawn cases, which have all that there is in them -----------------------------------------------
+
+
+def test_drawn_texts_are_cut_as_the_naive_scan_does() -> None:
+    for seed in range(400):
+        draw = random.Random(seed)
+        ids = draw.choices(range(6), k=draw.randrange(90))
+        grid, cut_ids = draw.randrange(1, 24), {*draw.sample(range(6), draw.randrange(3))}
+        distance = draw.choice([None, draw.randrange(1, grid + 1)])
+        found = cut_positions(np.asarray(ids, np.int32), grid, cut_ids, distance)
+        expected = naive(ids, grid, cut_ids, min(grid, max(2, grid // 4)) if distance is None else distance)
+        assert found.tolist() == expected and found.dtype == np.int64, (ids, grid, cut_ids, distance)
+
+
+def test_drawn_strings_and_marks_cut_as_the_naive_scan_does() -> None:
+    for seed in range(400):
+        draw = random.Random(seed)
+        ids = draw.choices(range(len(WORDS)), k=draw.randrange(3, 50))
+        grid, cut_ids = draw.randrange(2, 16), {*draw.sample(range(len(WORDS)), draw.randrange(2))}
+        strings = draw.sample(["\nQ:", "b", "ab\n", "?", "bab"], draw.randrange(3))
+        marks = {*draw.sample(range(len(ids) + 2), draw.randrange(4))}
+        rule = CutRule(grid, tuple(cut_ids), TextEnds(strings, spell) if strings else None)
+        found = rule.cuts(np.asarray(ids, np.int32), marks)
+        assert found.tolist() == naive_rule(ids, grid, cut_ids, tuple(strings), marks) and found.dtype == np.int64
+
+
+def test_the_last_message_of_drawn_texts_begins_behind_a_special_token() -> None:
+    for seed in range(300):
+        draw = random.Random(seed)
+        ids = draw.choices([1, 1, 1, 8, 9], k=draw.randrange(30))
+        special = [n for n, token in enumerate(ids, 1) if token in (8, 9)]
+        begins = [n for n in special if len(ids) >= n + 3 and not {*ids[n : n + 3]} & {8, 9}]
+        assert message_start(np.asarray(ids, np.int32), (9, 8)) == max(begins, default=0)
+
+
+def test_a_tokenizer_that_drops_the_blank_before_a_text_finds_its_strings() -> None:
+    """What is decoded begins one token before the string may: a blank at the very beginning is lost."""
+    words = ["a", " ", "b", " b"]
+
+    def decode(ids: list[int]) -> str:
+        return "".join(words[token] for token in ids).removeprefix(" ")
+
+    for ids in ([0, 1, 2, 0], [0, 0, 1, 2], [0, 3], [1, 2, 1, 2], [0, 1, 1, 2]):
+        text = ["".join(words[token] for token in ids[:n]).removeprefix(" ") for n in range(1, len(ids) + 1)]
+        expected = [n for n, upto in enumerate(text, 1) if upto.endswith(" b")]
+        assert TextEnds([" b"], decode).positions(np.asarray(ids, np.int32)).tolist() == expected
+    assert TextEnds((), decode).positions(np.asarray([0, 1], np.int32)).tolist() == []
+
+
+def test_a_token_is_decoded_by_itself_once() -> None:
+    asked: list[list[int]] = []
+
+    def decode(ids: list[int]) -> str:
+        asked.append(ids)
+        return spell(ids)
+
+    ends = TextEnds(["Q:"], decode)
+    for _ in range(2):
+        assert ends.positions(np.asarray([0, 5, 0, 1, 5], np.int32)).tolist() == [2, 5]
+    assert sorted(ids for ids in asked if len(ids) == 1) == [[0], [1], [5]]
+    assert all(len(ids) <= 3 for ids in asked)  # no more is decoded than can matter
+
+
+def test_cuts_next_to_the_ends_of_a_text() -> None:
+    rule = CutRule(2, (), TextEnds(["b"], spell))
+    for ids in ([1, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0], [0, 1], [1, 1, 1], [0, 1, 0]):
+        for marks in ((), (2,), (1, 2, 3), (len(ids) - 2,), (len(ids) - 1, len(ids))):
+            expected = naive_rule(ids, 2, set(), ("b",), {*marks})
+            assert rule.cuts(np.asarray(ids, np.int32), marks).tolist() == expected
+    with pytest.raises(ValueError, match="grid must be at least 1 token, got 0; use a multiple"):
+        cut_positions(np.zeros(4, np.int32), 0)
+    with pytest.raises(ValueError, match=r"min_distance must be 1 to grid \(8\), got 9; leave it out"):
+        cut_positions(np.zeros(4, np.int32), 8, (), 9)
+    assert cut_positions(np.zeros(4, np.int32), 1, (), 1).tolist() == [1, 2]
+    assert [CutRule(grid).special_distance for grid in (1, 2, 7, 8, 12, 64)] == [1, 2, 2, 2, 3, 16]

@@ -404,3 +404,30 @@ def test_there_are_no_more_threads_than_jobs_at_once_or_than_allowed() -> None:
     assert threads() == 2
     done.set()
     assert all(job.result(60) for job in jobs) and threads() == 2
+
+
+# -- what is promised of bytes that are handed on ---------------------------------------------------------------------
+
+
+def test_what_was_proved_once_is_not_waited_for_again() -> None:
+    hands = Hands(1, "test")
+    kept, broken = (ahead.Pledge(hands, time.monotonic() + 1000) for _ in range(2))
+    kept.begin(lambda: "")
+    broken.begin(lambda: "it is torn")
+    with mock.patch.object(hands, "wait", side_effect=hands.wait) as waited:
+        kept(), kept()
+        assert waited.call_count == 1 and not kept.broken
+        for _ in range(2):  # the twin: what is wrong stays so
+            with pytest.raises(UnprovedError, match="it is torn"):
+                broken()
+            assert broken.broken
+
+
+def test_what_cannot_be_proved_in_time_is_not_believed() -> None:
+    hands, done = Hands(1, "test"), threading.Event()
+    pledge = ahead.Pledge(hands, time.monotonic() - 1)
+    pledge.begin(lambda: str(done.wait(60))[:0])
+    with pytest.raises(UnprovedError, match="it was not proved in time"):
+        pledge()
+    assert pledge.broken
+    done.set()
