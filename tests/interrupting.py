@@ -75,12 +75,13 @@ class Interrupter:
     def strikes(self, job: Callable[[], object]) -> bool:
         """Runs a job; whether it was interrupted. Nothing of it lives on in a traceback."""
         told, sys.unraisablehook = sys.unraisablehook, lambda _: None  # of a generator that just goes, as always
+        before = sys.gettrace()  # of who measures which test runs which line
         sys.settrace(self._look)
         try:
             job()
         except KeyboardInterrupt:
             return True
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
             sys.unraisablehook = told
         return False

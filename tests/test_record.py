@@ -3,12 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import build, random_ids
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from hf_sparse_cache import SparsePrefixCache
 from hf_sparse_cache.models import prefill
@@ -143,13 +144,17 @@ def test_another_handle(model: PreTrainedModel, cache: SparsePrefixCache) -> Non
     assert (lengths(requests), lengths(others)) == ([30], [40])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of a class's generate that is called by itself
+@pytest.mark.parametrize("of_class", [False, True])
 @pytest.mark.parametrize("copies", [{}, {"num_return_sequences": 3, "do_sample": True}, {"num_beams": 2}])
-def test_rows_in_their_order(cache: SparsePrefixCache, copies: dict[str, Any]) -> None:
+def test_rows_in_their_order(cache: SparsePrefixCache, copies: dict[str, Any], of_class: bool) -> None:
+    """By the model's own `generate()`, and by its class's, which does not say how many prompts it was given."""
     rows = [random_ids(length, seed=length) for length in (30, 60, 45, 30)]
     ids = torch.cat([torch.nn.functional.pad(row, (60 - row.shape[1], 0)) for row in rows])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (60 - row.shape[1], 0)) for row in rows])
+    generate = partial(GenerationMixin.generate, cache.model) if of_class else cache.model.generate
     with cache.record() as requests:
-        cache.model.generate(ids, attention_mask=mask, past_key_values=cache, **{**GREEDY, **copies})
+        generate(ids, attention_mask=mask, past_key_values=cache, **{**GREEDY, **copies})
     assert lengths(requests) == [30, 60, 45, 30]
     assert requests[3] is requests[0]  # computed once
     assert cache.stats().computed_tokens == 30 + 60 + 45

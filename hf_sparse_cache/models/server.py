@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ class Server:
             live: the request's live cache, filled in place.
             asked: its prompts.
             model_kwargs: those of `generate()`.
-            given: how many prompts the caller gave, each in as many rows, one below the other; 0 where nobody knows.
+            given: how many prompts the caller gave, each in as many rows, one below the other; 0 where nobody knows,
+                and equal rows one below the other are taken for one prompt.
         """
         model, width = self.binding.model, asked.ids.shape[1]
         check_ids(asked.read, model.get_input_embeddings().num_embeddings)
@@ -124,7 +126,7 @@ class Server:
         own = live if alone else self.binding.live_cache()
         own.found = live.found
         filled, served = self._serve(prompts, own)
-        self.count(served, order[:: max(1, len(order) // max(1, given))])
+        self.count(served, order[:: max(1, len(order) // given)] if given else [index for index, _ in groupby(order)])
         if self.on_prefill is not None:
             self.on_prefill(filled[-1].live)
         if alone:
