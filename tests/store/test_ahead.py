@@ -148,7 +148,7 @@ def test_what_fails_while_it_is_read_is_no_file(tmp_path: Path) -> None:
     assert whole.upto(None, 0.0) == (b"abcd", 4) and whole.whole == b"abcd"
     begun = ahead._Coming()
     begun._data, begun._count = b"abcd", 2
-    assert begun.upto(2, 0.0) == (b"abcd", 2) and begun.whole is None
+    assert begun.upto(2, 0.0) == (b"abcd", 2) == begun.upto(1, 0.0) and begun.whole is None
     with pytest.raises(TimeoutError):
         begun.upto(3, 0.0)
 
@@ -374,6 +374,16 @@ def test_a_search_hashes_no_token_twice(reached: tuple[int, ...]) -> None:
             text.folder(at + step)
             at += step if position in reached else 0
     assert 0 < seal.tokens <= 100_000
+
+
+def test_what_nobody_waits_for_any_more_is_not_begun() -> None:
+    hands, busy, read = Hands(1, "test"), threading.Event(), []
+    hands.begin(lambda: busy.wait(60))
+    coming = ahead.Ahead(hands, Seal(), time.monotonic() + 60)
+    coming.begin("kept", lambda: read.append(1) or iter([(b"abcd", 4)]))
+    coming.give_up()
+    busy.set()
+    assert hands.begin(lambda: 7).result(60) == 7 and not read  # the thread took them all in their order
 
 
 # -- threads that read ------------------------------------------------------------------------------------------------

@@ -650,6 +650,22 @@ def test_a_mark_keeps_what_is_stored_at_its_very_end() -> None:
     assert ledger.marks.kept == [("", stored[6])]
 
 
+@pytest.mark.parametrize(("position", "kept"), [(4, 60), (10, 50), (12, 60), (20, 40), (30, 40)])
+def test_what_stays_beside_a_checkpoint_is_what_marks_keep_and_it_does_not_share(position: int, kept: int) -> None:
+    """Marks keep the states at 4 of another text and at 20, with 20 bytes of keys and values each; that at 10 stays
+    where it is resumed from.
+    """
+    ledger, other = Ledger(1000, LRU(), {}, 100_000), np.arange(200, 240, dtype=np.int32)
+    insert(ledger, unit_on(other, 4, kv=5))
+    put(ledger, 10, kv=1)
+    spans = [Span((0, 10)), Span((10, 20))]
+    insert(ledger, Unit("", TEXT, Lineage([10, 20]), Blob(10), spans, {span: Blob(10) for span in spans}))
+    ledger.mark(other[:4])
+    ledger.mark(TEXT[:20])
+    bound = tightest(ledger, TEXT, position)
+    assert bound is not None and (bound.limit, bound.used, bound.kept) == (1000, 70, kept)
+
+
 def test_a_unit_is_pinned_while_it_is_copied() -> None:
     ledger = Ledger(None, FIFO(), max_remembered=None)
     stored = put(ledger, 10, kv=1, hits=4)

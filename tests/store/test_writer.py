@@ -423,6 +423,9 @@ def test_a_place_that_is_full_takes_no_more(joined: Joined, monkeypatch: pytest.
         serve(store, prompt(1, 760), (position,))
     assert turned(shared)["written"] == 2 and shared.counts["not written: its place is full"] == 1
     assert sum("-state-" in name for name in storage.files) == 2
+    monkeypatch.setattr(module, "MOST_UNITS", 1)  # as if others had written more at the same time
+    serve(store, prompt(1, 760), (704,))
+    assert turned(shared)["written"] == 2 and shared.counts["not written: its place is full"] == 2
 
 
 def test_what_was_evicted_is_not_written(joined: Joined) -> None:
