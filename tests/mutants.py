@@ -73,30 +73,13 @@ class Coverage:
             tests: their files.
             file: where it is kept; what it has from before of this very checkout is taken.
         """
-        said = file.with_suffix(".txt")
+        said = file.parent / "tests.json"
         if not said.exists():
-            (file.parent / "relative").write_text("[run]\nrelative_files = true\n", encoding="utf-8")
-            options = ["--durations=0", "--durations-min=0", "-rfE", "-p", "no:cacheprovider", "-n", "auto"]
-            options += [
-                "--cov=hf_sparse_cache",
-                f"--cov-config={file.parent / 'relative'}",
-                "--cov-context=test",
-                "--cov-report=",
-            ]
-            command = [sys.executable, "-m", "pytest", *options, *tests]
-            variables = {**os.environ, "COVERAGE_FILE": str(file)}
-            done = subprocess.run(command, env=variables, capture_output=True, text=True)
-            said.write_text(done.stdout, encoding="utf-8")
-        output = said.read_text(encoding="utf-8")
-        failed = set(re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE))
-        if failed:
-            print(f"fail without any fault, and are not asked: {', '.join(sorted(failed))}", flush=True)
-        seconds: dict[str, float] = defaultdict(float)
-        for took, test in re.findall(r"^([\d.]+)s (?:call|setup) +(\S.*)$", output, re.MULTILINE):
-            seconds[test] += float(took)
-        if not seconds:
-            sys.exit(f"no test ran:\n{output[-3000:]}")
-        return cls(file, {test: took for test, took in seconds.items() if test not in failed})
+            said.write_text(json.dumps(_measured(tests, file)), encoding="utf-8")
+        found = json.loads(said.read_text(encoding="utf-8"))
+        if found["failed"]:
+            print(f"fail without any fault, and are not asked: {', '.join(found['failed'])}", flush=True)
+        return cls(file, {test: took for test, took in found["seconds"].items() if test not in found["failed"]})
 
     @cached_property
     def _data(self) -> CoverageData:
@@ -130,6 +113,37 @@ class Coverage:
 
     def _sorted(self, tests: Iterable[str]) -> list[str]:
         return sorted((test for test in tests if test in self.seconds), key=lambda test: (self.seconds[test], test))
+
+
+def _measured(tests: list[str], file: Path) -> dict[str, Any]:
+    """How long each test of some files takes, and which of them fail, while `file` learns which line they run.
+
+    A test that interrupts something, or nests to the limit, may end all measuring in its process. Files with tests
+    that seem to run no line run once more, as long as that helps.
+    """
+    (file.parent / "relative").write_text("[run]\nrelative_files = true\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-n", "auto", "--durations=0", "--durations-min=0", "-rfE"]
+    command += ["-p", "no:cacheprovider", "--cov=hf_sparse_cache", "--cov-context=test", "--cov-report="]
+    command += [f"--cov-config={file.parent / 'relative'}"]
+    seconds: dict[str, float] = {}
+    failed: set[str] = set()
+    before, missing = 0, set(tests)
+    while missing and len(missing) != before:
+        again = ["--cov-append"] if before else []
+        variables = {**os.environ, "COVERAGE_FILE": str(file)}
+        done = subprocess.run([*command, *again, *sorted(missing)], env=variables, capture_output=True, text=True)
+        took: dict[str, float] = defaultdict(float)
+        for each, test in re.findall(r"^([\d.]+)s (?:call|setup) +(\S.*)$", done.stdout, re.MULTILINE):
+            took[test] += float(each)
+        if not took:
+            sys.exit(f"no test ran:\n{done.stdout[-3000:]}")
+        seconds |= took
+        failed |= set(re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE))
+        data = CoverageData(str(file))
+        data.read()
+        seen = {context.rpartition("|")[0] for context in data.measured_contexts()}
+        before, missing = len(missing), {test.partition("::")[0] for test in took if test not in seen}
+    return {"seconds": seconds, "failed": sorted(failed)}
 
 
 def modules_of(room: dict[str, Any]) -> list[Path]:
