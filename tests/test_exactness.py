@@ -210,7 +210,7 @@ def test_steps_are_compared_up_to_the_first_other_token(monkeypatch: pytest.Monk
     """Beyond it the two runs have read different texts; at it they have not, and it counts."""
     report = crafted(monkeypatch, [5, 6, 7, 8], [5, 6, 9, 8], [1e-5, 2e-5, 0.25, 3.0])
     assert report.max_abs_logit_diff == 0.25 and not report.tokens_equal
-    report = crafted(monkeypatch, [5, 6, 7, 8], [4, 6, 7, 8], [0.5, 1.0, 2.0, 3.0])
+    report = crafted(monkeypatch, [5, 6, 7, 8], [4, 6, 7, 9], [0.5, 1.0, 2.0, 3.0])
     assert report.max_abs_logit_diff == 0.5 and not report.tokens_equal
     report = crafted(monkeypatch, [5, 6, 7, 8], [5, 6, 7, 8], [1e-5, 2e-5, 0.25, 3.0])
     assert report.max_abs_logit_diff == 3.0 and report.tokens_equal
