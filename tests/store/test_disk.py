@@ -115,6 +115,24 @@ def test_the_disk_budget_holds_by_the_byte(opened: Any) -> None:
     assert files_of(store) == [] and serve(store, 11) == 0
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_unit_whose_chain_others_changed_is_written_again(
+    times: int, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice; then it is given up, and leaves nothing behind."""
+    store = opened()
+    serve(store, 0)
+    tier, changed = disk_of(store), [True] * times
+    own = tier._enter
+    monkeypatch.setattr(tier, "_enter", lambda *given: False if changed and changed.pop() else own(*given))
+    serve(store, 1)  # sends the first off
+    assert not changed and len(tier) == (times < 3) and tier.reserved_bytes == 0
+    assert sum(path.stat().st_size for path in files_of(store)) == tier.used_bytes and bool(tier.used_bytes) == (
+        times < 3
+    )
+    assert (store.demotions, store.evictions) == ((1, 0) if times < 3 else (0, 1))
+
+
 def test_shared_keys_and_values_are_one_file(opened: Any) -> None:
     store = opened(max_memory=UNIT + 10 + 2 * KV)
     serve(store, 1, (2, 4))
