@@ -154,6 +154,20 @@ class NotedLock:
         return type("Guarded", (type(kept),), {name: guarded(name) for name in names})()
 
 
+def waiting(condition: threading.Condition, steps: list[Callable[[], object]]) -> list[float]:
+    """Lets something happen each time somebody waits; returns for how long each was going to."""
+    waited: list[float] = []
+
+    def wait_for(done: Callable[[], bool], seconds: float | None = None) -> bool:
+        assert seconds is not None and not done()
+        waited.append(seconds)
+        steps.pop(0)()
+        return done()
+
+    condition.wait_for = wait_for  # type: ignore[method-assign]
+    return waited
+
+
 def stored_unit(storage: Any, seal: Seal, position: int = 700, space: str = "s") -> tuple[str, str]:
     """Files a unit without its traces, with one file of keys and values; returns the names of both."""
     tokens, packing = np.arange(position, dtype=np.int32), Packing(seal, files.same_name, steady=True)

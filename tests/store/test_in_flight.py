@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sharing import NotedLock
+from sharing import NotedLock, waiting
 
 from hf_sparse_cache.planning.batch import Member
 from hf_sparse_cache.planning.cuts import CutRule, Tokens
@@ -39,20 +39,6 @@ def in_flight(promises: Promises, own: int, space: str = "", **known: Any) -> Pr
     return promise
 
 
-def waiting(promises: Promises, steps: list[Callable[[], object]]) -> list[float]:
-    """Lets something happen each time somebody waits; returns for how long each was going to."""
-    waited: list[float] = []
-
-    def wait_for(done: Callable[[], bool], seconds: float) -> bool:
-        waited.append(seconds)
-        assert not done()
-        steps.pop(0)()
-        return done()
-
-    promises.changed.wait_for = wait_for  # type: ignore[method-assign]
-    return waited
-
-
 def given(promises: Promises, own: int, space: str = "", stored: int = 0) -> Promise:
     ids = prompt(own)
     with promises.given(ids, space, lambda: member(ids, stored), TERMS) as promise:
@@ -64,7 +50,7 @@ def given(promises: Promises, own: int, space: str = "", stored: int = 0) -> Pro
 def test_what_was_asked_for_is_waited_for_and_then_it_is_ones_turn() -> None:
     promises = Promises()
     first = in_flight(promises, 0)
-    waited = waiting(promises, [lambda: setattr(first, "done", 200)])
+    waited = waiting(promises.changed, [lambda: setattr(first, "done", 200)])
     assert given(promises, 1, stored=200).wishes == set() and waited == []
     assert given(promises, 1).wishes == {200} and waited == [module.FIRST_PATIENCE]
     assert first.wishes == {200}
@@ -77,7 +63,7 @@ def test_each_is_waited_for_once_and_no_more_than_two(end: str) -> None:
     steps = [lambda: None, lambda: None, lambda: None]
     if end == "over":
         steps[0] = lambda: [setattr(promise, "over", True) for promise in flying]
-    waited = waiting(promises, steps)
+    waited = waiting(promises.changed, steps)
     assert given(promises, 7).wishes == (set() if end == "over" else {200})
     assert len(waited) == (1 if end == "over" else module.MOST_WAITS)
     assert [promise.wishes for promise in flying] == [{200}, set() if end == "over" else {200}, set(), set()]
@@ -86,7 +72,7 @@ def test_each_is_waited_for_once_and_no_more_than_two(end: str) -> None:
 def test_who_is_over_or_lives_elsewhere_is_not_waited_for() -> None:
     promises = Promises()
     in_flight(promises, 0, "other"), in_flight(promises, 1, over=True)
-    waited = waiting(promises, [])
+    waited = waiting(promises.changed, [])
     with promises.given(prompt(2), "", lambda: member(prompt(2)), TERMS) as promise:
         assert promise.wishes == set() and waited == []
     with promises.given(prompt(2), "third", lambda: pytest.fail("nobody is there"), TERMS):

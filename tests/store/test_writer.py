@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference_store import Blob
-from sharing import KV, Memory, NotedLock, begin, prompt, serve
+from sharing import KV, Memory, NotedLock, begin, prompt, serve, waiting
 
 from hf_sparse_cache.errors import DamagedFileError
 from hf_sparse_cache.planning.lineage import Span
@@ -127,24 +127,10 @@ def test_an_idle_turn_waits_and_one_that_is_closed_does_not(writer: Writer, tier
     assert not writer.turn(7.0) and 7.0 not in waits and len(tier.beats) == 1
 
 
-def stepping(writer: Writer, steps: list[Callable[[], object]]) -> list[float]:
-    """Lets something happen each time somebody waits for the writer."""
-    waited: list[float] = []
-
-    def wait_for(done: Callable[[], bool], seconds: float) -> bool:
-        waited.append(seconds)
-        assert not done()
-        steps.pop(0)()
-        return done()
-
-    writer._ready.wait_for = wait_for  # type: ignore[method-assign]
-    return waited
-
-
 def test_it_gets_on_as_long_as_something_is_done(writer: Writer) -> None:
     for _ in range(4):
         writer.do(lambda: None)
-    waited = stepping(writer, [writer._chores.pop] * 4)
+    waited = waiting(writer._ready, [writer._chores.pop] * 4)
     assert writer.gets_on(4) and waited == []
     assert writer.gets_on(1) is True and waited == [module._STALLED_SECONDS] * 3
     assert writer.gets_on(1) and writer.gets_on(0) and len(waited) == 4
@@ -153,9 +139,9 @@ def test_it_gets_on_as_long_as_something_is_done(writer: Writer) -> None:
 def test_it_does_not_get_on_where_nothing_is_done_or_it_is_closed(writer: Writer) -> None:
     for _ in range(3):
         writer.do(lambda: None)
-    stepping(writer, [writer._chores.pop, lambda: None])
+    waiting(writer._ready, [writer._chores.pop, lambda: None])
     assert writer.gets_on(0) is False and len(writer._chores) == 2
-    stepping(writer, [lambda: (writer._chores.pop(), setattr(writer, "_closed", True))])
+    waiting(writer._ready, [lambda: (writer._chores.pop(), setattr(writer, "_closed", True))])
     assert writer.gets_on(0) is False and len(writer._chores) == 1
 
 
